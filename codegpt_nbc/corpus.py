@@ -6,9 +6,10 @@
 __all__ = ['QUOTES', 'MAX_BYTES', 'PROTOCOLS', 'PY150', 'spell_out', 'Literals', 'abstract', 'SourceFile', 'is_permissive',
            'folder_sources', 'stdlib_sources', 'installed_sources', 'read_source', 'read_all', 'split_of', 'add_split',
            'deduplicate', 'drop_leaks', 'cut_codexglue', 'cut_thesis', 'make_samples', 'build_corpus', 'load_samples',
-           'load_texts', 'shippable', 'train_shard', 'freeze', 'hub_texts', 'line_completion_samples']
+           'load_texts', 'shippable', 'train_shard', 'freeze', 'capped', 'FreezeConfig', 'hub_texts',
+           'line_completion_samples']
 
-# %% ../nbs/02_corpus.ipynb #eae53ee6
+# %% ../nbs/02_corpus.ipynb #ba9950c2
 import ast, io, re, sys, sysconfig, tokenize, warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from token import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, NUMBER, STRING, tok_name
 import numpy as np, pandas as pd
+from pydantic import Field
+from .config import RunConfig
 from .paths import CORPUS, atomic_path, write_checksums, write_json
 
 # %% ../nbs/02_corpus.ipynb #0d224614
@@ -163,7 +166,7 @@ def folder_sources(
     return [SourceFile(project, '', license, str(r), str(folder/r), vendored) for r in rels
             for project, vendored in [_project_of(str(r), r.parts[0].removesuffix('.py').lower())]]
 
-# %% ../nbs/02_corpus.ipynb #ec9a1d65
+# %% ../nbs/02_corpus.ipynb #75b84a86
 def stdlib_sources() -> list: # of `SourceFile`
     "The standard library, each top-level module or package a project of its own (`stdlib/json`)."
     root = Path(sysconfig.get_path('stdlib'))
@@ -172,10 +175,13 @@ def stdlib_sources() -> list: # of `SourceFile`
     return [SourceFile(f"stdlib/{r.parts[0].removesuffix('.py')}", sys.version.split()[0], 'PSF-2.0', str(r), str(root/r))
             for r in rels if r.parts[0] not in skip]
 
-def installed_sources() -> list: # of `SourceFile`
-    "Every Python file of the distributions installed in this environment, but not this package's own."
+def installed_sources(
+    folder=None, # Where `pip install --target` put distributions; None: this environment
+) -> list: # of `SourceFile`
+    "Every Python file of installed distributions, but not this package's own."
     out = []
-    for d in sorted(metadata.distributions(), key=lambda d: d.name.lower()):
+    found = metadata.distributions(path=[str(folder)]) if folder else metadata.distributions()
+    for d in sorted(found, key=lambda d: d.name.lower()):
         name = d.name.lower().replace('_', '-')
         if name == 'codegpt-nbc': continue
         version, license = d.version, _license_of(d.metadata)
@@ -205,13 +211,13 @@ def read_source(
     except OSError: return None, 'unreadable'
     return (text, '') if text.count('<EOL>') >= 5 else (None, 'under six lines')
 
-# %% ../nbs/02_corpus.ipynb #7e12ab2f
+# %% ../nbs/02_corpus.ipynb #2e9b81eb
 def read_all(
     sources: list,     # of `SourceFile`
     workers: int = 2,  # Processes
 ) -> tuple: # (DataFrame: project, version, license, path, vendored, text; Counter of reasons skipped)
     "Spell out all `sources`; raise `ValueError` if none is usable."
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     rows, skipped = [], Counter()
     def collect(results):
         for f, (text, why) in zip(sources, tqdm(results, total=len(sources), desc='reading source', unit='file', mininterval=1)):
@@ -254,7 +260,7 @@ def drop_leaks(
         return bool(lines) and len(lines & held) > threshold*len(lines)
     return df[(df.split != 'train') | ~df.text.map(leaks)].reset_index(drop=True)
 
-# %% ../nbs/02_corpus.ipynb #3f5237b0
+# %% ../nbs/02_corpus.ipynb #9491e32f
 PROTOCOLS = ('codexglue', 'thesis')
 
 def _lines(text: str) -> list:
@@ -262,10 +268,9 @@ def _lines(text: str) -> list:
     return [l.split(' ') for l in text.removeprefix('<s> ').removesuffix(' </s>').split(' <EOL> ')]
 
 def cut_codexglue(text: str, rng) -> tuple: # (input, gt)
-    "Cut at a uniformly drawn token of a uniformly drawn line of two tokens or more, not the first."
+    "Cut before a uniformly drawn token, outside the first line and lines of a single token."
     lines = _lines(text)
-    i = rng.choice([i for i, l in enumerate(lines) if i and len(l) > 1])
-    j = rng.integers(len(lines[i]))
+    i, j = rng.choice([(i, j) for i, l in enumerate(lines) if i and len(l) > 1 for j in range(len(l))])
     before = ' <EOL> '.join(' '.join(l) for l in lines[:i])
     return f"<s> {before} <EOL> {' '.join(lines[i][:j])}".rstrip(), ' '.join(lines[i][j:])
 
@@ -381,6 +386,30 @@ def freeze(
         write_json(tmp/'summary.json', summary)
         write_checksums(tmp)
     return summary
+
+# %% ../nbs/02_corpus.ipynb #573fb8a5
+def capped(
+    df: pd.DataFrame, # Training files
+    share: float,     # Largest part of the text that one project may make up
+    seed: int = 0,
+) -> pd.DataFrame:
+    "A more even mix: files of large projects beyond `share` are dropped at random, and so are the standard library's tests and code pages."
+    df = df[~df.project.isin(['stdlib/test', 'stdlib/encodings'])].sample(frac=1, random_state=seed)
+    return df[df.text.str.len().groupby(df.project).cumsum() <= max(share*df.text.str.len().sum(), df.text.str.len().max())]
+
+# %% ../nbs/02_corpus.ipynb #63899a97
+class FreezeConfig(RunConfig):
+    "What to read and how much to keep."
+    files: int = Field(0, ge=0)       # drawn at random; 0: all
+    folder: str = ''                  # a folder of projects instead of the environment
+    extra: str = ''                   # more distributions, where `pip install --target` put them
+    workers: int = Field(2, ge=1)
+    n_test: int = 2000
+    n_thesis: int = 1000
+    n_valid: int = 500
+    n_words: int = 1_700_000
+    project_share: float = Field(.03, gt=0, le=1)
+    vocab: int = Field(8192, ge=300, lt=2**16)
 
 # %% ../nbs/02_corpus.ipynb #2543aa39
 PY150 = ('0n1xus/codexglue', 'code-completion-token-py150')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GPT2', 'FAMILIES', 'SLICED', 'READERS', 'TOKENIZER_FILES', 'Shape', 'KVCache', 'Attention', 'FeedForward', 'Block',
            'TiedEmbedding', 'Decoder', 'Family', 'shape_of_config', 'config_of_shape', 'to_disk', 'from_disk',
-           'read_tensors', 'read_config', 'load_model', 'recipe_of', 'save_model', 'count_parameters']
+           'read_tensors', 'read_config', 'load_model', 'recipe_of', 'save_model', 'with_layers', 'count_parameters']
 
 # %% ../nbs/05_model.ipynb #6b1415a5
 import json
@@ -253,7 +253,7 @@ def load_model(
     if method not in READERS: raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     return READERS[method](shape, tensors, config).eval()
 
-# %% ../nbs/05_model.ipynb #5414761a
+# %% ../nbs/05_model.ipynb #a3ede26b
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 
 def recipe_of(folder) -> list: # of steps, oldest first
@@ -275,11 +275,29 @@ def save_model(
     with atomic_path(folder) as tmp:
         tmp.mkdir()
         save_file(tensors, tmp/'model.safetensors', metadata={'format': 'pt'})
+        (tmp/'model.safetensors').chmod(0o644)   # safetensors leaves it unreadable to others
         write_json(tmp/'config.json', config_of_shape(model.shape) | extra)
         write_json(tmp/'recipe.json', {'chain': recipe_of(parent) + ([step] if step else [])})
         for name in TOKENIZER_FILES:
             if (src := Path(parent)/name).is_file(): (tmp/name).write_bytes(src.read_bytes())
     return Path(folder)
+
+# %% ../nbs/05_model.ipynb #dfb3e930
+def with_layers(
+    model: Decoder,
+    layers: list,         # Indices of `model`'s layers, in the new order; may repeat
+    silent: bool = False, # Repeated layers start as identity
+) -> Decoder:
+    "A new model whose layer i is a copy of `model`'s layer `layers[i]`; embeddings and last norm are copied."
+    s = model.shape
+    if bad := [l for l in layers if not 0 <= l < s.n_layer]: raise ValueError(f'layer {bad[0]} is outside the model, which has layers 0 to {s.n_layer-1}.')
+    new = Decoder(replace(s, heads=tuple(s.heads[l] for l in layers), inner=tuple(s.inner[l] for l in layers)))
+    for part in ('tokens', 'positions', 'norm'): getattr(new, part).load_state_dict(getattr(model, part).state_dict())
+    for i, l in enumerate(layers):
+        new.blocks[i].load_state_dict(model.blocks[l].state_dict())
+        if silent and l in layers[:i]:
+            for m in (new.blocks[i].attn.proj, new.blocks[i].mlp.down): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+    return new
 
 # %% ../nbs/05_model.ipynb #b1bfb964
 def count_parameters(model: nn.Module) -> tuple: # (all, non-zero)

@@ -37,7 +37,7 @@ def models_dir(profile: str) -> Path:
     "Model folders of one profile: large, never committed."
     return project_root()/'build'/profile
 
-# %% ../nbs/00_paths.ipynb #5aaf333e
+# %% ../nbs/00_paths.ipynb #04f0be8e
 @contextmanager
 def atomic_path(
     path, # The file or folder that shall exist, complete, when the block ends without an error
@@ -45,7 +45,7 @@ def atomic_path(
     "Yield a temporary path next to `path`; rename it onto `path` on success, delete it on failure."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{path.name}-', dir=path.parent))
     try:
         tmp = scratch/path.name
         yield tmp

@@ -141,7 +141,7 @@ def next_token_loss(model, batch): # The default loss: mean cross-entropy in nat
     ids, targets = batch
     return model(ids, targets)
 
-# %% ../nbs/07_train.ipynb #4f99de29
+# %% ../nbs/07_train.ipynb #9c38414c
 def fit(
     model: nn.Module,
     batches,                # Function: step → batch, whose second part is the targets (−100: ignored)
@@ -156,7 +156,7 @@ def fit(
 ) -> TrainResult:
     "Train `model` in place. Raises `FloatingPointError` when the loss is not finite."
     from accelerate import Accelerator
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
     torch.manual_seed(c.seed)
     acc = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
     optimizers = make_optimizers(model, c)

@@ -1,0 +1,50 @@
+# codegpt_nbc: everything starts here. `make` lists the targets.
+PYTHON  ?= python3
+PROFILE ?= quick
+VENV    := .venv
+BIN     := $(VENV)/bin
+# Kernels and tools must come from the environment, and nothing may phone home while it works
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test prepare lab export readme ship clean lock
+
+help:       ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+
+reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, …) that has not been run
+	@codegpt-nbc reproduce $(PROFILE)
+
+test: $(VENV)/ready  ## Run every notebook and the repository's own tests
+	nbdev_test --n_workers 2 --timing
+	pytest -q tests
+
+lab: $(VENV)/ready  ## Open JupyterLab on the notebooks
+	jupyter lab nbs
+
+export: $(VENV)/ready  ## Write the package from the notebooks, and clean them
+	nbdev_export && nbdev_clean --fname nbs
+
+readme: $(VENV)/ready  ## Write README.md from nbs/index.ipynb
+	python -c "from codegpt_nbc.report import readme; readme()"
+
+ship: $(VENV)/ready  ## Make the model folder MODEL the embedded model, and run again what depends on it
+	python -c "from codegpt_nbc.pretrain import ship; ship('$(MODEL)')"
+	@codegpt-nbc reproduce $(PROFILE)
+
+prepare: $(VENV)/ready  ## Make the environment only
+$(VENV)/ready: requirements.txt settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+lock: $(VENV)/ready  ## Write requirements.txt from what is installed
+	{ sed -n 1p requirements.txt; pip freeze --all --exclude-editable | grep -viE '^(codegpt[-_]nbc|pip)\b' | sed 's/+cpu//'; } > requirements.new && mv requirements.new requirements.txt
+
+clean:      ## Remove model folders and the results of PROFILE
+	rm -rf build/$(PROFILE) papermill_runs/$(PROFILE) figures/$(PROFILE)

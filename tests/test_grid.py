@@ -1,0 +1,49 @@
+"""A grid, run for real on a toy profile: it finishes, does nothing twice, survives a kill, and stands alone."""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT/'papermill_runs'/'smoke'
+
+
+def grid(*args, **kw):
+    return subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'smoke', *args], cwd=ROOT, capture_output=True, text=True, **kw)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def fresh():
+    clean = lambda: [shutil.rmtree(ROOT/d/'smoke', ignore_errors=True) for d in ('papermill_runs', 'figures', 'build')]
+    clean(); yield; clean()
+
+
+def test_killed_grid_resumes_and_then_has_nothing_to_do():
+    with subprocess.Popen([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'smoke', '--cores', '1'], cwd=ROOT, start_new_session=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+        deadline = time.time() + 120
+        while not list(RUNS.glob('*.ipynb')) and time.time() < deadline: time.sleep(.2)    # the first run is done, the next has begun
+        second = grid()
+        os.killpg(p.pid, signal.SIGKILL)
+    assert second.returncode == 1 and second.stderr.splitlines()[-1].startswith('codegpt-nbc: another grid is running')
+    kept = {f: f.stat().st_mtime for f in RUNS.glob('*.json')}
+    assert kept, 'nothing was finished before the kill'
+    done = grid()
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(f.stat().st_mtime == t for f, t in kept.items() if f.with_suffix('.ipynb').stat().st_mtime < t + 60)
+    assert not list(RUNS.glob('.tmp-*'))
+    again = grid()
+    assert again.returncode == 0 and '0 of them not made yet' in again.stdout
+    assert all(json.loads(f.read_text())['run_id'] == f.stem for f in RUNS.glob('*.json'))
+
+
+@pytest.mark.parametrize('params, sentence', [
+    ({'sparsty': .5}, "unknown parameter 'sparsty'"),
+    ({'sparsity': 1.5}, "parameter 'sparsity' of PruneConfig is 1.5"),
+    ({'model': 'nobody'}, "there is no model 'nobody'"),
+])
+def test_bad_parameters_are_one_sentence(params, sentence, tmp_path):
+    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'run', 'nbs/experiments/prune.ipynb', str(tmp_path/'out.ipynb'), '--params', json.dumps(params)],
+                       cwd=ROOT, capture_output=True, text=True)
+    last = p.stderr.strip().splitlines()[-1]
+    assert p.returncode == 1 and last.startswith('codegpt-nbc: ') and sentence in last, p.stderr
+    assert not (tmp_path/'out.ipynb').exists()

@@ -1,0 +1,67 @@
+"""What cannot stand inside a notebook: the repository as a whole."""
+import json, os, re, shutil, signal, subprocess, sys, time
+from pathlib import Path
+import pytest
+from codegpt_nbc.grid import check_parameters, read_profile, template_of
+from codegpt_nbc.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
+from codegpt_nbc.record import load_results
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
+TEMPLATES = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
+PROFILES = sorted(p.stem for p in (ROOT/'configs').glob('*.yaml'))
+
+
+def cells(path): return json.loads(path.read_text())['cells']
+
+
+@pytest.mark.parametrize('path', TEMPLATES, ids=lambda p: p.stem)
+def test_template_has_one_parameters_cell_and_defines_nothing(path):
+    code = [c for c in cells(path) if c['cell_type'] == 'code']
+    assert sum('parameters' in c['metadata'].get('tags', []) for c in code) == 1
+    assert 'from_cell(globals())' in ''.join(code[1]['source']), 'the cell after the parameters validates them'
+    assert not any(line.startswith('#| export') for c in code for line in c['source'])
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_small_and_without_errors(path):
+    assert path.stat().st_size < 400_000
+    assert not any(o['output_type'] == 'error' for c in cells(path) for o in c.get('outputs', []))
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_profile_asks_only_for_what_templates_have(profile):
+    for run in read_profile(profile).values(): check_parameters(template_of(run.method), run.params)
+
+
+def test_package_is_what_the_notebooks_export(tmp_path):
+    copy = tmp_path/'repo'
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
+    for p in (copy/'codegpt_nbc').glob('*.py'): p.unlink() if not p.name.startswith('__') else None
+    subprocess.run([sys.executable, '-c', 'from nbdev.export import nb_export\nfrom nbdev.doclinks import nbdev_export\nnbdev_export()'], cwd=copy, check=True, capture_output=True)
+    for p in sorted((ROOT/'codegpt_nbc').glob('*.py')):
+        if p.name != '_modidx.py': assert (copy/'codegpt_nbc'/p.name).read_text() == p.read_text(), f'{p.name}: call make export'
+
+
+def test_assets_are_whole():
+    for folder in (BASE_MODEL, CORPUS): verify_checksums(folder)
+    assert (BASE_MODEL/'model.safetensors').stat().st_size <= 25_000_000
+    assert not [p for p in ASSETS.rglob('*') if p.suffix in ('.bin', '.pt', '.pkl', '.pickle')], 'no pickle is shipped'
+
+
+def test_committed_results_are_valid_and_readable():
+    for folder in (ROOT/'papermill_runs').glob('*'):
+        for name in load_results(folder.name):
+            book = folder/f'{name}.ipynb'
+            assert book.is_file() and book.stat().st_size < 300_000
+            assert not any(o['output_type'] == 'error' for c in cells(book) for o in c.get('outputs', []))
+
+
+def test_nothing_names_a_machine():
+    tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode: pytest.skip('not a git checkout')
+    bad = re.compile(r'["\'\s(](/(?:home|root|work|tmp|Users)/[\w.-]+)')
+    for name in tracked.stdout.split():
+        p = ROOT/name
+        if p.suffix in ('.ipynb', '.py', '.md', '.json', '.yaml', '.yml', '.ini') and p != Path(__file__).resolve() and p.is_file():
+            assert not (m := bad.search(p.read_text(errors='ignore'))), f'{name} carries the path {m[1]}'

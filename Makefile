@@ -19,8 +19,8 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 	@codegpt-nbc reproduce $(PROFILE)
 
 test: $(VENV)/ready  ## Run every notebook and the repository's own tests
-	nbdev_test --n_workers 2 --timing
-	pytest -q tests
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 pytest -q tests
 
 lab: $(VENV)/ready  ## Open JupyterLab on the notebooks
 	jupyter lab nbs

@@ -14,7 +14,7 @@ from pydantic import Field
 from .config import Strict
 from .paths import BASE_MODEL, atomic_path, models_dir, project_root, runs_dir
 
-# %% ../nbs/23_grid.ipynb #c33a00ac
+# %% ../nbs/23_grid.ipynb #c56c88da
 class Block(Strict):
     "Runs that differ only in swept parameters."
     method: str                      # names the template
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def needs(self) -> list: # ids of runs whose model this one reads
-        return list(dict.fromkeys(v for k in ('model', 'target', 'baseline') if isinstance(v := self.params.get(k), str) and v != BASE_MODEL.name))
+        return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus') if isinstance(v := self.params.get(k), str) and v != BASE_MODEL.name))
 
 # %% ../nbs/23_grid.ipynb #b7056c3d
 WITHOUT_MODEL = {'measure', 'report', 'audit'}   # methods that leave no model folder

@@ -14,7 +14,7 @@ from .model import Decoder, Shape, save_model, with_layers
 from .paths import BASE_MODEL, models_dir, read_json, write_checksums, write_json
 from .train import TrainConfig, TrainResult, Windows, autocast, fit
 
-# %% ../nbs/08_pretrain.ipynb #0ae8d7b2
+# %% ../nbs/08_pretrain.ipynb #e038dc4d
 class Stage(Strict):
     "One stretch of pretraining."
     layers: int          # blocks; a later stage has a multiple of the one before
@@ -30,12 +30,19 @@ class Stage(Strict):
 
 class PretrainConfig(RunConfig):
     "Parameters of `experiments/pretrain`."
-    corpus: str = ''                 # folder with `train.bin`, `valid.bin` and the tokenizer; empty: made from the shipped shard
+    corpus: str = ''                 # a run of `freeze_corpus`, or a folder with its files; empty: the shipped shard
     stages: list[dict]               # of `Stage` fields
     width: int = 256
     heads: int = 8
     context: int = 512
     compile: bool = False            # torch.compile
+
+    @property
+    def corpus_folder(self) -> Path:
+        run = models_dir(self.profile)/self.corpus
+        folder = run if run.is_dir() else Path(self.corpus)
+        if not (folder/'train.bin').is_file(): raise ValueError(f'{folder} holds no train.bin: give a run of freeze_corpus that has finished.')
+        return folder
 
     def shape(self, vocab: int, layers: int) -> Shape:
         return Shape(vocab, self.context, self.width, self.width//self.heads, (self.heads,)*layers, (4*self.width,)*layers)

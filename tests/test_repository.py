@@ -1,5 +1,5 @@
 """What cannot stand inside a notebook: the repository as a whole."""
-import json, os, re, shutil, signal, subprocess, sys, time
+import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from codegpt_nbc.grid import check_parameters, read_profile, template_of
@@ -38,7 +38,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     copy = tmp_path/'repo'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
     for p in (copy/'codegpt_nbc').glob('*.py'): p.unlink() if not p.name.startswith('__') else None
-    subprocess.run([sys.executable, '-c', 'from nbdev.export import nb_export\nfrom nbdev.doclinks import nbdev_export\nnbdev_export()'], cwd=copy, check=True, capture_output=True)
+    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=copy, check=True, capture_output=True)
     for p in sorted((ROOT/'codegpt_nbc').glob('*.py')):
         if p.name != '_modidx.py': assert (copy/'codegpt_nbc'/p.name).read_text() == p.read_text(), f'{p.name}: call make export'
 
@@ -50,9 +50,9 @@ def test_assets_are_whole():
 
 
 def test_committed_results_are_valid_and_readable():
-    for folder in (ROOT/'papermill_runs').glob('*'):
-        for name in load_results(folder.name):
-            book = folder/f'{name}.ipynb'
+    for profile in ('full', 'pretrain'):
+        for name in load_results(profile):
+            book = ROOT/'papermill_runs'/profile/f'{name}.ipynb'
             assert book.is_file() and book.stat().st_size < 300_000
             assert not any(o['output_type'] == 'error' for c in cells(book) for o in c.get('outputs', []))
 

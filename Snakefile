@@ -1,6 +1,6 @@
 # The grid. Which runs there are stands in configs/<profile>.yaml; what a run does, in its template notebook.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
-import json
+import json, sys
 from codegpt_nbc.grid import ALONE, WITHOUT_MODEL, read_profile
 from codegpt_nbc.paths import BASE_MODEL, CORPUS
 
@@ -25,4 +25,4 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         wildcard_constraints: run='|'.join(r.id for r in RUNS.values() if r.method == METHOD)
         params: lambda w: json.dumps(RUNS[w.run].params)
         threads: workflow.cores if METHOD in ALONE else 1
-        shell: 'OMP_NUM_THREADS={threads} codegpt-nbc run {input.template} {output[0]} --params {params:q}'
+        shell: 'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.cli run {input.template} {output[0]} --params {params:q}'

@@ -6,15 +6,12 @@
 __all__ = ['FUSED', 'DOMAIN', 'HEAD_MULTIPLE', 'Graph', 'Residual', 'build_graph', 'in_precision', 'export_onnx',
            'count_onnx_parameters', 'open_session', 'OrtEngine', 'OnnxConfig']
 
-# %% ../nbs/12_onnx.ipynb #3f35883c
+# %% ../nbs/12_onnx.ipynb #a7451dc9
 from pathlib import Path
-from typing import Literal
 from typing import Literal
 import numpy as np, torch
 from torch.nn import functional as F
 from fastcore.basics import patch
-from pydantic import Field
-from .config import RunConfig
 from pydantic import Field
 from .config import RunConfig
 from .model import TOKENIZER_FILES, Decoder, config_of_shape, load_model, read_config, recipe_of, shape_of_config
@@ -208,7 +205,7 @@ def count_onnx_parameters(
     weights = [numpy_helper.to_array(w) for w in onnx.load(path).graph.initializer if w.name.endswith(('.weight', '.bias'))]
     return sum(p.numel() for p in model.parameters()), sum(int((w != (128 if w.dtype == np.uint8 else 0)).sum()) for w in weights)
 
-# %% ../nbs/12_onnx.ipynb #67dacd27
+# %% ../nbs/12_onnx.ipynb #854e7a78
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: as many as PyTorch
@@ -219,6 +216,7 @@ def open_session(
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
     options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 4   # errors are raised, and need not be logged too
     try: return ort.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
@@ -280,9 +278,3 @@ class OnnxConfig(RunConfig):
     "What to export, and how."
     precision: Literal['fp32', 'int8'] = 'fp32'
     compare: int = Field(100, ge=1)   # samples on which the text is compared with PyTorch's
-
-# %% ../nbs/12_onnx.ipynb #65ce1616
-class OnnxConfig(RunConfig):
-    "A model for ONNX Runtime."
-    precision: Literal['fp32', 'int8'] = 'fp32'
-    compare: int = Field(8, ge=1)   # samples on which the text is compared with PyTorch's

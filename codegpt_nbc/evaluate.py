@@ -18,7 +18,7 @@ from .model import count_parameters, load_model
 from .record import Accuracy, Size
 from .tokenizer import check_fits, load_tokenizer
 
-# %% ../nbs/21_evaluate.ipynb #55210483
+# %% ../nbs/21_evaluate.ipynb #53c5d3ad
 def open_engine(
     folder,                # A model folder
     threads: int | None = None, # Cores to use; None: all
@@ -28,7 +28,9 @@ def open_engine(
     tok = load_tokenizer(folder)
     if (Path(folder)/'model.onnx').is_file():
         from codegpt_nbc.onnx_graph import OrtEngine
-        return OrtEngine(folder, threads=threads), tok
+        engine = OrtEngine(folder, threads=threads)
+        check_fits(tok, engine.vocab)
+        return engine, tok
     if threads: torch.set_num_threads(threads)
     model = load_model(folder)
     check_fits(tok, model.shape.vocab)

@@ -22,7 +22,7 @@ class Engine(Protocol):
     def step(self, tokens: np.ndarray) -> np.ndarray: "Append one token a row (batch,); the logits (batch, vocab) after it."
     def keep(self, rows: np.ndarray): "Go on with these rows only."
 
-# %% ../nbs/06_generate.ipynb #96bb60ba
+# %% ../nbs/06_generate.ipynb #2fac39d5
 class TorchEngine:
     "The reference: PyTorch in float32, or with weights, activations and cache in another precision."
     name = 'torch'
@@ -33,7 +33,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def prefill(self, ids, lengths):
-        lengths = torch.from_numpy(lengths)
+        lengths = torch.from_numpy(lengths).clone()   # the cache counts on in it
         h = self.model.hidden(torch.from_numpy(ids), self.cache)
         self.cache.length = lengths
         return self.model.logits(h[torch.arange(len(h)), lengths - 1]).float().numpy()

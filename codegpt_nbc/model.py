@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .paths import BASE_MODEL, atomic_path, read_json, write_json
 
-# %% ../nbs/05_model.ipynb #2e162eb6
+# %% ../nbs/05_model.ipynb #92a1176c
 @dataclass(frozen=True)
 class Shape:
     "What fixes every tensor's size in a decoder."
@@ -38,7 +38,7 @@ class Shape:
     @property
     def regular(self) -> bool:
         "True for the shapes a GPT-2 configuration can express."
-        return len(set(self.heads)) == len(set(self.inner)) == 1 and self.heads[0]*self.d_head == self.d_model
+        return len(set(self.heads)) == len(set(self.inner)) == 1 and self.inner[0] > 0 and self.heads[0]*self.d_head == self.d_model
 
 # %% ../nbs/05_model.ipynb #110739c2
 class KVCache:
@@ -174,7 +174,7 @@ GPT2 = Family('gpt2',
     transposed=tuple(f'blocks.{{l}}.{m}.weight' for m in ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')))
 FAMILIES = {f.model_type: f for f in (GPT2,)}
 
-# %% ../nbs/05_model.ipynb #4f9b0d1f
+# %% ../nbs/05_model.ipynb #f517a0b0
 SLICED, INT8 = 'codegpt_nbc-sliced-', 'codegpt_nbc-int8-'   # before the family in `model_type`
 
 def shape_of_config(config: dict) -> tuple: # (Shape, Family)
@@ -190,7 +190,7 @@ def shape_of_config(config: dict) -> tuple: # (Shape, Family)
 def config_of_shape(shape: Shape, family: Family = GPT2) -> dict:
     "The Hugging Face configuration of a shape."
     c = dict(architectures=['GPT2LMHeadModel'], model_type=family.model_type, vocab_size=shape.vocab, n_positions=shape.context, n_embd=shape.d_model,
-             n_layer=shape.n_layer, n_head=max(shape.heads), n_inner=max(shape.inner), activation_function='gelu_new', layer_norm_epsilon=1e-5,
+             n_layer=shape.n_layer, n_head=max(shape.heads) or 1, n_inner=max(shape.inner), activation_function='gelu_new', layer_norm_epsilon=1e-5,
              tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.)
     if shape.regular: return c
     return c | dict(architectures=['codegpt_nbc.model.Decoder'], model_type=SLICED + family.model_type,

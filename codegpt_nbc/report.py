@@ -80,14 +80,17 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     df.attrs = dict(profile=profile, planned=planned)
     return df
 
-# %% ../nbs/24_report.ipynb #3a14df13
+# %% ../nbs/24_report.ipynb #953211bd
+def _some(ids, most: int = 4) -> str:
+    "The first few of a list, and how many more."
+    return ', '.join(ids[:most]) + (f' and {len(ids) - most} more' if len(ids) > most else '')
+
 def absent(fr: pd.DataFrame, *methods: str) -> str: # '' if nothing is missing
     "Names the planned runs that have no result yet; of all methods, if none is given."
     planned = {i: m for i, m in fr.attrs['planned'].items() if m not in WITHOUT_MODEL and m in (methods or {m})}
     runs = [i for i in planned if i not in fr.index]
     speeds = [i for i in planned if i in fr.index and np.isnan(fr.ratio[i])]
-    some = lambda ids: ', '.join(ids[:4]) + (f' and {len(ids) - 4} more' if len(ids) > 4 else '')
-    return ' '.join(f'{what}: {some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
+    return ' '.join(f'{what}: {_some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
 
 # %% ../nbs/24_report.ipynb #a8b52e1a
 def headline(
@@ -340,9 +343,9 @@ def tab_runs(fr: pd.DataFrame) -> pd.DataFrame:
     "Every run with every measure, as numbers."
     return fr.drop(columns='result').reset_index()
 
-# %% ../nbs/24_report.ipynb #f14aa2d4
+# %% ../nbs/24_report.ipynb #9e324eb0
 def _printed(p) -> dict: # p: a row of `published`
-    "A published row under our columns."
+    "What a published row says, under our columns."
     names = {'file MB': 'raw_mb', 'zipped MB': 'zip_mb', 'peak MB': 'peak_mb', 'ES thesis %': 'es', 'EM thesis %': 'em', 'non-zero M': 'nonzero_m'}
     return {ours: f'{p[theirs]:g}' for ours, theirs in names.items() if pd.notna(p.get(theirs))}
 
@@ -367,19 +370,16 @@ def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
     best = published('sochirca', 'section 6, Quantization').iloc[0]
     return _table(rows + [{'base': 'published: 60 % sparse', 'int8': LABELS['quantize'](best).removeprefix('int8 '), **_printed(best)}])
 
-# %% ../nbs/24_report.ipynb #a28128e3
+# %% ../nbs/24_report.ipynb #d0fc8fcd
 def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
-    "The study's Table 1 with our models beside the published ones: the models that were exported, then what became of them."
-    t, ours = published('sochirca', 'Table 1'), fr[fr.method == 'onnx']
-    their_name = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6', 'onnx-pruned-fp32': 'onnx'}
-    rows = []
-    for i in [*(m for m in fr.index if m == 'baseline' or m in set(ours.model)), *ours.index]:
-        p = t.loc[their_name[i]] if i in their_name else None
-        theirs = {} if p is None else {**_printed(p), 'samples/s': f'{p.samples_per_s:.2f} ({p.samples_per_s/t.samples_per_s["baseline"]:.2f} × dense)'}
-        beside = {'zipped MB': 'zipped MB', 'peak MB': 'peak MB', 'samples/s, × dense': 'samples/s', 'ES thesis %': 'ES thesis %', 'EM thesis %': 'EM thesis %'}
-        own = {**_costs(fr.loc[i]), **_scores(fr, i), **_thesis(fr.loc[i])}
-        rows.append({'model': fr.label[i], **{c: own[c] for c in ('file MB', 'ES %', 'Δ ES', 'EM %')},
-                     **{k: v for c, theirs_c in beside.items() for k, v in ((c, own[c]), (f'{theirs_c}, published', theirs.get(theirs_c, '–')))}})
+    "The study's Table 1, each published row below our run of the same, then what else was exported."
+    t, ours, rows = published('sochirca', 'Table 1'), fr[fr.method == 'onnx'], []
+    theirs = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6', 'onnx-pruned-fp32': 'onnx'}
+    for i in dict.fromkeys([*theirs, *ours.model, *ours.index]):
+        if i in fr.index: rows.append({'model': fr.label[i], **_costs(fr.loc[i]), **_thesis(fr.loc[i]), 'ES %': _ci(fr.loc[i], 'codexglue_es'), 'Δ ES': _change((versus(fr, i, 'baseline') or {}).get('es'))})
+        if i in theirs:
+            p = t.loc[theirs[i]]
+            rows.append({'model': f'published: {p.model}', **_printed(p), 'samples/s, × dense': f'{p.samples_per_s/t.samples_per_s["baseline"]:.2f}'})
     return _table(rows)
 
 # %% ../nbs/24_report.ipynb #3e291f51
@@ -396,13 +396,14 @@ def tab_comparison(fr: pd.DataFrame) -> pd.DataFrame:
     rest = [our(r) for _, r in ours[~ours.method.isin(theirs.method)].iterrows()]
     return _table(sum(groups, []) + rest)[['model', 'from', *COMPARED, *(['ES %', 'EM %'] if len(ours) else [])]]
 
-# %% ../nbs/24_report.ipynb #b7761d54
+# %% ../nbs/24_report.ipynb #a5a2f77d
 FIGURES = (fig_pruning, fig_quantization, fig_latency)
 TABLES = (tab_main, tab_pruning, tab_quantization, tab_onnx, tab_comparison, tab_runs)
 
 def markdown(table: pd.DataFrame) -> str:
-    "A table in Markdown: the first column to the left, numbers to the right."
-    return table.to_markdown(index=False, disable_numparse=True, colalign=['left'] + ['right']*(table.shape[1] - 1))
+    "A table in Markdown: words to the left, numbers to the right."
+    words = [table[c].astype(str).str.match(r'[^\W\d]').any() or not len(table) for c in table]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=['left' if w else 'right' for w in words])
 
 def _save_figure(fig, path: Path):
     "Write `path`.svg and `path`.png."
@@ -428,7 +429,7 @@ def publish(
     if make is not tab_runs: write_text(path.with_suffix('.md'), markdown(made) + '\n')
     return made
 
-# %% ../nbs/24_report.ipynb #25236284
+# %% ../nbs/24_report.ipynb #c1ddd342
 def embed(make, fr: pd.DataFrame) -> str: # Markdown
     "A table in Markdown, or a link, relative to the repository, to the figure that the report of the profile wrote."
     profile, doc = fr.attrs['profile'], make.__doc__.rstrip('.')
@@ -445,9 +446,9 @@ def claim(
     *runs: str,        # run ids
 ) -> str: # Markdown
     "A sentence whose numbers come from these runs, or which of them is missing."
-    if missing := [r for r in runs if r not in fr.index]: return _em(f"(Waits for {', '.join(missing)} of the profile {fr.attrs['profile']}.)")
+    if missing := [r for r in runs if r not in fr.index]: return _em(f"(Waits for {_some(missing)} of the profile {fr.attrs['profile']}.)")
     said = text(*(fr.loc[r] for r in runs))
-    return said if not re.search(r'\bnan\b', said) else _em(f"(Waits for the measurements of {', '.join(runs)} of the profile {fr.attrs['profile']}.)")
+    return said if not re.search(r'\bnan\b', said) else _em(f"(Waits for the measurements of {_some(runs)} of the profile {fr.attrs['profile']}.)")
 
 # %% ../nbs/24_report.ipynb #70e99417
 def readme(

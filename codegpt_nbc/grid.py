@@ -86,7 +86,7 @@ def check_parameters(template, params: dict):
     if unknown := sorted(set(params) - known):
         raise ValueError(f'unknown parameter {unknown[0]!r}: {Path(template).name} has {", ".join(sorted(known))}.')
 
-# %% ../nbs/23_grid.ipynb #0a6c08a9
+# %% ../nbs/23_grid.ipynb #03507050
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
@@ -109,14 +109,17 @@ def run_notebook(
     return out
 
 def _tidy(path: Path):
-    "Keep of each progress bar its last state, and of the metadata what a reader needs."
+    "Keep of each progress bar its last state, drop warnings about the widgets it could have been, and metadata no reader needs."
     import nbformat
     nb = nbformat.read(path, as_version=4)
+    nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
         for o in c.get('outputs', []):
-            if o.output_type == 'stream': o.text = '\n'.join(l.split('\r')[-1] for l in o.text.split('\n'))
-    nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
+            if o.output_type != 'stream': continue
+            lines = [l.split('\r')[-1] for l in o.text.split('\n')]
+            o.text = '\n'.join(l for l in lines if 'IProgress not found' not in l and 'from .autonotebook' not in l)
+        if 'outputs' in c: c.outputs = [o for o in c.outputs if o.output_type != 'stream' or o.text.strip()]
     nbformat.write(nb, path)
 
 # %% ../nbs/23_grid.ipynb #590288b6

@@ -14,7 +14,7 @@ from .config import RunConfig, resolve_model
 from .paths import BASE_MODEL
 from .record import Memory, Speed
 
-# %% ../nbs/22_measure.ipynb #8cc14a46
+# %% ../nbs/22_measure.ipynb #d3f41914
 def _peak_rss() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
@@ -24,10 +24,11 @@ def _worker(folder: str, prompt_tokens: int, new_tokens: int, threads: int):
     from codegpt_nbc.corpus import load_samples
     from codegpt_nbc.evaluate import open_engine
     from codegpt_nbc.generate import timed_completion
-    from codegpt_nbc.tokenizer import load_tokenizer
+    from codegpt_nbc.tokenizer import encode_batch
     texts, floor = load_samples('codexglue').input, _peak_rss()
     engine, tok = open_engine(folder, threads)
-    prompts = [t for t in texts[:400] if len(t) > 3*prompt_tokens][:40] or [t*prompt_tokens for t in texts[:5]]
+    prompts = [t for t, ids in zip(texts, encode_batch(tok, texts[:200].tolist())) if len(ids) >= prompt_tokens]
+    if not prompts: raise ValueError(f'no sample has {prompt_tokens} tokens: ask for fewer.')
     say = lambda **kw: print(json.dumps(kw), flush=True)
     run = lambda i: timed_completion(engine, tok, prompts[i % len(prompts)], prompt_tokens, new_tokens)
     run(0); run(1)   # warm-up

@@ -194,7 +194,7 @@ def _percent(fr: pd.DataFrame, column: str) -> pd.DataFrame: # value, low, high
     part = lambda suffix: fr[column + suffix] if column + suffix in fr else np.nan
     return pd.DataFrame({'value': fr[column], 'low': part('_low'), 'high': part('_high')}, index=fr.index, dtype=float)*100/_dense(fr, column)[0]
 
-# %% ../nbs/24_report.ipynb #52125f65
+# %% ../nbs/24_report.ipynb #6d41b5eb
 def _published_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
     "The study's dense and 60 % models."
     t = published('sochirca', 'Table 1').loc[['baseline', 'prune-0.6']]
@@ -207,8 +207,8 @@ def _pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # where its lines
     runs = fr[(fr.method == 'prune') & (fr.sparsity > 0)].sort_values('sparsity')
     for pattern, rows in runs.groupby('pattern', sort=False):
         x, p, color = 100*rows.sparsity, percent.loc[rows.index], color_of(rows.iloc[0])
-        width = max(1., 2.6 - .8*len(ends))   # lines that coincide stay visible, one inside the other
-        ax.plot(x, p.value, color=color, marker='o', ms=2 + 1.3*width, lw=width)
+        width = max(1., 2.2 - .6*len(ends))   # lines that coincide stay visible, one inside the other
+        ax.plot(x, p.value, color=color, marker='o', ms=2 + 1.4*width, lw=width)
         ax.fill_between(x, p.low, p.high, color=color, alpha=.13, lw=0)
         if (other := column.replace('codexglue', 'thesis')) != column: ax.plot(x, _percent(fr, other).value[rows.index], color=color, ls=(0, (2, 2)), lw=.9)
         ends.append((x.iloc[-1], p.value.iloc[-1], pattern, color))
@@ -450,7 +450,7 @@ def claim(
     said = text(*(fr.loc[r] for r in runs))
     return said if not re.search(r'\bnan\b', said) else _em(f"(Waits for the measurements of {_some(runs)} of the profile {fr.attrs['profile']}.)")
 
-# %% ../nbs/24_report.ipynb #70e99417
+# %% ../nbs/24_report.ipynb #c4798765
 def readme(
     notebook=None,  # None: `nbs/index.ipynb`
     out=None,       # None: `README.md`
@@ -463,7 +463,7 @@ def readme(
     NotebookClient(nb, timeout=600, kernel_name='python3', resources={'metadata': {'path': str(project_root())}}).execute()
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
     for c in nb.cells:
-        if c.source.startswith('#| echo: false'): c.transient = {'remove_source': True}
+        if c.source.startswith('#| echo: false'): c.metadata['transient'] = {'remove_source': True}   # nbconvert's own mark
     text = re.sub(r'\n{3,}', '\n\n', MarkdownExporter().from_notebook_node(nb)[0])
     return write_text(out or project_root()/'README.md', '<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n\n' + text.strip() + '\n')
 

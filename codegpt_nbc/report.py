@@ -118,8 +118,9 @@ def _against(a, b) -> dict:   # several tables ask for the same test
     from codegpt_nbc.evaluate import against
     return against(a, b)
 
-# %% ../nbs/24_report.ipynb #f6285bd5
-COLORS = {'baseline': '#4d4d4d', 'control': '#949494', 'unstructured': '#0173b2', 'tile': '#de8f05', 'structured': '#029e73', 'quantize': '#cc78bc', 'onnx': '#d55e00', 'published': '#000000'}
+# %% ../nbs/24_report.ipynb #1b87387c
+COLORS = {'baseline': '#4d4d4d', 'control': '#949494', 'unstructured': '#0173b2', 'tile': '#de8f05', 'structured': '#029e73', 'quantize': '#cc78bc', 'onnx': '#d55e00',
+          'distill': '#56b4e9', 'xtc': '#8b5a2b', 'static_quantize': '#fbafe4', 'gptq': '#ece133', 'trim_vocabulary': '#ca9161', 'published': '#000000'}
 RC = {'font.size': 8.5, 'axes.titlesize': 9, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 8.5, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
       'axes.edgecolor': '#888888', 'xtick.color': '#444444', 'ytick.color': '#444444', 'axes.spines.right': False, 'axes.spines.top': False, 'axes.grid': True,
       'grid.color': '#e6e6e6', 'grid.linewidth': .6, 'axes.axisbelow': True, 'legend.frameon': False, 'figure.dpi': 100, 'figure.constrained_layout.use': True,
@@ -429,12 +430,12 @@ def publish(
     if make is not tab_runs: write_text(path.with_suffix('.md'), markdown(made) + '\n')
     return made
 
-# %% ../nbs/24_report.ipynb #c1ddd342
+# %% ../nbs/24_report.ipynb #d1793979
 def embed(make, fr: pd.DataFrame) -> str: # Markdown
     "A table in Markdown, or a link, relative to the repository, to the figure that the report of the profile wrote."
     profile, doc = fr.attrs['profile'], make.__doc__.rstrip('.')
     if not len(fr): return f'*No results of the profile `{profile}` yet: `make reproduce PROFILE={profile}` makes them.*'
-    if make in TABLES: return '\n\n'.join(filter(None, (markdown(make(fr)), _em(absent(fr)))))
+    if make.__name__.startswith('tab_'): return '\n\n'.join(filter(None, (markdown(make(fr)), _em(absent(fr)))))
     path = figures_dir(profile)/f'{make.__name__}.png'
     return f'![{doc}]({path.relative_to(project_root()).as_posix()})' if path.is_file() else _em(f'{make.__name__} has not been drawn yet: make reproduce PROFILE={profile} does that.')
 

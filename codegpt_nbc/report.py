@@ -118,7 +118,7 @@ def _against(a, b) -> dict:   # several tables ask for the same test
     from codegpt_nbc.evaluate import against
     return against(a, b)
 
-# %% ../nbs/24_report.ipynb #1b87387c
+# %% ../nbs/24_report.ipynb #07d8c237
 COLORS = {'baseline': '#4d4d4d', 'control': '#949494', 'unstructured': '#0173b2', 'tile': '#de8f05', 'structured': '#029e73', 'quantize': '#cc78bc', 'onnx': '#d55e00',
           'distill': '#56b4e9', 'xtc': '#8b5a2b', 'static_quantize': '#fbafe4', 'gptq': '#ece133', 'trim_vocabulary': '#ca9161', 'published': '#000000'}
 RC = {'font.size': 8.5, 'axes.titlesize': 9, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 8.5, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
@@ -130,7 +130,7 @@ DIAMOND = dict(marker='D', mfc='white', mec=COLORS['published'], color=COLORS['p
 
 def color_of(row) -> str: # of a row of the frame
     "The colour of a run's pattern, or else of its method."
-    return COLORS.get(row.pattern, COLORS.get(row.method, COLORS['control']))
+    return COLORS['control'] if row.sparsity == 0 else COLORS.get(row.pattern, COLORS.get(row.method, COLORS['control']))
 
 def styled(make):
     "A figure function in the report's style, its figure closed (it is shown as the value of a cell, and only once)."

@@ -1,7 +1,7 @@
 # The grid. Which runs there are stands in configs/<profile>.yaml; what a run does, in its template notebook.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
 import json, sys
-from codegpt_nbc.grid import ALONE, WITHOUT_MODEL, read_profile
+from codegpt_nbc.grid import ALONE, WITHOUT_MODEL, read_profile, resources
 from codegpt_nbc.paths import BASE_MODEL, CORPUS
 
 PROFILE = config.get('profile', 'quick')
@@ -24,5 +24,7 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         output: NOTEBOOK, RESULT, *([] if METHOD in WITHOUT_MODEL else [directory(MODEL)])
         wildcard_constraints: run='|'.join(r.id for r in RUNS.values() if r.method == METHOD)
         params: lambda w: json.dumps(RUNS[w.run].params)
-        threads: workflow.cores if METHOD in ALONE else 1
+        # On a cluster, a run that must be alone gets a node of its own
+        threads: (workflow.cores or 2) if METHOD in ALONE else 1
+        resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell: 'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.cli run {input.template} {output[0]} --params {params:q}'

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Annotated
 import typer
 
-# %% ../nbs/25_cli.ipynb #019cf626
+# %% ../nbs/25_cli.ipynb #229bf19f
 app = typer.Typer(add_completion=False, no_args_is_help=True, help='Compress a code-completion model for ordinary CPUs, and measure what that cost and gained.')
 
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Argument(help='a grid in configs/')] = 'quick',
     cores: Annotated[int, typer.Option(help='0: all')] = 0,
+    cluster: Annotated[Path | None, typer.Option(help='a Snakemake profile, e.g. configs/slurm; by default this machine')] = None,
 ):
     "Run what is left of a profile's grid."
     from codegpt_nbc.grid import reproduce
-    print(reproduce(profile, cores or None))
+    print(reproduce(profile, cores or None, cluster))
 
 @app.command()
 def run(

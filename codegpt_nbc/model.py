@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GPT2', 'FAMILIES', 'SLICED', 'INT8', 'READERS', 'TOKENIZER_FILES', 'Shape', 'KVCache', 'Attention', 'FeedForward',
            'Block', 'TiedEmbedding', 'Decoder', 'Family', 'shape_of_config', 'config_of_shape', 'to_disk', 'from_disk',
-           'read_tensors', 'read_config', 'load_model', 'recipe_of', 'save_model', 'with_layers', 'count_parameters',
-           'matrices_of']
+           'read_tensors', 'read_config', 'load_model', 'recipe_of', 'special_ids', 'save_model', 'with_layers',
+           'count_parameters', 'matrices_of']
 
 # %% ../nbs/05_model.ipynb #6b1415a5
 import json
@@ -254,13 +254,18 @@ def load_model(
     if method not in READERS: raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     return READERS[method](shape, tensors, config).eval()
 
-# %% ../nbs/05_model.ipynb #a3ede26b
+# %% ../nbs/05_model.ipynb #8d37c2c7
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.json', 'merges.txt')
 
 def recipe_of(folder) -> list: # of steps, oldest first
     "The chain of steps that made a model folder; empty for a model from elsewhere."
     path = Path(folder)/'recipe.json'
     return read_json(path)['chain'] if path.is_file() else []
+
+def special_ids(folder) -> dict: # for config.json
+    "Ids of the tokens that begin and end a text. They belong to the tokenizer, so they go where it goes."
+    config = read_config(folder) if (Path(folder)/'config.json').is_file() else {}
+    return {k: config[k] for k in ('bos_token_id', 'eos_token_id') if k in config}
 
 def save_model(
     model: Decoder,
@@ -277,7 +282,7 @@ def save_model(
         tmp.mkdir()
         save_file(tensors, tmp/'model.safetensors', metadata={'format': 'pt'})
         (tmp/'model.safetensors').chmod(0o644)   # safetensors leaves it unreadable to others
-        write_json(tmp/'config.json', config_of_shape(model.shape) | extra)
+        write_json(tmp/'config.json', config_of_shape(model.shape) | special_ids(parent) | extra)
         write_json(tmp/'recipe.json', {'chain': recipe_of(parent) + ([step] if step else [])})
         for name in TOKENIZER_FILES:
             if (src := Path(parent)/name).is_file(): (tmp/name).write_bytes(src.read_bytes())

@@ -6,17 +6,17 @@
 __all__ = ['OBJECTIVES', 'slug', 'runs_of', 'apply', 'before_after', 'compress', 'budgets_of', 'Rung', 'Candidate', 'judge',
            'pareto', 'promising', 'choose', 'SearchState', 'search', 'run_search', 'best_recipe', 'SearchConfig']
 
-# %% ../nbs/27_search.ipynb #7a5889af
+# %% ../nbs/27_search.ipynb #0e14a5e7
 import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
 from .config import RunConfig, Strict
-from .grid import Block, Profile, Recipe, expand, read_recipes, run_notebook, template_of
+from .grid import Block, Profile, Recipe, expand, from_start, read_recipes, run_notebook, template_of
 from .paths import BASE_MODEL, atomic_path, models_dir, read_json, runs_dir, write_json
 
-# %% ../nbs/27_search.ipynb #ae85d5af
+# %% ../nbs/27_search.ipynb #ca2dee08
 def slug(step: dict) -> str:
     "A step's name: the method and what makes it this step."
     return '-'.join([step['method'], *(str(v) for k, v in step.items() if k != 'method' and not isinstance(v, (list, dict)))])
@@ -26,7 +26,8 @@ def runs_of(recipe: Recipe, model, profile: str, budgets: dict, evaluate: dict) 
     runs, start = [], {'model': str(model)}
     for i, step in enumerate(recipe.steps):
         name = '.'.join(slug(s) for s in recipe.steps[:i+1])
-        block = Block(method=step['method'], id=name, set={k: v for k, v in step.items() if k != 'method'} | start)
+        own = {k: v for k, v in from_start(step, str(model)).items() if k != 'method'}
+        block = Block(method=step['method'], id=name, set=own | start)
         runs += expand(Profile(about='', set=evaluate, budgets=budgets, runs=[block]), profile).values()
         start = {'model': name}
     return runs

@@ -83,7 +83,7 @@ class Windows:
         rows = torch.from_numpy(np.stack([self.ids[s:s+self.length+1] for s in starts]).astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
-# %% ../nbs/07_train.ipynb #f2c0c53c
+# %% ../nbs/07_train.ipynb #2bdb4bf8
 @dataclass(frozen=True)
 class Samples:
     "A small fixed set of rows, walked through in a new random order each epoch: batch number → (ids, targets)."
@@ -95,10 +95,13 @@ class Samples:
     @property
     def per_epoch(self) -> int: return math.ceil(len(self.rows)/self.batch)
 
-    def __call__(self, step: int) -> tuple:
+    def order(self, step: int) -> np.ndarray: # indices into `rows`
+        "The rows of a batch."
         epoch, i = divmod(step, self.per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))[i*self.batch:(i+1)*self.batch]
-        rows = [torch.tensor(self.rows[j][:self.length+1]) for j in order]
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))[i*self.batch:(i+1)*self.batch]
+
+    def __call__(self, step: int) -> tuple:
+        rows = [torch.tensor(self.rows[j][:self.length+1]) for j in self.order(step)]
         pad = lambda f, v: nn.utils.rnn.pad_sequence([f(r) for r in rows], batch_first=True, padding_value=v)
         return pad(lambda r: r[:-1], 0), pad(lambda r: r[1:], -100)
 
@@ -141,7 +144,7 @@ def next_token_loss(model, batch): # The default loss: mean cross-entropy in nat
     ids, targets = batch
     return model(ids, targets)
 
-# %% ../nbs/07_train.ipynb #9c38414c
+# %% ../nbs/07_train.ipynb #87c0b933
 def fit(
     model: nn.Module,
     batches,                # Function: step → batch, whose second part is the targets (−100: ignored)
@@ -149,6 +152,7 @@ def fit(
     loss=next_token_loss,   # Function: (model, batch) → scalar
     before_step=None,       # Called as f(model) when gradients are there: a penalty's gradient
     after_step=None,        # Called as f(model, lr) after the step: a proximal step, masks
+    observe=None,           # Called as f(result so far) after each step: evaluations along the way; their time does not count
     checkpoint=None,        # Folder; where it holds a checkpoint, the run goes on from there
     checkpoint_s: float = 240., # Seconds between checkpoints
     stop_s: float = math.inf,   # Stop (resumable) after so many seconds
@@ -189,6 +193,9 @@ def fit(
         if len(recent) == max(1, min(50, c.steps//20)) or r.step == c.steps:
             r.curve.append([r.tokens, round(float(np.mean(recent)), 4)]); recent = []
             bar.set_postfix(loss=r.curve[-1][1], tokens=f'{r.tokens/1e6:.2f}M', refresh=False)
+        if observe:
+            paused = time.time(); observe(r)
+            begun += time.time() - paused
         if checkpoint and time.time() - saved > checkpoint_s: save(); saved = time.time()
     bar.close()
     if checkpoint: save()

@@ -39,7 +39,7 @@ CONF
 
 stop() {
     for name in slurmd slurmctld; do [ -f "$HERE/$name.pid" ] && kill "$(cat "$HERE/$name.pid")" || true; done
-    rm -rf "$HERE" "$SLURM_CONF"
+    sleep 2; rm -rf "$HERE" "$SLURM_CONF"
 }
 
 case ${1:-} in start|stop) "$1" ;; *) echo "usage: $0 start|stop" >&2; exit 2 ;; esac

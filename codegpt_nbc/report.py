@@ -44,13 +44,21 @@ def _cost(r: Result) -> dict:
         out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6)
     return out
 
-# %% ../nbs/24_report.ipynb #13897286
+# %% ../nbs/24_report.ipynb #8d09c1ca
 LABELS = { # method → what a run did, in words, from its settings
     'baseline': lambda c: 'dense, fp32',
     'prune': lambda c: f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)',
     'quantize': lambda c: f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}",
     'onnx': lambda c: f"ONNX Runtime {c['precision']}",
+    'distill': lambda c: {'random': '{} layers from random weights, distilled', 'reduced': '{} layers, distilled', 'model': 'distilled back'}[c['student']].format(c['layers']) + _variant(c),
+    'trim_vocabulary': lambda c: 'smaller vocabulary' + (f" ({c['size']})" if c.get('size') else ''),
 }
+
+def _variant(c: dict) -> str:
+    "What sets a distillation apart from the standard one."
+    said = {'teacher from random weights': c.get('fresh_teacher'), f"teacher {c.get('teacher')}": c.get('teacher') and c['student'] != 'model', 'altered weights': c.get('alpha_ce', .33) > 1,
+            f"{c.get('epochs')} epochs on the shortest files": c.get('shortest', 1) < 1, 'teacher learning': c['student'] == 'reduced' and not c.get('frozen', True)}
+    return ''.join(f', {text}' for text, holds in said.items() if holds)
 
 def _label(r: Result, results: dict) -> str:
     "The run in words, after the words for the model it started from."

@@ -2,14 +2,14 @@
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from codegpt_nbc.grid import check_parameters, read_profile, template_of
+from codegpt_nbc.grid import NOT_PROFILES, check_parameters, read_profile, template_of
 from codegpt_nbc.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
 from codegpt_nbc.record import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 TEMPLATES = sorted((ROOT/'nbs'/'experiments').glob('*.ipynb'))
-PROFILES = sorted(p.stem for p in (ROOT/'configs').glob('*.yaml'))
+PROFILES = sorted(p.stem for p in (ROOT/'configs').glob('*.yaml') if p.stem not in NOT_PROFILES)
 
 
 def cells(path): return json.loads(path.read_text())['cells']

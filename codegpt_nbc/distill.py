@@ -229,7 +229,7 @@ def digest(*parts) -> str: # 16 hexadecimal digits
         else: h.update(str(p).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/13_distill.ipynb #422a1030
+# %% ../nbs/13_distill.ipynb #d365263a
 BETAS = (.9, .98) # AdamW's, DistilBERT's training code
 
 class DistillConfig(RunConfig):
@@ -247,10 +247,10 @@ class DistillConfig(RunConfig):
     tokens: int | None = Field(None, ge=1)          # for the student to see, over all epochs; None: all of the shard in each
     epochs: int = Field(1, ge=1)
     shortest: float = Field(1., gt=0, le=1)         # share of the files, shortest first
-    length: int = Field(256, ge=12)                 # tokens of a row
-    batch: int = Field(8, ge=1)                     # rows a step
+    length: int = Field(512, ge=12)                 # tokens of a row
+    batch: int = Field(4, ge=1)                     # rows a step
     optimizer: Literal[OPTIMIZERS] = 'adamw'
-    lr: float = Field(5e-4, gt=0)
+    lr: float | None = Field(None, gt=0)            # None: DistilBERT's 5e-4 for random weights, 2e-4 for a student that knows something already
     warmup: float = Field(.05, ge=0, lt=1)          # share of the steps
     clip: float = Field(5., gt=0)                   # gradient norm, of student and teacher each
     curve_samples: int = Field(0, ge=0)             # of validation projects, at each point of the learning curve; 0: no curve
@@ -260,7 +260,7 @@ class DistillConfig(RunConfig):
         if self.student == 'model' and self.layers is not None: raise ValueError("layers are chosen for a student that is 'random' or 'reduced': leave them out, or choose such a student.")
         if self.fresh_teacher and self.frozen: raise ValueError('a teacher of random weights that does not learn teaches nothing: set frozen to false.')
 
-# %% ../nbs/13_distill.ipynb #b2ea1073
+# %% ../nbs/13_distill.ipynb #bd46eccf
 @patch(as_prop=True)
 def teacher_folder(self: DistillConfig) -> Path: return resolve_model(self.teacher or (BASE_MODEL.name if self.student == 'model' else self.model), self.profile)
 
@@ -278,7 +278,7 @@ def training(self: DistillConfig, rows: list) -> TrainConfig:
     "Enough steps for the tokens asked."
     per_epoch, tokens = Samples(rows, self.batch).per_epoch, sum(len(r) - 1 for r in rows)
     steps = self.epochs*per_epoch if self.tokens is None else max(1, round(self.tokens*per_epoch/tokens))
-    return TrainConfig(steps=steps, lr=self.lr, optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0., betas=BETAS, clip=0., seed=self.seed)
+    return TrainConfig(steps=steps, lr=self.lr or (5e-4 if self.student == 'random' else 2e-4), optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0., betas=BETAS, clip=0., seed=self.seed)
 
 @patch(as_prop=True)
 def work(self: DistillConfig) -> Path: # named after settings and weights, so that only the very same run goes on from it

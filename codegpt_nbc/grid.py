@@ -15,7 +15,7 @@ from pydantic import Field
 from .config import Strict
 from .paths import BASE_MODEL, atomic_path, models_dir, project_root, runs_dir
 
-# %% ../nbs/23_grid.ipynb #557cd030
+# %% ../nbs/23_grid.ipynb #24c617e0
 class Block(Strict):
     "Runs that differ only in swept parameters."
     method: str = ''                 # names the template
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def needs(self) -> list: # ids of runs whose model this one reads
-        return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v != BASE_MODEL.name))
+        return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v not in ('', BASE_MODEL.name)))
 
 # %% ../nbs/23_grid.ipynb #73b9023a
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session'}   # methods that leave no model folder

@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test prepare lab export readme ship clean lock
+.PHONY: help reproduce test prepare lab export readme site ship clean lock
 
 help:       ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
@@ -30,6 +30,9 @@ export: $(VENV)/ready  ## Write the package from the notebooks, and clean them
 
 readme: $(VENV)/ready  ## Write README.md from nbs/index.ipynb
 	python -c "from codegpt_nbc.report import readme; readme()"
+
+site: $(VENV)/ready  ## Render notebooks, runs, figures and the reference as pages, _site/ (EXECUTE=1: run the notebooks)
+	@python -m codegpt_nbc.site $(if $(EXECUTE),--execute)
 
 ship: $(VENV)/ready  ## Make the model folder MODEL the embedded model, and run again what depends on it
 	python -c "from codegpt_nbc.pretrain import ship; ship('$(MODEL)')"

@@ -59,7 +59,7 @@ class KVCache:
         for l in range(len(self.k)): self.k[l], self.v[l] = self.k[l][rows], self.v[l][rows]
         self.length = self.length[rows]
 
-# %% ../nbs/05_model.ipynb #7d18d002
+# %% ../nbs/05_model.ipynb #19edcc84
 class Attention(nn.Module):
     "Causal multi-head attention with packed query, key and value."
     def __init__(self, d_model: int, n_head: int, d_head: int):
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(b, s, 3, self.n_head, self.d_head).permute(2, 0, 3, 1, 4)
         if cache is None or positions is None:
             if cache is not None: cache.k[layer][:, :, :s], cache.v[layer][:, :, :s] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = self.attend(q, k, v)
         else: y = self._continue(q, k, v, cache, layer, positions)
         return self.proj(y.transpose(1, 2).reshape(b, s, self.n_head*self.d_head))
 
@@ -84,7 +84,11 @@ class Attention(nn.Module):
         cache.v[layer][rows, :, positions] = v.transpose(1, 2)
         filled = int(positions.max()) + 1
         seen = torch.arange(filled) <= positions[:, None, :, None]
-        return F.scaled_dot_product_attention(q, cache.k[layer][:, :, :filled], cache.v[layer][:, :, :filled], attn_mask=seen)
+        return self.attend(q, cache.k[layer][:, :, :filled], cache.v[layer][:, :, :filled], seen)
+
+    def attend(self, q, k, v, seen=None):
+        "Values weighted by softmax(QKᵀ/√d), fused; `seen` (batch, 1, new, filled) says what may be looked at, None: what is not later."
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
 
 # %% ../nbs/05_model.ipynb #9ab77634
 class FeedForward(nn.Module):
@@ -238,7 +242,7 @@ def read_config(folder) -> dict:
     if not path.is_file(): raise FileNotFoundError(f'{folder} holds no config.json: give a Hugging Face model folder.')
     return read_json(path)
 
-# %% ../nbs/05_model.ipynb #dfcf4ab1
+# %% ../nbs/05_model.ipynb #87bcc5a9
 READERS = {} # `quant_method` → function(shape, tensors, config) that returns a Decoder
 
 def load_model(
@@ -250,7 +254,7 @@ def load_model(
     method = config.get('quantization_config', {}).get('quant_method')
     if method is None: return from_disk(shape, tensors, family).eval()
     if method not in READERS:
-        import codegpt_nbc.quantize # registers its reader
+        import codegpt_nbc.quantize, codegpt_nbc.static_quantize # register their readers
     if method not in READERS: raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     return READERS[method](shape, tensors, config).eval()
 

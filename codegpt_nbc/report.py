@@ -44,13 +44,17 @@ def _cost(r: Result) -> dict:
         out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6)
     return out
 
-# %% ../nbs/24_report.ipynb #8d09c1ca
+# %% ../nbs/24_report.ipynb #c0eb79b4
 LABELS = { # method → what a run did, in words, from its settings
     'baseline': lambda c: 'dense, fp32',
     'prune': lambda c: f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)',
     'quantize': lambda c: f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}",
     'onnx': lambda c: f"ONNX Runtime {c['precision']}",
     'distill': lambda c: {'random': '{} layers from random weights, distilled', 'reduced': '{} layers, distilled', 'model': 'distilled back'}[c['student']].format(c['layers']) + _variant(c),
+    'xtc': lambda c: {1: '1 bit a weight', 2: 'ternary', 32: f"{len(c['layers'] or [])} layers, by XTC's loss"}[c['bits']],
+    'static_quantize': lambda c: 'static int8' + (', 16 bits in places (MP)' if c['sixteen_bit'] else {1: '', 0: ', a range a channel (PEG)'}.get(c['groups'], f", {c['groups']} groups (PEG{', sorted' if c['permute'] else ''})"))
+                                 + (', min-max weights' if c['weight_range'] == 'min_max' else ''),
+    'gptq': lambda c: f"GPTQ int{c['bits']}" + (f", blocks of {c['block']}" if c['block'] else ''),
     'trim_vocabulary': lambda c: 'smaller vocabulary' + (f" ({c['size']})" if c.get('size') else ''),
 }
 

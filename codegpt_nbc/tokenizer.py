@@ -61,7 +61,7 @@ def check_fits(tok: Tokenizer, vocab: int):
     n = tok.get_vocab_size()
     if n > vocab: raise ValueError(f'the tokenizer has {n} tokens but the model only {vocab}: use the tokenizer that the model was trained with.')
 
-# %% ../nbs/03_tokenizer.ipynb #991c0401
+# %% ../nbs/03_tokenizer.ipynb #b4b2880f
 _ALONE = re.compile(r'\s*(<NUM_LIT(?::[^>\s]*)?>)\s*')
 
 def decode_lines(
@@ -71,9 +71,15 @@ def decode_lines(
     "Text of generated lines, blanks as in CodeXGLUE."
     return [_ALONE.sub(r' \1 ', t).strip() for t in tok.decode_batch(rows, skip_special_tokens=False)]
 
+def _whole(text: str) -> str:
+    "Half a character (an unpaired surrogate, as Python reads a byte that is no UTF-8) becomes U+FFFD."
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
+
 def encode_batch(tok: Tokenizer, texts: list) -> list: # of lists of ids
     "Token ids, encoded on all cores."
-    return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
+    try: rows = tok.encode_batch_fast(texts, add_special_tokens=False)
+    except TypeError: rows = tok.encode_batch_fast(list(map(_whole, texts)), add_special_tokens=False)
+    return [e.ids for e in rows]
 
 # %% ../nbs/03_tokenizer.ipynb #0fc1eebb
 def pack(

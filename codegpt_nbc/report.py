@@ -44,24 +44,24 @@ def _cost(r: Result) -> dict:
         out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6)
     return out
 
-# %% ../nbs/24_report.ipynb #c0eb79b4
+# %% ../nbs/24_report.ipynb #53dd056e
 LABELS = { # method → what a run did, in words, from its settings
     'baseline': lambda c: 'dense, fp32',
     'prune': lambda c: f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)',
     'quantize': lambda c: f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}",
     'onnx': lambda c: f"ONNX Runtime {c['precision']}",
-    'distill': lambda c: {'random': '{} layers from random weights, distilled', 'reduced': '{} layers, distilled', 'model': 'distilled back'}[c['student']].format(c['layers']) + _variant(c),
-    'xtc': lambda c: {1: '1 bit a weight', 2: 'ternary', 32: f"{len(c['layers'] or [])} layers, by XTC's loss"}[c['bits']],
-    'static_quantize': lambda c: 'static int8' + (', 16 bits in places (MP)' if c['sixteen_bit'] else {1: '', 0: ', a range a channel (PEG)'}.get(c['groups'], f", {c['groups']} groups (PEG{', sorted' if c['permute'] else ''})"))
-                                 + (', min-max weights' if c['weight_range'] == 'min_max' else ''),
-    'gptq': lambda c: f"GPTQ int{c['bits']}" + (f", blocks of {c['block']}" if c['block'] else ''),
+    'distill': lambda c: {'random': '{} layers from random weights, distilled', 'reduced': '{} layers, distilled', 'model': 'distilled back'}[c.get('student', 'reduced')].format(c.get('layers')) + _variant(c),
+    'xtc': lambda c: {1: '1 bit a weight', 2: 'ternary', 32: f"{len(c.get('layers') or [])} layers, by XTC's loss"}[c.get('bits', 1)],
+    'static_quantize': lambda c: 'static int8' + (', 16 bits in places (MP)' if c.get('sixteen_bit') else {1: '', 0: ', a range a channel (PEG)'}.get(c.get('groups', 1), f", {c.get('groups')} groups (PEG{', sorted' if c.get('permute') else ''})"))
+                                 + (', min-max weights' if c.get('weight_range') == 'min_max' else ''),
+    'gptq': lambda c: f"GPTQ int{c.get('bits', 4)}" + (f", blocks of {c['block']}" if c.get('block') else ''),
     'trim_vocabulary': lambda c: 'smaller vocabulary' + (f" ({c['size']})" if c.get('size') else ''),
 }
 
 def _variant(c: dict) -> str:
     "What sets a distillation apart from the standard one."
-    said = {'teacher from random weights': c.get('fresh_teacher'), f"teacher {c.get('teacher')}": c.get('teacher') and c['student'] != 'model', 'altered weights': c.get('alpha_ce', .33) > 1,
-            f"{c.get('epochs')} epochs on the shortest files": c.get('shortest', 1) < 1, 'teacher learning': c['student'] == 'reduced' and not c.get('frozen', True)}
+    said = {'teacher from random weights': c.get('fresh_teacher'), f"teacher {c.get('teacher')}": c.get('teacher') and c.get('student') != 'model', 'altered weights': c.get('alpha_ce', .33) > 1,
+            f"{c.get('epochs')} epochs on the shortest files": c.get('shortest', 1) < 1, 'teacher learning': c.get('student') == 'reduced' and not c.get('frozen', True)}
     return ''.join(f', {text}' for text, holds in said.items() if holds)
 
 def _label(r: Result, results: dict) -> str:
@@ -69,18 +69,19 @@ def _label(r: Result, results: dict) -> str:
     own, base = LABELS.get(r.method, lambda c: r.run_id)(r.config), results.get(r.config.get('model'))
     return own if base is None or base is r or base.method == 'baseline' else f'{_label(base, results)} → {own}'
 
-# %% ../nbs/24_report.ipynb #88e6a421
+# %% ../nbs/24_report.ipynb #5ca7de13
 COLUMNS = ['method', 'label', 'model', 'pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision',
            *(f'{p}_{m}' for p in ('codexglue', 'thesis') for m in ('n', 'es', 'es_low', 'es_high', 'em', 'em_low', 'em_high', 'identifier_f1', 'whole')),
            'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'prefill_ms', 'decode_ms_per_token',
            'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio', 'baseline_peak_mb', 'result']
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
-    "All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name and the methods of its planned runs."
+    "All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned runs, and which of them are to be measured."
     results = load_results(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
-    try: planned = {i: r.method for i, r in read_profile(profile).items()}
-    except FileNotFoundError: planned = {}
+    try: runs = read_profile(profile)
+    except FileNotFoundError: runs = {}
+    planned, timed = {i: r.method for i, r in runs.items()}, {r.params['target'] for r in runs.values() if r.method == 'measure'}
     rows = {}
     for i in [*(i for i in planned if i in results), *(i for i in results if i not in planned)]:
         r = results[i]
@@ -89,10 +90,10 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
         rows[i] = {k: r.config[k] for k in COLUMNS if k in r.config} | accuracy | _cost(r) | (_cost(measured[i]) if i in measured else {})
         rows[i] |= dict(method=r.method, label=_label(r, results), result=r)
     df = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name='run_id')).reindex(columns=COLUMNS)
-    df.attrs = dict(profile=profile, planned=planned)
+    df.attrs = dict(profile=profile, planned=planned, timed=timed)
     return df
 
-# %% ../nbs/24_report.ipynb #953211bd
+# %% ../nbs/24_report.ipynb #a10e90ad
 def _some(ids, most: int = 4) -> str:
     "The first few of a list, and how many more."
     return ', '.join(ids[:most]) + (f' and {len(ids) - most} more' if len(ids) > most else '')
@@ -101,7 +102,7 @@ def absent(fr: pd.DataFrame, *methods: str) -> str: # '' if nothing is missing
     "Names the planned runs that have no result yet; of all methods, if none is given."
     planned = {i: m for i, m in fr.attrs['planned'].items() if m not in WITHOUT_MODEL and m in (methods or {m})}
     runs = [i for i in planned if i not in fr.index]
-    speeds = [i for i in planned if i in fr.index and np.isnan(fr.ratio[i])]
+    speeds = [i for i in planned if i in fr.attrs['timed'] and i in fr.index and np.isnan(fr.ratio[i])]
     return ' '.join(f'{what}: {_some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
 
 # %% ../nbs/24_report.ipynb #a8b52e1a

@@ -34,7 +34,7 @@ def run(
     from codegpt_nbc.grid import run_notebook
     run_notebook(template, out, json.loads(params))
 
-# %% ../nbs/25_cli.ipynb #65839450
+# %% ../nbs/25_cli.ipynb #0d15f12f
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Argument(help='a model folder')],
@@ -52,10 +52,13 @@ def complete(
     model: Annotated[Path | None, typer.Option(help='a model folder; by default the embedded model')] = None,
 ):
     "Complete one line."
+    import warnings
     from codegpt_nbc.evaluate import open_engine
-    from codegpt_nbc.generate import complete
+    from codegpt_nbc.generate import Truncated, complete
     from codegpt_nbc.paths import BASE_MODEL
-    print(complete(*open_engine(model or BASE_MODEL), prompt))
+    with warnings.catch_warnings(record=True, action='always', category=Truncated) as said: line = complete(*open_engine(model or BASE_MODEL), prompt)
+    for w in said: print(f'codegpt-nbc: {w.message}', file=sys.stderr)
+    print(line)
 
 # %% ../nbs/25_cli.ipynb #a65c2ad9
 @app.command()

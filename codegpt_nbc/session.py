@@ -17,12 +17,12 @@ from .config import RunConfig
 from .generate import MAX_NEW, Engine, Truncated, greedy, room_for, start_of_text
 from .tokenizer import decode_lines, encode_batch, end_of_line
 
-# %% ../nbs/16_session.ipynb #db5380ca
+# %% ../nbs/16_session.ipynb #8c7625b7
 @dataclass(frozen=True)
 class PromptLookup:
     "Drafts from the text itself."
-    longest: int = 4   # Tokens of an occurrence that are compared at most
-    shortest: int = 1  # Shorter occurrences are not believed
+    longest: int = 10  # Tokens of an occurrence that are compared at most
+    shortest: int = 2  # Shorter occurrences are not believed
     first: int = 4     # Tokens of a completion's first draft
     most: int = 16     # Tokens of any draft
 

@@ -63,13 +63,13 @@ def _callouts(ax, points: list):
         ax.annotate(text, (x, y), xytext=(1.03, (at - low)/(high - low)), textcoords='axes fraction', va='center', fontsize=7, color=color, annotation_clip=False,
                     arrowprops=dict(arrowstyle='-', lw=.5, color='#bbbbbb', shrinkB=3))
 
-# %% ../nbs/26_compare.ipynb #b8c54631
+# %% ../nbs/26_compare.ipynb #ea69140a
 METHOD_NAMES = {'baseline': 'dense', 'prune': 'pruning', 'quantize': 'dynamic int8', 'onnx': 'ONNX Runtime', 'distill': 'distillation', 'xtc': 'XTC', 'static_quantize': 'MP and PEG',
                 'gptq': 'GPTQ', 'trim_vocabulary': 'vocabulary'}
 
-PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled', 'distil-4': 'its 4 layers'}
+PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled', 'distil-12': '12 to 4 layers'}
 
-# %% ../nbs/26_compare.ipynb #d71b1ed2
+# %% ../nbs/26_compare.ipynb #0f1365e3
 def _pareto_panel(ax, fr: pd.DataFrame, x: pd.Series, kept: pd.DataFrame, theirs: pd.Series, name: str):
     "ES retained against `x` (times better than dense)."
     both = x.notna() & kept.es.notna()
@@ -103,7 +103,7 @@ def fig_pareto(fr: pd.DataFrame):
     methods = [m for m in dict.fromkeys(rows.method) if m in METHOD_NAMES]
     handles = [axes[0].plot([], [], 'o', color=color_of(rows[rows.method == m].iloc[0]), ms=5, label=METHOD_NAMES[m])[0] for m in methods]
     fig.legend(handles=[*handles, *axes[0].plot([], [], **DIAMOND, label='published')], loc='outside upper left', ncols=5, handletextpad=.2)
-    _foot(fig, _about(fr), 'Diamonds: the studies\' own numbers for CodeGPT (124 M), relative to their own dense model and under their protocol. Line: our Pareto front, named at the right.', absent(rows))
+    _foot(fig, _about(fr), 'Diamonds: the studies\' own numbers for CodeGPT (124 M), relative to their own dense model and under their protocol. Line: our Pareto front, named at the right.', absent(fr))
     return fig
 
 # %% ../nbs/26_compare.ipynb #164ae003

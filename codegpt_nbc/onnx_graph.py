@@ -271,7 +271,9 @@ def open_session(
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
 
-# %% ../nbs/12_onnx.ipynb #39b0d600
+# %% ../nbs/12_onnx.ipynb #722a1462
+def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
+
 class OrtEngine:
     "ONNX Runtime on a folder of `export_onnx`, on the CPU."
     name = 'onnxruntime'
@@ -295,6 +297,7 @@ class OrtEngine:
         "Bind each layer's cache, as its past and as its present."
         from onnxruntime import OrtValue
         self.io, self.arrays, self.value = self.session.io_binding(), {}, OrtValue.ortvalue_from_numpy
+        self.each = _pairs(np.arange(len(self.lengths)), 0)   # what a step asks for
         for name, a in self.cache.items():
             value = self.value(a)
             self.io.bind_ortvalue_input(name, value)
@@ -310,26 +313,26 @@ class OrtEngine:
                 self.logits = np.empty((len(a), self.vocab), np.float32)
                 self.io.bind_ortvalue_output('logits', self.value(self.logits))
 
-    def _run(self, ids, rows, positions):
+    def _run(self, ids, asked):
         "Append `ids` (batch, new) to the cache, and compute logits where asked; the lengths are the caller's to advance."
         new = ids.shape[1]
-        self._put(input_ids=ids, position_ids=self.lengths[:, None] + np.arange(new), asked=np.stack([rows, positions], 1), seqlens_k=self.lengths + (new - 1),
+        self._put(input_ids=ids, position_ids=self.lengths[:, None] + np.arange(new), asked=asked, seqlens_k=self.lengths + (new - 1),
                   total_sequence_length=self.lengths.max(keepdims=True) + new)
         self.session.run_with_iobinding(self.io)
         return self.logits.copy()
 
     def prefill(self, ids, lengths):
-        logits = self._run(ids, np.arange(len(ids)), lengths - 1)
+        logits = self._run(ids, _pairs(np.arange(len(ids)), lengths - 1))
         self.lengths = lengths.copy()
         return logits
 
     def step(self, tokens):
-        logits = self._run(tokens[:, None], np.arange(len(tokens)), np.zeros_like(tokens))
+        logits = self._run(tokens[:, None], self.each)
         self.lengths = self.lengths + 1
         return logits
 
     def extend(self, tokens, last=1):
-        logits = self._run(tokens[None], np.zeros(last, np.int64), np.arange(len(tokens) - last, len(tokens)))
+        logits = self._run(tokens[None], _pairs(0, np.arange(len(tokens) - last, len(tokens))))
         self.lengths = self.lengths + len(tokens)
         return logits
 

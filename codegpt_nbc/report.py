@@ -410,7 +410,7 @@ def tab_comparison(fr: pd.DataFrame) -> pd.DataFrame:
     rest = [our(r) for _, r in ours[~ours.method.isin(theirs.method)].iterrows()]
     return _table(sum(groups, []) + rest)[['model', 'from', *COMPARED, *(['ES %', 'EM %'] if len(ours) else [])]]
 
-# %% ../nbs/24_report.ipynb #a5a2f77d
+# %% ../nbs/24_report.ipynb #ffc39bfc
 FIGURES = (fig_pruning, fig_quantization, fig_latency)
 TABLES = (tab_main, tab_pruning, tab_quantization, tab_onnx, tab_comparison, tab_runs)
 
@@ -426,9 +426,19 @@ def _save_figure(fig, path: Path):
     with plt.rc_context(RC), io.BytesIO() as big, atomic_path(path.with_suffix('.svg')) as svg, atomic_path(path.with_suffix('.png')) as png:
         fig.savefig(svg, metadata={'Date': None})
         fig.savefig(big, format='png', dpi=150)
-        Image.open(big).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(png, optimize=True)
+        Image.open(big).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(png, optimize=True)
 
-# %% ../nbs/24_report.ipynb #1290cfd8
+def _shown(fig):
+    "A picture for a notebook, of few bytes."
+    import io, matplotlib.pyplot as plt
+    from PIL import Image
+    from IPython.display import Image as Shown
+    with plt.rc_context(RC), io.BytesIO() as big, io.BytesIO() as small:
+        fig.savefig(big, format='png', dpi=90)
+        Image.open(big).convert('RGB').quantize(32, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+        return Shown(small.getvalue())
+
+# %% ../nbs/24_report.ipynb #1dd5f8cd
 def publish(
     make,              # One of `FIGURES` and `TABLES`
     fr: pd.DataFrame,
@@ -436,9 +446,8 @@ def publish(
     "Make it, and write its files into the profile's figures folder."
     made, path = make(fr), figures_dir(fr.attrs['profile'])/make.__name__
     if not isinstance(made, pd.DataFrame):
-        from IPython.display import Image
         _save_figure(made, path)
-        return Image(path.with_suffix('.png').read_bytes(), width=830)
+        return _shown(made)
     write_text(path.with_suffix('.csv'), made.to_csv(index=False))
     if make is not tab_runs: write_text(path.with_suffix('.md'), markdown(made) + '\n')
     return made

@@ -6,13 +6,13 @@
 __all__ = ['PromptLookup', 'Written', 'write', 'lookup', 'cuts_at', 'LineEncoder', 'Session', 'measure_lookup', 'held_out_files',
            'edited', 'measure_edits', 'time_ratio', 'summarise_lookup', 'summarise_edits', 'SessionConfig']
 
-# %% ../nbs/16_session.ipynb #9b559a97
+# %% ../nbs/16_session.ipynb #3fe78816
 import copy, itertools, warnings
 from dataclasses import dataclass
 from time import perf_counter
 import numpy as np
 from fastcore.basics import patch
-from pydantic import Field
+from pydantic import Field, NonNegativeInt, PositiveInt
 from .config import RunConfig
 from .generate import MAX_NEW, Engine, Truncated, greedy, room_for, start_of_text
 from .tokenizer import decode_lines, encode_batch, end_of_line
@@ -210,7 +210,7 @@ def edited(
         head, i = head + lines[i:j], j
     return []
 
-# %% ../nbs/16_session.ipynb #c29159bc
+# %% ../nbs/16_session.ipynb #06097a2d
 def measure_edits(
     engine: Engine, tok,
     files: list,             # Texts of `held_out_files`; those too short are passed over
@@ -231,12 +231,12 @@ def measure_edits(
             for k, text in enumerate(steps):
                 done = _in_turn({name: (lambda f=f: f(text)) for name, f in dict(cold=from_nothing, warm=warm.complete, drafted=drafted.complete).items()}, i + k)
                 (line, _), (line_warm, _), (line_drafted, _) = done['cold'], done['warm'], done['drafted']
-                if k: rows.append(dict(file=i, **{name: t for name, (_, t) in done.items()}, window=cold.read, read=warm.read, tokens=len(cold.written.tokens), passes=drafted.written.passes + 1,
-                                       same=line == line_warm, same_drafted=line == line_drafted))
+                if k: rows.append(dict(file=i, **{name: t for name, (_, t) in done.items()}, window=cold.read, read=warm.read,
+                                       tokens=len(cold.written.tokens), passes=drafted.written.passes + 1, same=line == line_warm, same_drafted=line == line_drafted))
     if not rows: raise ValueError(f'no file is long enough for {edits} edits after {tokens} tokens: ask for less.')
     return pd.DataFrame(rows)
 
-# %% ../nbs/16_session.ipynb #6b1db2d2
+# %% ../nbs/16_session.ipynb #7a98cd26
 def time_ratio(df, fast: str, slow: str, groups) -> tuple: # (median, least, greatest) of fast/slow
     "Ratio of two columns of seconds, with its spread over groups of rows."
     sums = df.groupby(groups)[[fast, slow]].sum()
@@ -246,8 +246,10 @@ def time_ratio(df, fast: str, slow: str, groups) -> tuple: # (median, least, gre
 def summarise_lookup(
     df, # From `measure_lookup`
 ) -> dict:
-    "What prompt lookup saved."
-    return dict(samples=len(df), time_ratio=time_ratio(df, 'drafted', 'plain', np.arange(len(df)) % 5), plain_ms=1e3*float(df.plain.mean()), drafted_ms=1e3*float(df.drafted.mean()), tokens=float(df.tokens.mean()),
+    "What prompt lookup saved; empty where nothing was measured."
+    if df.empty: return {}
+    return dict(samples=len(df), time_ratio=time_ratio(df, 'drafted', 'plain', np.arange(len(df)) % 5),
+                plain_ms=1e3*float(df.plain.mean()), drafted_ms=1e3*float(df.drafted.mean()), tokens=float(df.tokens.mean()),
                 tokens_per_pass=float((df.tokens - 1).sum()/max(1, df.passes.sum())), accepted_of_guessed=float(df.accepted.sum()/max(1, df.guessed.sum())), same_text=int(df.same.sum()))
 
 def summarise_edits(
@@ -258,11 +260,10 @@ def summarise_edits(
                 **{f'{k}_ms': 1e3*float(df[k].mean()) for k in ('cold', 'warm', 'drafted')}, **{k: float(df[k].mean()) for k in ('window', 'read', 'tokens', 'passes')},
                 moved=int((df.read == df.window).sum()), same_text=int(df.same.sum()), same_text_drafted=int(df.same_drafted.sum()))
 
-# %% ../nbs/16_session.ipynb #32ea5df2
+# %% ../nbs/16_session.ipynb #fd836aa9
 class SessionConfig(RunConfig):
     "Which edits to make. `codexglue` is the number of samples on which prompt lookup is timed."
-    codexglue: int = Field(20, ge=1)
-    cases: dict[str, tuple[int, int]] = Field({'at the end': (360, 0)}, min_length=1)  # tokens before the first edit, lines between it and the cursor
+    cases: dict[str, tuple[PositiveInt, NonNegativeInt]] = Field({'at the end': (360, 0)}, min_length=1)  # tokens before the first edit, lines between it and the cursor
     files: int = Field(10, ge=1)       # edited in each case
     edits: int = Field(4, ge=1)        # of each file
     size: int = Field(20, ge=1)        # tokens of an edit, at least

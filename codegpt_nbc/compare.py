@@ -63,11 +63,11 @@ def _callouts(ax, points: list):
         ax.annotate(text, (x, y), xytext=(1.03, (at - low)/(high - low)), textcoords='axes fraction', va='center', fontsize=7, color=color, annotation_clip=False,
                     arrowprops=dict(arrowstyle='-', lw=.5, color='#bbbbbb', shrinkB=3))
 
-# %% ../nbs/26_compare.ipynb #ea69140a
+# %% ../nbs/26_compare.ipynb #0304fd80
 METHOD_NAMES = {'baseline': 'dense', 'prune': 'pruning', 'quantize': 'dynamic int8', 'onnx': 'ONNX Runtime', 'distill': 'distillation', 'xtc': 'XTC', 'static_quantize': 'MP and PEG',
                 'gptq': 'GPTQ', 'trim_vocabulary': 'vocabulary'}
 
-PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled', 'distil-12': '12 to 4 layers'}
+PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled'}
 
 # %% ../nbs/26_compare.ipynb #0f1365e3
 def _pareto_panel(ax, fr: pd.DataFrame, x: pd.Series, kept: pd.DataFrame, theirs: pd.Series, name: str):

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'COLUMNS', 'COLORS', 'RC', 'WIDTH', 'DIAMOND', 'PANELS', 'UNITS', 'COMPARED', 'FIGURES', 'TABLES',
-           'published', 'frame', 'absent', 'headline', 'versus', 'color_of', 'styled', 'fig_pruning',
+           'published', 'frame', 'absent', 'without_steps', 'headline', 'versus', 'color_of', 'styled', 'fig_pruning',
            'fig_quantization', 'latency', 'fig_latency', 'tab_main', 'tab_runs', 'tab_pruning', 'tab_quantization',
            'tab_onnx', 'tab_comparison', 'markdown', 'publish', 'embed', 'claim', 'readme', 'ReportConfig']
 
-# %% ../nbs/24_report.ipynb #695bea02
+# %% ../nbs/24_report.ipynb #af7ba127
 import re
 from functools import cache, wraps
 from pathlib import Path
 import numpy as np, pandas as pd
 from .config import RunConfig
-from .grid import WITHOUT_MODEL, read_profile
+from .grid import WITHOUT_MODEL, is_step, read_profile
 from .paths import ASSETS, atomic_path, figures_dir, project_root, read_json, write_text
 from .record import Result, load_results
 
@@ -105,12 +105,17 @@ def absent(fr: pd.DataFrame, *methods: str) -> str: # '' if nothing is missing
     speeds = [i for i in planned if i in fr.attrs['timed'] and i in fr.index and np.isnan(fr.ratio[i])]
     return ' '.join(f'{what}: {_some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
 
-# %% ../nbs/24_report.ipynb #a8b52e1a
+# %% ../nbs/24_report.ipynb #dfa14590
+def without_steps(fr: pd.DataFrame) -> pd.DataFrame:
+    "The runs that are not steps on the way of a recipe."
+    return fr[[not is_step(i) for i in fr.index]]
+
 def headline(
     fr: pd.DataFrame,
     sparsity: float = .6,  # Prefer runs near it
 ) -> list: # run ids, in the frame's order
-    "One run of each method, pattern, precision and model of origin, and the control."
+    "One run of each method, pattern, precision and model of origin, and the control; no step on the way of a recipe."
+    fr = without_steps(fr)
     kind = [str(tuple(r)) for r in fr.assign(pruned=fr.sparsity != 0)[['method', 'pattern', 'pruned', 'precision', 'model']].itertuples(index=False)]
     order = fr.assign(kind=kind, far=(fr.sparsity - sparsity).abs()).sort_values(['far', 'codexglue_es'], ascending=[True, False], kind='stable')
     best = set(order.drop_duplicates('kind').index)
@@ -208,7 +213,7 @@ def _percent(fr: pd.DataFrame, column: str) -> pd.DataFrame: # value, low, high
     part = lambda suffix: fr[column + suffix] if column + suffix in fr else np.nan
     return pd.DataFrame({'value': fr[column], 'low': part('_low'), 'high': part('_high')}, index=fr.index, dtype=float)*100/_dense(fr, column)[0]
 
-# %% ../nbs/24_report.ipynb #6d41b5eb
+# %% ../nbs/24_report.ipynb #52b80526
 def _published_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
     "The study's dense and 60 % models."
     t = published('sochirca', 'Table 1').loc[['baseline', 'prune-0.6']]
@@ -218,7 +223,7 @@ def _published_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
 def _pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # where its lines end
     "One measure of all patterns against sparsity."
     ends, percent = [], _percent(fr, column)
-    runs = fr[(fr.method == 'prune') & (fr.sparsity > 0)].sort_values('sparsity')
+    runs = without_steps(fr[(fr.method == 'prune') & (fr.sparsity > 0)]).sort_values('sparsity')
     for pattern, rows in runs.groupby('pattern', sort=False):
         x, p, color = 100*rows.sparsity, percent.loc[rows.index], color_of(rows.iloc[0])
         width = max(1., 2.2 - .6*len(ends))   # lines that coincide stay visible, one inside the other
@@ -357,7 +362,7 @@ def tab_runs(fr: pd.DataFrame) -> pd.DataFrame:
     "Every run with every measure, as numbers."
     return fr.drop(columns='result').reset_index()
 
-# %% ../nbs/24_report.ipynb #9e324eb0
+# %% ../nbs/24_report.ipynb #025c7120
 def _printed(p) -> dict: # p: a row of `published`
     "What a published row says, under our columns."
     names = {'file MB': 'raw_mb', 'zipped MB': 'zip_mb', 'peak MB': 'peak_mb', 'ES thesis %': 'es', 'EM thesis %': 'em', 'non-zero M': 'nonzero_m'}
@@ -369,7 +374,7 @@ def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     "Every pattern and sparsity, the control and the dense model, beside what the study printed."
     zipped = _percent(fr, 'zip_mb').value
     rows = [{'model': fr.label[i], 'non-zero M': _num(row.nonzero_m, 3), **_costs(row), 'zipped, % of control': _num(zipped[i], 3), **_scores(fr, i), **_thesis(row)}
-            for i, row in fr[fr.method.isin(['baseline', 'prune'])].iterrows()]
+            for i, row in without_steps(fr[fr.method.isin(['baseline', 'prune'])]).iterrows()]
     theirs = _published_pruning()
     speed, size = theirs.samples_per_s/theirs.samples_per_s.iloc[0], 100*theirs.zip_mb/theirs.zip_mb.iloc[0]
     return _table(rows + [{'model': f'published: {p.model}', **_printed(p), 'non-zero M': f'{p.params_m:g}', 'samples/s, × dense': f'{speed[n]:.2f}', 'zipped, % of control': f'{size[n]:.1f}'} for n, p in theirs.iterrows()])

@@ -105,10 +105,10 @@ def absent(fr: pd.DataFrame, *methods: str) -> str: # '' if nothing is missing
     speeds = [i for i in planned if i in fr.attrs['timed'] and i in fr.index and np.isnan(fr.ratio[i])]
     return ' '.join(f'{what}: {_some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
 
-# %% ../nbs/24_report.ipynb #dfa14590
+# %% ../nbs/24_report.ipynb #2b599c18
 def without_steps(fr: pd.DataFrame) -> pd.DataFrame:
     "The runs that are not steps on the way of a recipe."
-    return fr[[not is_step(i) for i in fr.index]]
+    return fr.loc[np.array([not is_step(i) for i in fr.index], bool)]
 
 def headline(
     fr: pd.DataFrame,

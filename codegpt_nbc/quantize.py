@@ -7,11 +7,11 @@ __all__ = ['SPAN', 'LEAST_HALF', 'TERNARY', 'AnyMapping', 'AnyRange', 'EVERYTHIN
            'Affine', 'HalfAffine', 'WideSymmetric', 'Binary', 'Ternary', 'MinMax', 'MeanMagnitude', 'LeastSquares',
            'Granularity', 'Quantizer', 'Calibrated', 'EmbeddingGroups', 'Fixed', 'Placement', 'matching', 'Scheme',
            'assign', 'study_scheme', 'weight_schemes', 'study_configurations', 'int8_products_are_exact', 'int_matmul',
-           'stored_bits', 'pack', 'unpack', 'Int8Matrix', 'Int8Linear', 'Int8Embedding', 'QuantizedDecoder', 'checksum',
-           'quantize', 'float_decoder', 'simulated', 'finetune_quantized', 'QuantizeConfig']
+           'stored_bits', 'pack', 'unpack', 'Int8Matrix', 'Int8Linear', 'Int8Embedding', 'QuantizedDecoder', 'quantize',
+           'float_decoder', 'simulated', 'finetune_quantized', 'QuantizeConfig']
 
-# %% ../nbs/11_quantize.ipynb #bb47ef58
-import copy, hashlib
+# %% ../nbs/11_quantize.ipynb #3db1d8bd
+import copy
 from contextlib import contextmanager
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -24,7 +24,7 @@ from torch.nn.utils import parametrize
 from fastcore.basics import patch
 from pydantic import Field
 from .config import RunConfig, Strict
-from .model import GPT2, INT8, READERS, Decoder, Shape
+from .model import CHECKSUM, GPT2, INT8, READERS, Decoder, Shape
 from .train import Samples, TrainConfig, TrainResult, fit
 
 # %% ../nbs/11_quantize.ipynb #44d13b04
@@ -410,7 +410,7 @@ class Int8Embedding(Int8Matrix):
         return (self.weight[ids] - z.to(s.dtype))*s
     def project(self, h): return self.linear(h)
 
-# %% ../nbs/11_quantize.ipynb #4d3a50e5
+# %% ../nbs/11_quantize.ipynb #e3e04394
 class QuantizedDecoder(Decoder):
     "A decoder whose matrices are codes where the schemes say so. It cannot be trained."
     def __init__(self, shape: Shape, *schemes: Scheme):
@@ -439,13 +439,7 @@ class QuantizedDecoder(Decoder):
         "What `save_model` writes."
         tensors, schemes = self.packed(), [s.model_dump(mode='json') for s in self.schemes]
         return tensors, {'architectures': ['codegpt_nbc.quantize.QuantizedDecoder'], 'model_type': INT8 + GPT2.model_type,
-            'quantization_config': {'quant_method': 'codegpt_nbc', 'sha256': checksum(tensors), **(schemes[0] if len(schemes) == 1 else {'schemes': schemes})}}
-
-def checksum(tensors: dict) -> str:
-    "SHA-256 of all bytes, by name: a flipped bit of a packed file is a flipped sign, which nothing else would notice."
-    h = hashlib.sha256()
-    for n in sorted(tensors): h.update(tensors[n].numpy().tobytes())
-    return h.hexdigest()
+            'quantization_config': {'quant_method': 'codegpt_nbc', **(schemes[0] if len(schemes) == 1 else {'schemes': schemes})}}
 
 def _beside(name: str, part: str) -> str: return name.removesuffix('weight') + part
 def _same(t): return t
@@ -491,10 +485,10 @@ def float_decoder(model: Decoder) -> Decoder:
     out.load_state_dict(values, assign=True)
     return out.requires_grad_(True).eval()
 
-# %% ../nbs/11_quantize.ipynb #a7e762c5
+# %% ../nbs/11_quantize.ipynb #60945f5a
 def _read(shape: Shape, tensors: dict, config: dict) -> QuantizedDecoder:
     "What `load_model` calls for a folder quantised here."
-    written = {k: v for k, v in config['quantization_config'].items() if k not in ('quant_method', 'sha256')}
+    written = {k: v for k, v in config['quantization_config'].items() if k not in ('quant_method', CHECKSUM)}
     q = _skeleton(shape, *(Scheme(**s) for s in written.get('schemes', [written])))
     state, want = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in q.state_dict().items() if n.endswith('zero_point')}, q.packed()
     for ours, theirs, _, back in q.parts():
@@ -503,8 +497,6 @@ def _read(shape: Shape, tensors: dict, config: dict) -> QuantizedDecoder:
         if (w.shape, w.dtype) != (meta.shape, meta.dtype):
             raise ValueError(f'{theirs!r} is {w.dtype} {tuple(w.shape)}, but the configuration asks for {meta.dtype} {tuple(meta.shape)}.')
         state[ours] = back(w).contiguous()
-    if config['quantization_config'].get('sha256', own := checksum({n: tensors[n] for n in want})) != own:
-        raise ValueError('the weights do not have the checksum that config.json states: the folder is damaged, fetch or make it again.')
     return _fill(q, state)
 
 READERS['codegpt_nbc'] = _read

@@ -7,7 +7,7 @@ __all__ = ['PROBLEM', 'SCORES', 'QKV', 'STATIC', 'Place', 'places', 'Stepwise', 
            'StaticScheme', 'assign_places', 'mixed_precision', 'per_embedding_group', 'StaticDecoder',
            'static_quantize', 'StaticConfig']
 
-# %% ../nbs/15_static_quantize.ipynb #56b1a3ff
+# %% ../nbs/15_static_quantize.ipynb #bcb68af8
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -18,7 +18,7 @@ from pydantic import Field
 from .config import RunConfig, Strict
 from .model import READERS, Decoder, Shape
 from .quantize import (Affine, Calibrated, EmbeddingGroups, Fixed, Granularity, LeastSquares, MinMax, QuantizedDecoder, Quantizer, Scheme,
-                                  Symmetric, checksum, matching)
+                                  Symmetric, matching)
 
 # %% ../nbs/15_static_quantize.ipynb #14bdc55d
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def static_quantize(
     pool = lambda p, g: g.pool(seen[p.name], g.of(p.width, orders[p.family] if g.permute else None))
     return StaticDecoder(q, activations, {p.name: pool(p, s.granularity) for p, s in chosen.items()}, orders)
 
-# %% ../nbs/15_static_quantize.ipynb #cbd7db1f
+# %% ../nbs/15_static_quantize.ipynb #caeca095
 STATIC = 'codegpt_nbc_static'   # `quant_method`
 
 def _activation_tensors(ranges: dict, orders: dict) -> dict: # name in the file → tensor
@@ -188,21 +188,19 @@ def _activation_tensors(ranges: dict, orders: dict) -> dict: # name in the file 
 def to_quantized_disk(self: StaticDecoder) -> tuple: # (tensors, additions to config.json)
     "What `save_model` writes."
     (tensors, extra), own = QuantizedDecoder.to_quantized_disk(self), _activation_tensors(self.ranges, self.orders)
-    extra['quantization_config'] |= {'quant_method': STATIC, 'activations': {'sha256': checksum(own), 'schemes': [s.model_dump(mode='json') for s in self.activations]}}
+    extra['quantization_config'] |= {'quant_method': STATIC, 'activations': [s.model_dump(mode='json') for s in self.activations]}
     return tensors | own, extra | {'architectures': ['codegpt_nbc.static_quantize.StaticDecoder']}
 
 def _read(shape: Shape, tensors: dict, config: dict) -> StaticDecoder:
     "What `load_model` calls for a folder with calibrated activations."
     weights = dict(config['quantization_config'])
-    about = weights.pop('activations')
-    activations = tuple(StaticScheme(**s) for s in about['schemes'])
+    activations = tuple(StaticScheme(**s) for s in weights.pop('activations'))
     chosen = assign_places(shape, activations)
     want = _activation_tensors({p.name: torch.empty(s.granularity.groups or p.width, 2) for p, s in chosen.items()},
                                {p.family: torch.empty(p.width) for p, s in chosen.items() if s.granularity.permute})
     for n, t in want.items():
         if n not in tensors: raise ValueError(f'the weights lack the tensor {n!r}: the folder is incomplete.')
         if tensors[n].shape != t.shape: raise ValueError(f'{n!r} has shape {tuple(tensors[n].shape)}, but the configuration asks for {tuple(t.shape)}.')
-    if checksum({n: tensors[n] for n in want}) != about['sha256']: raise ValueError('the activation ranges do not have the checksum that config.json states: the folder is damaged, fetch or make it again.')
     own = lambda part: {n.removeprefix('activations.').removesuffix('.' + part): tensors[n] for n in want if n.endswith('.' + part)}
     q = READERS['codegpt_nbc'](shape, tensors, config | {'quantization_config': weights})
     return StaticDecoder(q, activations, own('range'), {n: o.long() for n, o in own('order').items()})

@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'slug', 'runs_of', 'apply', 'before_after', 'compress', 'budgets_of', 'Rung', 'Candidate', 'judge',
-           'pareto', 'promising', 'choose', 'SearchState', 'search', 'run_search', 'best_recipe', 'SearchConfig']
+           'pareto', 'promising', 'choose', 'search', 'run_search', 'best_recipe', 'SearchConfig']
 
-# %% ../nbs/27_search.ipynb #0e14a5e7
+# %% ../nbs/27_search.ipynb #2b74b06b
 import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
 from .config import RunConfig, Strict
+from .distill import digest
 from .grid import Block, Profile, Recipe, expand, from_start, read_recipes, run_notebook, template_of
 from .paths import BASE_MODEL, atomic_path, models_dir, read_json, runs_dir, write_json
 
-# %% ../nbs/27_search.ipynb #ca2dee08
+# %% ../nbs/27_search.ipynb #61427490
 def slug(step: dict) -> str:
     "A step's name: the method and what makes it this step."
-    return '-'.join([step['method'], *(str(v) for k, v in step.items() if k != 'method' and not isinstance(v, (list, dict)))])
+    say = lambda v: '_'.join(map(str, v)) if isinstance(v, (list, dict)) else str(v)
+    return '-'.join([step['method'], *(say(v) for k, v in step.items() if k != 'method')])
 
 def runs_of(recipe: Recipe, model, profile: str, budgets: dict, evaluate: dict) -> list: # of `grid.Run`
     "A recipe as runs, in order. `evaluate`: how many samples of each protocol every run is scored on."
@@ -137,45 +139,42 @@ def choose(candidates: list, objective: str, es_drop: float) -> Candidate:
         raise ValueError(f'no recipe stays within {es_drop:g} points of edit similarity: the nearest, {near.recipe!r}, loses {dense - near.es:.1f}; allow more, or add recipes to configs/recipes.yaml.')
     return min(fits, key=OBJECTIVES[objective])
 
-# %% ../nbs/27_search.ipynb #3cbee6ca
-class SearchState(Strict):
-    "What a search has found so far."
-    rungs: list[dict[str, dict]] = []   # recipe → fields of `Candidate`
-
+# %% ../nbs/27_search.ipynb #3b957f07
 def search(
     model,                     # A model folder
     rungs: list,               # of `Rung`, cheapest first
     es_drop: float = 1.,       # Points of edit similarity that may be lost
     objective: Literal['latency', 'size'] = 'latency',
     recipes: dict | None = None, # name → `Recipe`; None: all of configs/recipes.yaml
-    profile: str = 'search',   # Names its runs; a search of the same name goes on
+    profile: str = 'search',   # Names its runs
     prompt_tokens: int = 448,
 ) -> tuple: # (chosen `Candidate`, all candidates of the last rung)
-    "Successive halving over recipes."
+    "Successive halving over recipes. What was judged before, of the same weights and at the same cost, is not judged again, whatever the goal."
     from tqdm import tqdm
-    model, recipes, where = Path(model).resolve(), read_recipes() if recipes is None else recipes, models_dir(profile)/'search.json'
-    state = SearchState(**read_json(where)).rungs if where.is_file() else []
+    model, recipes = Path(model).resolve(), read_recipes() if recipes is None else recipes
     names = ['dense', *recipes]
     for i, rung in enumerate(rungs):
-        if len(state) == i: state.append({})
+        place = f'{profile}-{digest(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens)}'
+        path = models_dir(place)/'candidates.json'
+        known, key = read_json(path) if path.is_file() else {}, lambda name: '.'.join(map(slug, recipes[name].steps)) if name in recipes else name
         bar = tqdm(names, desc=f'rung {i+1} of {len(rungs)}')
         for name in bar:
             bar.set_postfix_str(name)
-            if name in state[i]: continue
-            folder = model if name == 'dense' else apply(recipes[name], model, f'{profile}-{i+1}', rung.budgets, dict(codexglue=0, thesis=0))
-            state[i][name] = vars(judge(name, folder, model, rung, prompt_tokens))
-            write_json(where, {'rungs': state})
-        found = [Candidate(**state[i][n]) for n in names]
+            if key(name) in known: continue
+            folder = model if name == 'dense' else apply(recipes[name], model, place, rung.budgets, dict(codexglue=0, thesis=0))
+            known[key(name)] = vars(judge(name, folder, model, rung, prompt_tokens))
+            write_json(path, known)
+        found = [Candidate(**known[key(n)] | {'recipe': n}) for n in names]
         names = promising(found, objective, es_drop, rung.slack)
     return choose(found, objective, es_drop), found
 
-# %% ../nbs/27_search.ipynb #00f64089
+# %% ../nbs/27_search.ipynb #5b823dee
 def run_search(
     model=None,                # A model folder; None: the embedded model
     es_drop: float = 1.,
     objective: str = 'latency',
 ) -> Path: # the executed notebook
-    "The search as a notebook, with the settings of the profile `search`; a search for the same goal goes on where it stopped."
+    "The search as a notebook, with the settings of the profile `search`; a search that was killed goes on where it stopped."
     from codegpt_nbc.grid import read_profile
     given = next(r.params for r in read_profile('search').values() if r.params['objective'] == objective)
     name = f'search-{objective}-{es_drop:g}'

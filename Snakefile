@@ -18,7 +18,7 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         input:
             template=f'nbs/experiments/{METHOD}.ipynb',
             base=str(BASE_MODEL/'model.safetensors'), corpus=str(CORPUS/'checksums.json'),
-            models=lambda w: [MODEL.format(run=r) for r in RUNS[w.run].needs],
+            models=lambda w: [MODEL.format(run=r) for r in RUNS[w.run].needs if r in RUNS],   # others are folders, or on the hub
             # The report reads every other result, and so comes last
             results=lambda w: [RESULT.format(run=r) for r in RUNS if RUNS[r].method != 'report'] if RUNS[w.run].method == 'report' else []
         output: NOTEBOOK, RESULT, *([] if METHOD in WITHOUT_MODEL else [directory(MODEL)])

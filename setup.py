@@ -10,7 +10,8 @@ setuptools.setup(
     name=s['lib_name'], version=s['version'], description=s['description'], license='Apache-2.0',
     long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires=f">={s['min_python']}", install_requires=s['requirements'].split(),
-    extras_require={'notebooks': s['notebook_requirements'].split(), 'dev': s['dev_requirements'].split(), 'slurm': s['slurm_requirements'].split()},
+    extras_require={'notebooks': s['notebook_requirements'].split(), 'dev': s['dev_requirements'].split(), 'slurm': s['slurm_requirements'].split(), 'openvino': s['openvino_requirements'].split(),
+                    'smollm2': s['smollm2_requirements'].split()},
     packages=setuptools.find_packages(include=['codegpt_nbc', 'codegpt_nbc.*']), include_package_data=True,
     package_data={'codegpt_nbc': ['assets/**/*']}, entry_points={'console_scripts': s['console_scripts'].split()},
 )

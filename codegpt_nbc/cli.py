@@ -34,16 +34,20 @@ def run(
     from codegpt_nbc.grid import run_notebook
     run_notebook(template, out, json.loads(params))
 
-# %% ../nbs/25_cli.ipynb #0d15f12f
+# %% ../nbs/25_cli.ipynb #e4f78344
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help='a model folder')],
+    model: Annotated[str, typer.Argument(help='a model folder, or owner/name@revision on the hub')],
     protocol: Annotated[str, typer.Option(help='codexglue or thesis')] = 'codexglue',
     n: Annotated[int, typer.Option(help='samples')] = 200,
+    data: Annotated[str, typer.Option(help="code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")] = '',
 ):
-    "Score a model folder on the held-out samples."
+    "Score a model on held-out samples."
+    from codegpt_nbc.config import RunConfig
     from codegpt_nbc.evaluate import evaluate, open_engine, summarise
-    a = summarise(*evaluate(*open_engine(model), protocol, n))
+    cfg = RunConfig(run_id='evaluate', model=model, data=data, codexglue=n, thesis=0)
+    cfg.check()
+    a = summarise(*evaluate(*open_engine(cfg.model_folder), protocol, n, folder=cfg.data_folder))
     print(f'EM {a.em:.1f} {list(a.em_ci)}   ES {a.es:.1f} {list(a.es_ci)}   identifier F1 {a.identifier_f1:.1f}   whole lines {a.whole:.1f}   n {a.n}   {a.seconds:.0f} s')
 
 @app.command()

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'STUDENTS', 'CHOICES', 'BETAS', 'hard_loss', 'DistillLoss', 'spread', 'least_loss', 'Pair', 'clip_each',
-           'keep_zeros', 'cut_rows', 'training_rows', 'Taught', 'taught', 'digest', 'DistillConfig', 'layers_of',
-           'load_pair', 'LearningCurve', 'validation_es', 'distill']
+           'keep_zeros', 'cut_rows', 'files_enough', 'training_rows', 'Taught', 'taught', 'digest', 'DistillConfig',
+           'layers_of', 'load_pair', 'LearningCurve', 'validation_es', 'distill']
 
-# %% ../nbs/13_distill.ipynb #45b46ac9
+# %% ../nbs/13_distill.ipynb #731928ab
 import copy, hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from .config import RunConfig, Strict, resolve_model
 from .model import Decoder, Shape, load_model, with_layers
-from .paths import BASE_MODEL, atomic_path, models_dir, read_json, sha256, write_json
+from .paths import BASE_MODEL, CORPUS, atomic_path, models_dir, read_json, sha256, write_json
 from .prune import batches_loss
 from .tokenizer import encode_batch, load_tokenizer
 from .train import OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, fit
@@ -124,7 +124,7 @@ CHOICES = { # name → function (model, number of layers, loss) that returns ind
     'least_loss': least_loss,
     'spread': lambda m, keep, loss: spread(m.shape.n_layer, keep)}
 
-# %% ../nbs/13_distill.ipynb #8c4736b6
+# %% ../nbs/13_distill.ipynb #e037a716
 class Pair(nn.Module):
     "Student and teacher as one module; its output is the loss."
     def __init__(self,
@@ -142,13 +142,13 @@ class Pair(nn.Module):
         y = targets[real]
         h_t, own = self.teach(ids, real, y) if hidden is None else (hidden[real].float(), 0.)
         h = self.student.norm(self.student.hidden(ids))[real]
-        l = self.loss(h, self.student.tokens.weight, h_t.detach(), self.teacher.tokens.weight.detach(), y)
+        l = self.loss(h, self.student.tokens.output, h_t.detach(), self.teacher.tokens.output.detach(), y)
         return l if self.frozen else l + (own - own.detach())   # the value of the student's loss, the gradients of both
 
     def teach(self, ids, real, y) -> tuple: # (last hidden states, the teacher's own loss)
         with torch.set_grad_enabled(not self.frozen):
             h = self.teacher.norm(self.teacher.hidden(ids))[real]
-            return h, 0. if self.frozen else hard_loss(h, self.teacher.tokens.weight, y)
+            return h, 0. if self.frozen else hard_loss(h, self.teacher.tokens.output, y)
 
 # %% ../nbs/13_distill.ipynb #72646b0b
 def clip_each(limit: float): # → function (model), for `before_step`
@@ -166,7 +166,7 @@ def keep_zeros(model: Decoder): # → function (…), for `after_step`; None whe
             for p, mask in masks: p.mul_(mask.to(p.device))
     return after_step if masks else None
 
-# %% ../nbs/13_distill.ipynb #2af10774
+# %% ../nbs/13_distill.ipynb #02d14013
 def cut_rows(
     files: list,     # of lists of token ids
     length: int,     # inputs a row
@@ -174,6 +174,10 @@ def cut_rows(
 ) -> list: # of lists of at most length + 1 ids
     "Rows in which each token but a file's first is a target once."
     return [r for f in files for i in range(0, len(f) - 1, length) if len(r := f[i:i+length+1]) >= least]
+
+def files_enough(c) -> int | None: # None: all there are
+    "How many files of a large corpus to read for a `DistillConfig` that says how many tokens it wants."
+    return None if c.tokens is None or c.shortest < 1 else max(20_000, c.tokens//50)
 
 def training_rows(texts: list, tok, c) -> list: # of lists of ids
     "The rows of a `DistillConfig`: of the shortest files if so asked, in random order, as many as an epoch has."
@@ -310,7 +314,7 @@ def load_pair(
     layers = [] if c.student == 'model' else layers_of(start, c, rows)
     return STUDENTS[c.student](start, layers, c.seed), teacher.init_weights(c.seed + 1) if c.fresh_teacher else teacher
 
-# %% ../nbs/13_distill.ipynb #a63fb441
+# %% ../nbs/13_distill.ipynb #2b3d86ec
 class LearningCurve:
     "A score at even distances along a training, for `observe` of `fit`."
     def __init__(self,
@@ -331,11 +335,11 @@ class LearningCurve:
     @property
     def rows(self) -> list: return [self.found[k] for k in sorted(self.found, key=int)] # of [share of training, tokens, score]
 
-def validation_es(student: Decoder, tok, n: int): # → function () → ES in %
+def validation_es(student: Decoder, tok, n: int, folder=CORPUS): # → function () → ES in %
     "Edit similarity on the first `n` validation samples of the protocol `codexglue`."
     from codegpt_nbc.evaluate import evaluate
     from codegpt_nbc.generate import TorchEngine
-    return lambda: float(evaluate(TorchEngine(copy.deepcopy(student).cpu()), tok, 'codexglue', n, 'valid')[0].es.mean())
+    return lambda: float(evaluate(TorchEngine(copy.deepcopy(student).cpu()), tok, 'codexglue', n, 'valid', folder=folder)[0].es.mean())
 
 # %% ../nbs/13_distill.ipynb #e1fef40a
 def distill(

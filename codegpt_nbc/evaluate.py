@@ -6,19 +6,20 @@
 __all__ = ['NEW_TOKENS', 'open_engine', 'evaluate', 'summarise', 'evaluate_run', 'against', 'accuracy_table', 'examples',
            'weight_files', 'zip_bytes', 'size_of']
 
-# %% ../nbs/21_evaluate.ipynb #39e648d8
+# %% ../nbs/21_evaluate.ipynb #40d19239
 import tempfile, time, zipfile
 from pathlib import Path
 import numpy as np
 from .config import RunConfig
 from .corpus import PROTOCOLS, load_samples
+from .paths import CORPUS
 from .generate import MAX_NEW, TorchEngine, complete_batch
 from .metrics import interval, paired, score
 from .model import count_parameters, load_model
 from .record import Accuracy, Size
 from .tokenizer import check_fits, load_tokenizer
 
-# %% ../nbs/21_evaluate.ipynb #53c5d3ad
+# %% ../nbs/21_evaluate.ipynb #8ced395e
 def open_engine(
     folder,                # A model folder
     threads: int | None = None, # Cores to use; None: all
@@ -31,12 +32,17 @@ def open_engine(
         engine = OrtEngine(folder, threads=threads)
         check_fits(tok, engine.vocab)
         return engine, tok
+    if (Path(folder)/'openvino_model.xml').is_file():
+        from codegpt_nbc.openvino_graph import OpenvinoEngine
+        engine = OpenvinoEngine(folder, threads=threads)
+        check_fits(tok, engine.vocab)
+        return engine, tok
     if threads: torch.set_num_threads(threads)
     model = load_model(folder)
     check_fits(tok, model.shape.vocab)
     return TorchEngine(model), tok
 
-# %% ../nbs/21_evaluate.ipynb #3c3fc73a
+# %% ../nbs/21_evaluate.ipynb #278cdfb4
 NEW_TOKENS = {'codexglue': MAX_NEW, 'thesis': 2}
 
 def evaluate(
@@ -45,9 +51,10 @@ def evaluate(
     n: int,               # Samples
     split: str = 'test',
     batch: int = 32,
+    folder=CORPUS,        # The samples'
 ): # (DataFrame from `metrics.score`, seconds)
     "Complete `n` held-out samples and score them."
-    samples, began = load_samples(protocol, n, split), time.time()
+    samples, began = load_samples(protocol, n, split, folder), time.time()
     preds = complete_batch(engine, tok, samples.input, NEW_TOKENS[protocol], batch, desc=protocol)
     return score(preds, samples['gt']), time.time() - began
 
@@ -58,14 +65,14 @@ def summarise(scores, seconds: float) -> Accuracy:
                     identifier_f1=pc('identifier_f1'), whole=pc('whole'), seconds=round(seconds, 2),
                     em_each=''.join(map(str, scores.em)), es_each=' '.join(map(str, scores.es)))
 
-# %% ../nbs/21_evaluate.ipynb #5a04a135
+# %% ../nbs/21_evaluate.ipynb #4fb70b18
 def evaluate_run(
     cfg: RunConfig, # Says how many samples
     folder,         # The model to evaluate
 ) -> tuple: # (dict protocol → `Accuracy`, dict protocol → DataFrame of samples)
     "Evaluate a model folder under the protocols of a run."
     engine, tok = open_engine(folder)
-    frames = {p: evaluate(engine, tok, p, n) for p in PROTOCOLS if (n := getattr(cfg, p))}
+    frames = {p: evaluate(engine, tok, p, n, folder=cfg.data_folder) for p in PROTOCOLS if (n := getattr(cfg, p))}
     return {p: summarise(*f) for p, f in frames.items()}, {p: f for p, (f, _) in frames.items()}
 
 def against(

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'Block', 'Recipe', 'Profile', 'Run', 'template_of', 'is_step',
            'from_start', 'expand', 'resources', 'read_recipes', 'read_profile', 'RunFailed', 'template_parameters',
-           'check_parameters', 'run_notebook', 'snakemake_command', 'reproduce']
+           'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'reproduce']
 
-# %% ../nbs/23_grid.ipynb #17c4fe03
+# %% ../nbs/23_grid.ipynb #1bf2508e
 import itertools, json, os, re, shutil, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydantic import Field
-from .config import Strict
+from .config import BACKENDS, Strict
 from .paths import BASE_MODEL, atomic_path, models_dir, project_root, runs_dir
 
 # %% ../nbs/23_grid.ipynb #24c617e0
@@ -48,10 +48,10 @@ class Run:
     def needs(self) -> list: # ids of runs whose model this one reads
         return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v not in ('', BASE_MODEL.name)))
 
-# %% ../nbs/23_grid.ipynb #73b9023a
-WITHOUT_MODEL = {'measure', 'report', 'audit', 'session'}   # methods that leave no model folder
+# %% ../nbs/23_grid.ipynb #7c98ee87
+WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers'}   # methods that leave no model folder
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing
-ALONE = {'measure', 'session', 'search'}                              # methods during which nothing else may run
+ALONE = {'measure', 'session', 'search', 'cost', 'peers'}                              # methods during which nothing else may run
 
 def template_of(method: str) -> Path: return project_root()/'nbs'/'experiments'/f'{method}.ipynb'
 
@@ -92,10 +92,14 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
                 runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **p.budgets.get(method, {}), **step})
     return runs
 
-# %% ../nbs/23_grid.ipynb #a746e6e3
+# %% ../nbs/23_grid.ipynb #57fc280a
+def _filled(text: str) -> str:
+    "`${NAME:-value}` becomes the environment's NAME, or the value where it is not set, as in a shell."
+    return re.sub(r'\$\{(\w+):-([^}]*)\}', lambda m: os.environ.get(m[1]) or m[2], text)
+
 def _read_yaml(path: Path, make):
     import yaml
-    try: return make(yaml.safe_load(path.read_text()))
+    try: return make(yaml.safe_load(_filled(path.read_text())))
     except (yaml.YAMLError, TypeError, AttributeError) as e: raise ValueError(f'{path} cannot be read ({e}): mend the YAML.') from None
 
 NOT_PROFILES = {'recipes', 'resources'}   # the other files of configs/
@@ -134,16 +138,28 @@ def check_parameters(template, params: dict):
     if unknown := sorted(set(params) - known):
         raise ValueError(f'unknown parameter {unknown[0]!r}: {Path(template).name} has {", ".join(sorted(known))}.')
 
-# %% ../nbs/23_grid.ipynb #ddf964bc
+# %% ../nbs/23_grid.ipynb #c4dd4ac9
+def kernel_of(params: dict) -> str | None: # None: the template's own
+    "The Jupyter kernel that a run's `backend` needs. Raises `FileNotFoundError` where it is not installed."
+    from jupyter_client.kernelspec import NoSuchKernel, get_kernel_spec
+    backend = params.get('backend')
+    if not (kernel := BACKENDS.get(backend)): return None
+    try: there = Path(get_kernel_spec(kernel).argv[0]).is_file()
+    except NoSuchKernel: there = False
+    if not there: raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
+    return kernel
+
+# %% ../nbs/23_grid.ipynb #70206f8d
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
     params: dict,
-    kernel: str | None = None, # Jupyter kernel; None: the template's own
+    kernel: str | None = None, # Jupyter kernel; None: its backend's, or else the template's own
 ) -> Path:
     "Execute a template with papermill. A failed one is kept under `build/` and named in the error."
     import papermill
     check_parameters(template, params)
+    kernel = kernel or kernel_of(params)
     out = Path(out)
     with atomic_path(out) as tmp:
         try: papermill.execute_notebook(str(template), str(tmp), params, kernel_name=kernel, cwd=str(project_root()),
@@ -154,14 +170,15 @@ def run_notebook(
             failed.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp, failed)
             raise RunFailed(f'{out.stem} failed: {e.ename}: {e.evalue} (see {os.path.relpath(failed)}).') from None
-        _tidy(tmp)
+        _tidy(tmp, kernel)
     return out
 
-def _tidy(path: Path):
+def _tidy(path: Path, kernel: str | None = None):
     "Keep of each progress bar its last state, drop warnings about the widgets it could have been, and metadata no reader needs."
     import nbformat
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
+    if kernel: nb.metadata['kernelspec'] = {**nb.metadata['kernelspec'], 'name': kernel, 'display_name': kernel}   # what it ran on
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
         for o in c.get('outputs', []):
@@ -171,7 +188,7 @@ def _tidy(path: Path):
         if 'outputs' in c: c.outputs = [o for o in c.outputs if o.output_type != 'stream' or o.text.strip()]
     nbformat.write(nb, path)
 
-# %% ../nbs/23_grid.ipynb #33c0a5a2
+# %% ../nbs/23_grid.ipynb #cd72eca0
 def snakemake_command(
     profile: str,
     cores: int,
@@ -192,6 +209,7 @@ def reproduce(
     from filelock import FileLock, Timeout
     if cluster and not (Path(cluster)/'config.yaml').is_file(): raise FileNotFoundError(f'{cluster} holds no config.yaml: give a folder with a Snakemake profile, such as configs/slurm.')
     runs = read_profile(profile)
+    for r in runs.values(): kernel_of(r.params)   # found out now, and said once
     lock = FileLock(project_root()/'build'/'grid.lock')
     Path(lock.lock_file).parent.mkdir(exist_ok=True)
     try: lock.acquire(timeout=0)

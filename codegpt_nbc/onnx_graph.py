@@ -6,26 +6,27 @@
 __all__ = ['FUSED', 'DOMAIN', 'BLOCKS', 'HEAD_MULTIPLE', 'INPUTS', 'PRECISIONS', 'Graph', 'Residual', 'build_graph',
            'in_precision', 'export_onnx', 'count_onnx_parameters', 'open_session', 'OrtEngine', 'OnnxConfig']
 
-# %% ../nbs/12_onnx.ipynb #a7451dc9
+# %% ../nbs/12_onnx.ipynb #cbea971b
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
+from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from pydantic import Field
 from .config import RunConfig
-from .model import TOKENIZER_FILES, Decoder, config_of_shape, load_model, read_config, recipe_of, shape_of_config
+from .model import FAMILIES, TOKENIZER_FILES, Decoder, GatedFeedForward, RotaryAttention, config_of_shape, load_model, read_config, recipe_of, rotation, shape_of_config
 from .paths import BASE_MODEL, atomic_path, write_json
 
-# %% ../nbs/12_onnx.ipynb #6c219ea4
-FUSED = {'SkipLayerNormalization', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
+# %% ../nbs/12_onnx.ipynb #7efb4cc0
+FUSED = {'SkipLayerNormalization', 'SkipSimplifiedLayerNormalization', 'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
 DOMAIN = 'com.microsoft'   # of ONNX Runtime's own operators
 
 class Graph:
     "Nodes and weights of an ONNX graph under construction."
     def __init__(self,
         accuracy_level: int = 4, # Of `MatMulNBits`: 4 rounds its inputs to 8 bits, 1 leaves them float32
-    ): self.accuracy_level, self.nodes, self.weights, self.tables = accuracy_level, [], {}, {}   # tables: see `table`
+    ): self.accuracy_level, self.nodes, self.weights, self.tables, self.rounded = accuracy_level, [], {}, {}, {}   # see `table` and `linear`
 
     def op(self, kind: str, *inputs, outputs: list | None = None, **attributes) -> str:
         "Add a node; the name of its first output."
@@ -41,7 +42,7 @@ class Graph:
         self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
-# %% ../nbs/12_onnx.ipynb #62ce2273
+# %% ../nbs/12_onnx.ipynb #2be025cb
 def _is_int8(m) -> bool: return m.weight.dtype == torch.int8
 def _same(t): return t
 
@@ -84,7 +85,7 @@ def linear(self: Graph,
     rows=_same, cols=_same, # Padding of the weight's outputs and inputs
 ) -> str:
     "The map `m` of `x`."
-    b = [self.weight(f'{name}.bias', rows(m.bias))] if bias else []
+    b = [self.weight(f'{name}.bias', rows(m.bias))] if bias and m.bias is not None else []
     if _is_int8(m) and m.scheme.activations is None: return self.blocked_product(x, name, m, *b, rows=rows)
     w = self.weight(f'{name}.weight', rows(cols(m.weight)).T)
     if not _is_int8(m):
@@ -92,11 +93,13 @@ def linear(self: Graph,
         return self.op('Add', y, *b) if b else y
     per_row = lambda part, t: self.weight(f'{name}.{part}', rows(t.expand(len(m.weight), 1))[:, 0])
     zero = per_row('zero_point', m.zero_point) if m.zero_point.any() else ''
-    xq, xs, xz = outputs = [f'{name}.input{part}' for part in ('', '_scale', '_zero_point')]
-    self.op('DynamicQuantizeLinear', x, outputs=outputs)
+    if x not in self.rounded:     # once for all maps that read it
+        self.rounded[x] = [f'{name}.input{part}' for part in ('', '_scale', '_zero_point')]
+        self.op('DynamicQuantizeLinear', x, outputs=self.rounded[x])
+    xq, xs, xz = self.rounded[x]
     return self.op('MatMulIntegerToFloat', xq, w, xs, per_row('scale', m.scale), xz, zero, *b)
 
-# %% ../nbs/12_onnx.ipynb #ed116e74
+# %% ../nbs/12_onnx.ipynb #b9cb3aac
 @patch
 def embed(self: Graph, ids: str, name: str, m) -> str: # (batch, new, d_model)
     "Rows of an embedding."
@@ -107,73 +110,97 @@ def embed(self: Graph, ids: str, name: str, m) -> str: # (batch, new, d_model)
 
 @patch
 def head(self: Graph, h: str, name: str, m):
-    "Logits from the matrix of `embed`."
-    if _is_int8(m): self.blocked_product(h, name, m, outputs=['logits'])
-    else: self.op('Gemm', h, f'{name}.weight', outputs=['logits'], transB=1)
+    "Logits from the matrix of `embed`, or one of its own."
+    if _is_int8(m): return self.blocked_product(h, name, m, outputs=['logits'])
+    w = f'{name}.weight' if f'{name}.weight' in self.weights else self.weight(f'{name}.weight', m.weight)
+    self.op('Gemm', h, w, outputs=['logits'], transB=1)
 
-# %% ../nbs/12_onnx.ipynb #f2097128
+# %% ../nbs/12_onnx.ipynb #9d78edb7
 class Residual:
-    "The residual stream of a graph, with a pending summand and its bias."
-    def __init__(self, graph: Graph, x: str, add: str): self.graph, self.x, self.pending = graph, x, (add,)
+    "The residual stream of a graph, with a pending summand and its bias, if any."
+    def __init__(self, graph: Graph, x: str, *add: str): self.graph, self.x, self.pending = graph, x, add
 
-    def add(self, y: str, name: str, m): self.pending = y, self.graph.weight(f'{name}.bias', m.bias)
+    def add(self, y: str, name: str, m): self.pending = y, *([] if m.bias is None else [self.graph.weight(f'{name}.bias', m.bias)])
 
     def norm(self, name: str, norm) -> str: # the normalised sum
         "Add what is pending, then normalise."
-        g, sum_ = self.graph, f'{name}.sum'
-        w = g.weight(f'{name}.weight', norm.weight), g.weight(f'{name}.bias', norm.bias)
-        if not self.pending: return g.op('LayerNormalization', self.x, *w, epsilon=norm.eps)
+        g, sum_, simple = self.graph, f'{name}.sum', isinstance(norm, nn.RMSNorm)
+        w = [g.weight(f'{name}.{t}', p) for t, p in norm.named_parameters()]
+        if not self.pending: return g.rms_norm(self.x, *w, norm.eps) if simple else g.op('LayerNormalization', self.x, *w, epsilon=norm.eps)
         (add, *bias), x, self.x, self.pending = self.pending, self.x, sum_, ()
-        return g.op('SkipLayerNormalization', x, add, *w, *bias, outputs=[f'{name}.out', '', '', sum_], epsilon=norm.eps)
+        return g.op('SkipSimplifiedLayerNormalization' if simple else 'SkipLayerNormalization', x, add, *w, *bias, outputs=[f'{name}.out', '', '', sum_], epsilon=norm.eps)
 
     def each(self, f):
         "Apply `f` to the stream and to what is pending."
         self.x, self.pending = f(self.x), (*map(f, self.pending[:1]), *self.pending[1:])
 
-# %% ../nbs/12_onnx.ipynb #6d618a07
-HEAD_MULTIPLE = 8   # of channels per head, asked for by `GroupQueryAttention`
+# %% ../nbs/12_onnx.ipynb #0fc7ecea
+@patch
+def rms_norm(self: Graph, x: str, w: str, eps: float) -> str:
+    "x over its root mean square, times w; ONNX Runtime fuses this."
+    square = self.op('ReduceMean', self.op('Pow', x, self.weight('two', np.float32(2))), self.weight('last_axis', [-1]), keepdims=1)
+    return self.op('Mul', self.op('Div', x, self.op('Sqrt', self.op('Add', square, self.weight('eps', np.float32(eps))))), w)
+
+# %% ../nbs/12_onnx.ipynb #769ba963
+HEAD_MULTIPLE = 8   # of channels per head, or per half of one that is turned, asked for by `GroupQueryAttention`
 
 def _pad_heads(t, d_head: int, axis: int):
     "Pad the packed heads along `axis` of `t` with zero channels."
     pad = -d_head % HEAD_MULTIPLE
     return t if not pad else F.pad(t.unflatten(axis, (-1, d_head)).movedim(axis + 1, -1), (0, pad)).movedim(-1, axis + 1).flatten(axis, axis + 1)
 
-def _attention(g: Graph, l: int, attn, x: str) -> str: # (batch, new, heads × padded d_head)
+def _section(shape) -> tuple: # (channels that lie together, how many such sections a head has, the same channels padded)
+    n = 1 if FAMILIES[shape.family].learned else 2
+    d = shape.d_head//n
+    return d, n, d + -d % HEAD_MULTIPLE
+
+def _turns(g: Graph, s) -> list: # names of cosines and sines, (context, half a padded head)
+    d, _, padded = _section(s)
+    return [g.weight(name, F.pad(t[:, :d], (0, padded - d))) for name, t in zip(('cos', 'sin'), rotation(torch.arange(s.context), s.d_head, s.theta))]
+
+def _attention(g: Graph, l: int, attn, x: str, s) -> str: # (batch, new, heads × padded d_head)
     "Queries, keys and values of `x`, appended to the cache of layer `l` and attended to."
     cache = [f'past_key_values.{l}.{kv}' for kv in ('key', 'value')]
-    qkv = g.linear(x, f'blocks.{l}.attn.qkv', attn.qkv, bias=True, rows=lambda t: _pad_heads(t, attn.d_head, 0))
-    return g.op('GroupQueryAttention', qkv, '', '', *cache, 'seqlens_k', 'total_sequence_length',
+    of = lambda name: g.linear(x, f'blocks.{l}.attn.{name}', getattr(attn, name), bias=True, rows=lambda t: _pad_heads(t, _section(s)[0], 0))
+    turned = isinstance(attn, RotaryAttention)
+    return g.op('GroupQueryAttention', *([of(n) for n in 'qkv'] if turned else [of('qkv'), '', '']), *cache, 'seqlens_k', 'total_sequence_length', *(_turns(g, s) if turned else ()),
                 outputs=[f'blocks.{l}.attn', *(c.replace('past_key_values', 'present') for c in cache)],
-                num_heads=attn.n_head, kv_num_heads=attn.n_head, scale=attn.d_head**-.5)
+                num_heads=attn.n_head*attn.queries, kv_num_heads=attn.n_head, scale=attn.d_head**-.5, **({'do_rotary': 1} if turned else {}))
 
-def _unpad_heads(g: Graph, y: str, attn) -> str: # (batch, new, heads × d_head)
+def _unpad_heads(g: Graph, y: str, s) -> str: # (batch, new, heads × d_head)
     "Cut the padding off again: blocks of weights would no longer lie where their codes were made."
-    whole = attn.d_head + -attn.d_head % HEAD_MULTIPLE
-    heads = g.op('Reshape', y, g.weight('padded_heads', [0, 0, -1, whole]))
-    return g.op('Reshape', g.op('Slice', heads, *(g.weight(k, [v]) for k, v in (('zero', 0), ('d_head', attn.d_head), ('head_axis', 3)))), g.weight('joined_heads', [0, 0, -1]))
+    d, _, padded = _section(s)
+    heads = g.op('Reshape', y, g.weight('padded_heads', [0, 0, -1, padded]))
+    return g.op('Reshape', g.op('Slice', heads, *(g.weight(k, [v]) for k, v in (('zero', 0), ('d_head', d), ('head_axis', 3)))), g.weight('joined_heads', [0, 0, -1]))
 
-# %% ../nbs/12_onnx.ipynb #a9a8ea71
+def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (batch, new, neurons)
+    "Neurons of `x`."
+    if isinstance(mlp, GatedFeedForward):
+        gate, up = (g.linear(x, f'{name}.{n}', getattr(mlp, n), bias=True) for n in ('gate', 'up'))
+        return g.op('Mul', g.op('QuickGelu', gate, alpha=1.), up)
+    return g.op('FastGelu', g.linear(x, f'{name}.up', mlp.up), *([] if mlp.up.bias is None else [g.weight(f'{name}.up.bias', mlp.up.bias)]))
+
+# %% ../nbs/12_onnx.ipynb #711ca764
 def _write(g: Graph, model: Decoder):
     "Write the decoder's nodes: `input_ids` and `position_ids` (batch, new) and `asked` (logits, 2) in, `logits` (logits, vocab) out."
-    last = max((l for l, h in enumerate(model.shape.heads) if h), default=-1)
+    s, tied, at = model.shape, model.shape.tied, model.positions
+    last, (d, _, padded) = max((l for l, h in enumerate(s.heads) if h), default=-1), _section(s)
     only_asked = lambda x: g.op('GatherND', x, 'asked')
-    r = Residual(g, g.embed('input_ids', 'tokens', model.tokens), g.embed('position_ids', 'positions', model.positions))
+    r = Residual(g, g.embed('input_ids', *(('tokens', model.tokens) if tied else ('tokens.lookup', model.tokens.lookup))), *([] if at is None else [g.embed('position_ids', 'positions', at)]))
     if last < 0: r.each(only_asked)
     for l, b in enumerate(model.blocks):
         name = f'blocks.{l}'
         if b.attn is not None:
-            y, proj = _attention(g, l, b.attn, r.norm(f'{name}.norm1', b.norm1)), b.attn.proj
+            y, proj = _attention(g, l, b.attn, r.norm(f'{name}.norm1', b.norm1), s), b.attn.proj
             blocked = _is_int8(proj) and proj.scheme.activations is None
-            if blocked and b.attn.d_head % HEAD_MULTIPLE: y = _unpad_heads(g, y, b.attn)
+            if blocked and d != padded: y = _unpad_heads(g, y, s)
             if l == last: y = only_asked(y); r.each(only_asked)
-            r.add(g.linear(y, f'{name}.attn.proj', proj, cols=_same if blocked else lambda t: _pad_heads(t, b.attn.d_head, 1)), f'{name}.attn.proj', proj)
+            r.add(g.linear(y, f'{name}.attn.proj', proj, cols=_same if blocked else lambda t: _pad_heads(t, d, 1)), f'{name}.attn.proj', proj)
         if b.mlp is not None:
-            up = g.linear(r.norm(f'{name}.norm2', b.norm2), f'{name}.mlp.up', b.mlp.up)
-            up = g.op('FastGelu', up, g.weight(f'{name}.mlp.up.bias', b.mlp.up.bias))
-            r.add(g.linear(up, f'{name}.mlp.down', b.mlp.down), f'{name}.mlp.down', b.mlp.down)
-    g.head(r.norm('norm', model.norm), 'tokens', model.tokens)
+            r.add(g.linear(_ffn(g, f'{name}.mlp', b.mlp, r.norm(f'{name}.norm2', b.norm2)), f'{name}.mlp.down', b.mlp.down), f'{name}.mlp.down', b.mlp.down)
+    g.head(r.norm('norm', model.norm), *(('tokens', model.tokens) if tied else ('tokens.head', model.tokens.head)))
 
-# %% ../nbs/12_onnx.ipynb #e280e94b
+# %% ../nbs/12_onnx.ipynb #8678fe2b
 INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)   # besides the cache
 
 def build_graph(
@@ -184,14 +211,15 @@ def build_graph(
     from onnx import TensorProto, checker, helper
     g, s = Graph(accuracy_level), model.shape
     with torch.no_grad(): _write(g, model)
-    d_head = s.d_head + -s.d_head % HEAD_MULTIPLE
+    _, sections, padded = _section(s)
     value = lambda name, *dims, dtype='FLOAT': helper.make_tensor_value_info(name, getattr(TensorProto, dtype), dims)
-    cache = lambda prefix: [value(f'{prefix}.{l}.{kv}', 'batch', h, 'capacity', d_head) for l, h in enumerate(s.heads) if h for kv in ('key', 'value')]
+    cache = lambda prefix: [value(f'{prefix}.{l}.{kv}', 'batch', h, 'capacity', sections*padded) for l, h in enumerate(s.heads) if h for kv in ('key', 'value')]
     inputs = [value('input_ids', 'batch', 'new', dtype='INT64'), value('position_ids', 'batch', 'new', dtype='INT64'), value('asked', 'logits', 2, dtype='INT64'),
               value('seqlens_k', 'batch', dtype='INT32'), value('total_sequence_length', 1, dtype='INT32'), *cache('past_key_values')]
-    graph = helper.make_graph(g.nodes, 'decoder', inputs, [value('logits', 'logits', s.vocab), *cache('present')], list(g.weights.values()))
+    graph = helper.make_graph(g.nodes, 'decoder', inputs, [value('logits', 'logits', s.vocab), *cache('present')])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21), helper.make_opsetid(DOMAIN, 1)], ir_version=10,
                               producer_name='codegpt_nbc')
+    while g.weights: proto.graph.initializer.append(g.weights.popitem()[1])   # moved one by one: at 124 M parameters a copy of all is half a gigabyte
     checker.check_model(proto)
     return proto
 

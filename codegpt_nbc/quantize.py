@@ -10,7 +10,7 @@ __all__ = ['SPAN', 'LEAST_HALF', 'TERNARY', 'AnyMapping', 'AnyRange', 'EVERYTHIN
            'stored_bits', 'pack', 'unpack', 'Int8Matrix', 'Int8Linear', 'Int8Embedding', 'QuantizedDecoder', 'quantize',
            'float_decoder', 'simulated', 'finetune_quantized', 'QuantizeConfig']
 
-# %% ../nbs/11_quantize.ipynb #3db1d8bd
+# %% ../nbs/11_quantize.ipynb #f809c1fb
 import copy
 from contextlib import contextmanager
 from enum import Enum
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from fastcore.basics import patch
 from pydantic import Field
-from .config import RunConfig, Strict
-from .model import CHECKSUM, GPT2, INT8, READERS, Decoder, Shape
+from .config import Backend, RunConfig, Strict
+from .model import CHECKSUM, FAMILIES, INT8, READERS, Decoder, Shape
 from .train import Samples, TrainConfig, TrainResult, fit
 
 # %% ../nbs/11_quantize.ipynb #44d13b04
@@ -242,24 +242,26 @@ class Fixed:
         self.lo, self.hi, self.scale, self.inverse = map(spread, (*ends, scale, 1/scale))
     def __call__(self, x): return x.clamp_(self.lo, self.hi).mul_(self.inverse).round_().mul_(self.scale)
 
-# %% ../nbs/11_quantize.ipynb #f72e7d36
+# %% ../nbs/11_quantize.ipynb #18e4ca0b
 class Placement(Strict):
-    "Which linear maps and embeddings: patterns of module names, in which `*` stands for anything."
+    "Which linear maps and embeddings: patterns of module names, in which `*` stands for anything. Positions without an embedding are passed over."
     modules: tuple[str, ...] = ('tokens', 'positions', 'blocks.*')
 
     def select(self, model: nn.Module) -> list: # of module names
         "The modules chosen. Raises `ValueError` for a pattern that matches no linear map or embedding with float weights."
-        return matching(self.modules, [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))], 'float linear map or embedding')
+        there = [p for p in self.modules if p != 'positions' or getattr(model, 'positions', self) is not None]
+        return matching(there, [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))], 'float linear map or embedding')
 
 def matching(
     patterns: tuple,  # in which `*` stands for anything
     names: list,
     what: str,        # they are names of
 ) -> list: # of names, in their order
-    "The names that match. Raises `ValueError` for a pattern that matches none."
+    "The names that match, or lie within what does. Raises `ValueError` for a pattern that matches none."
+    fits = lambda n, p: fnmatchcase(n, p) or fnmatchcase(n, f'{p}.*')
     for p in patterns:
-        if not any(fnmatchcase(n, p) for n in names): raise ValueError(f'{p!r} matches no {what} of the model: it has {", ".join(names) or "none"}.')
-    return [n for n in names if any(fnmatchcase(n, p) for p in patterns)]
+        if not any(fits(n, p) for n in names): raise ValueError(f'{p!r} matches no {what} of the model: it has {", ".join(names) or "none"}.')
+    return [n for n in names if any(fits(n, p) for p in patterns)]
 
 EVERYTHING = Placement()
 MISSED_BLOCKS = Placement(modules=('tokens', 'positions')) # what the study's toolkit quantised
@@ -394,12 +396,12 @@ def linear(self: Int8Matrix,
     if self.scheme.activations: return self._integer_linear(x, bias)
     return F.linear(x, self.dequantized().to(x.dtype), bias)
 
-# %% ../nbs/11_quantize.ipynb #7f8d6f43
+# %% ../nbs/11_quantize.ipynb #3219555f
 class Int8Linear(Int8Matrix):
-    "A linear map with int8 weight and float bias."
-    def __init__(self, rows, cols, scheme):
+    "A linear map with int8 weight and float bias, if any."
+    def __init__(self, rows, cols, scheme, bias: bool = True):
         super().__init__(rows, cols, scheme)
-        self.bias = nn.Parameter(torch.empty(rows))
+        self.register_parameter('bias', nn.Parameter(torch.empty(rows)) if bias else None)
     def forward(self, x): return self.linear(x, self.bias)
 
 class Int8Embedding(Int8Matrix):
@@ -410,7 +412,7 @@ class Int8Embedding(Int8Matrix):
         return (self.weight[ids] - z.to(s.dtype))*s
     def project(self, h): return self.linear(h)
 
-# %% ../nbs/11_quantize.ipynb #e3e04394
+# %% ../nbs/11_quantize.ipynb #f5e67722
 class QuantizedDecoder(Decoder):
     "A decoder whose matrices are codes where the schemes say so. It cannot be trained."
     def __init__(self, shape: Shape, *schemes: Scheme):
@@ -418,13 +420,13 @@ class QuantizedDecoder(Decoder):
         self.schemes = schemes
         for name, scheme in assign(self, schemes).items():
             m = self.get_submodule(name)
-            self.set_submodule(name, (Int8Linear if isinstance(m, nn.Linear) else Int8Embedding)(*m.weight.shape, scheme))
+            self.set_submodule(name, Int8Linear(*m.weight.shape, scheme, m.bias is not None) if isinstance(m, nn.Linear) else Int8Embedding(*m.weight.shape, scheme))
         self.requires_grad_(False)
 
     def parts(self): # yields (name here, its name in the file, how it gets there, how it comes back)
         "Every tensor, in the family's order."
         own = self.state_dict()
-        for ours, theirs, t in GPT2.pairs(self.shape.n_layer):
+        for ours, theirs, t in FAMILIES[self.shape.family].pairs(self.shape.n_layer):
             if ours not in own: continue
             m = self.get_submodule(ours.rpartition('.')[0])
             if isinstance(m, Int8Matrix) and ours.endswith('weight'):
@@ -438,7 +440,7 @@ class QuantizedDecoder(Decoder):
     def to_quantized_disk(self) -> tuple: # (tensors, additions to config.json)
         "What `save_model` writes."
         tensors, schemes = self.packed(), [s.model_dump(mode='json') for s in self.schemes]
-        return tensors, {'architectures': ['codegpt_nbc.quantize.QuantizedDecoder'], 'model_type': INT8 + GPT2.model_type,
+        return tensors, {'architectures': ['codegpt_nbc.quantize.QuantizedDecoder'], 'model_type': INT8 + self.shape.family,
             'quantization_config': {'quant_method': 'codegpt_nbc', **(schemes[0] if len(schemes) == 1 else {'schemes': schemes})}}
 
 def _beside(name: str, part: str) -> str: return name.removesuffix('weight') + part
@@ -501,7 +503,7 @@ def _read(shape: Shape, tensors: dict, config: dict) -> QuantizedDecoder:
 
 READERS['codegpt_nbc'] = _read
 
-# %% ../nbs/11_quantize.ipynb #a4a1a4bb
+# %% ../nbs/11_quantize.ipynb #dc60562e
 class _Simulated(nn.Module):
     "Parametrization: the weight as its quantised self."
     def __init__(self, q: Quantizer): super().__init__(); self.q = q
@@ -515,8 +517,8 @@ def simulated(model: Decoder, *schemes: Scheme):
         m, a = model.get_submodule(name), s.activations
         parametrize.register_parametrization(m, 'weight', _Simulated(s.weights))
         if not a: continue
-        if isinstance(m, nn.Linear): handles.append(m.register_forward_pre_hook(lambda _, args, a=a: (a.simulate(args[0]), *args[1:])))
-        elif name == 'tokens': handles.append(model.norm.register_forward_hook(lambda _, args, out, a=a: a.simulate(out)))  # the head's only input
+        if name in ('tokens', 'tokens.head'): handles.append(model.norm.register_forward_hook(lambda _, args, out, a=a: a.simulate(out)))  # the head's only input
+        elif isinstance(m, nn.Linear): handles.append(m.register_forward_pre_hook(lambda _, args, a=a: (a.simulate(args[0]), *args[1:])))
     try: yield model
     finally:
         for h in handles: h.remove()
@@ -543,9 +545,10 @@ def finetune_quantized(
     with simulated(model, scheme): result = fit(model, batches, c, after_step=keep, desc='fine-tuning, quantised')
     return quantize(model, scheme), result
 
-# %% ../nbs/11_quantize.ipynb #0d72d460
+# %% ../nbs/11_quantize.ipynb #2d1dc25b
 class QuantizeConfig(RunConfig):
     "One configuration of the study's section 4.2."
+    backend: Backend = 'codegpt_nbc'            # or itrex: the first study's toolkit, with its own settings
     symmetric: bool = True
     granularity: Literal['channel', 'tensor'] = 'channel'
     placement: Literal['all', 'weights'] = 'all'
@@ -555,6 +558,11 @@ class QuantizeConfig(RunConfig):
     length: int = Field(512, ge=8)
     batch: int = Field(1, ge=1)
     lr: float = Field(1e-4, gt=0)
+
+    def check(self):
+        own = [k for k in ('symmetric', 'granularity', 'placement', 'half_range', 'blocks', 'finetune_samples') if getattr(self, k) != QuantizeConfig.model_fields[k].default]
+        if self.backend == 'itrex' and own: raise ValueError(f'the backend itrex quantises with its own settings: leave {own[0]} as it is.')
+        super().check()
 
     @property
     def scheme(self) -> Scheme:

@@ -85,8 +85,8 @@ class Result(Strict):
     details: dict = {}            # what only this method has to say
     provenance: Provenance
 
-# %% ../nbs/20_record.ipynb #1dbd30c7
-PACKAGES = ('codegpt_nbc', 'torch', 'transformers', 'tokenizers', 'onnx', 'onnxruntime', 'numpy', 'papermill')
+# %% ../nbs/20_record.ipynb #9b731ed8
+PACKAGES = ('codegpt_nbc', 'intel-extension-for-transformers', 'neural-compressor', 'torch', 'transformers', 'tokenizers', 'onnx', 'onnxruntime', 'numpy', 'papermill')
 
 @cache
 def cpu_model() -> str:

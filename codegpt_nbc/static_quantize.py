@@ -7,7 +7,7 @@ __all__ = ['PROBLEM', 'SCORES', 'QKV', 'STATIC', 'Place', 'places', 'Stepwise', 
            'StaticScheme', 'assign_places', 'mixed_precision', 'per_embedding_group', 'StaticDecoder',
            'static_quantize', 'StaticConfig']
 
-# %% ../nbs/15_static_quantize.ipynb #bcb68af8
+# %% ../nbs/15_static_quantize.ipynb #5d26f15e
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -16,11 +16,11 @@ from torch import nn
 from fastcore.basics import patch
 from pydantic import Field
 from .config import RunConfig, Strict
-from .model import READERS, Decoder, Shape
+from .model import FAMILIES, READERS, Decoder, Shape
 from .quantize import (Affine, Calibrated, EmbeddingGroups, Fixed, Granularity, LeastSquares, MinMax, QuantizedDecoder, Quantizer, Scheme,
                                   Symmetric, matching)
 
-# %% ../nbs/15_static_quantize.ipynb #14bdc55d
+# %% ../nbs/15_static_quantize.ipynb #27a34ba0
 @dataclass(frozen=True)
 class Place:
     "An activation: what goes into a module, comes out of it, or is inside its attention."
@@ -36,19 +36,23 @@ class Place:
 
 def places(shape: Shape) -> list: # of `Place`
     "All activations of a decoder, in the order of computation. A residual sum is got at where the next norm reads it."
-    d, out, stream = shape.d_model, [], 'embedding.sum'
+    f, d, out, stream = FAMILIES[shape.family], shape.d_model, [], 'embedding.sum'
     def add(name, module, side='output', width=d): out.append(Place(name, module, side, width))
+    def half(part, norm, units, maps): # what it reads and makes of it, the width of what it writes from
+        add(stream, norm, 'input'); add(f'{part}.input', norm)
+        *into, back = maps
+        for m in into if part.endswith('attn') or len(into) > 1 else (): add(f'{part}.{m.name}', f'{part}.{m.name}', width=m.packed*m.per*units)
+        return f'{part}.{back.name}', back.per*units
     for l, (heads, inner) in enumerate(zip(shape.heads, shape.inner)):
-        b, w = f'blocks.{l}', heads*shape.d_head
-        if w:
-            add(stream, f'{b}.norm1', 'input'); add(f'{b}.attn.input', f'{b}.norm1')
-            add(f'{b}.attn.qkv', f'{b}.attn.qkv', width=3*w)
+        b = f'blocks.{l}'
+        if heads:
+            module, w = half(f'{b}.attn', f'{b}.norm1', heads, f.attention.maps(shape))
             for s in ('scores', 'probabilities'): add(f'{b}.attn.{s}', f'{b}.attn', s, 1)
-            add(f'{b}.attn.context', f'{b}.attn.proj', 'input', w); add(f'{b}.attn.output', f'{b}.attn.proj')
+            add(f'{b}.attn.context', module, 'input', w); add(f'{b}.attn.output', module)
             stream = f'{b}.attn.sum'
         if inner:
-            add(stream, f'{b}.norm2', 'input'); add(f'{b}.mlp.input', f'{b}.norm2')
-            add(f'{b}.mlp.hidden', f'{b}.mlp.down', 'input', inner); add(f'{b}.mlp.output', f'{b}.mlp.down')
+            module, w = half(f'{b}.mlp', f'{b}.norm2', inner, f.ffn.maps(shape))
+            add(f'{b}.mlp.hidden', module, 'input', w); add(f'{b}.mlp.output', module)
             stream = f'{b}.mlp.sum'
     return [*out, Place(stream, 'norm', 'input', d), Place('head.input', 'norm', 'output', d)]
 
@@ -121,7 +125,7 @@ def spreads(seen: dict, *patterns: str): # DataFrame: a row for each place
     import pandas as pd
     return pd.DataFrame({n: {'largest': float(x.max()), 'median': float(x.median()), 'ratio': float(x.max()/x.median().clamp_min(1e-9))} for n, x in r.items()}).T
 
-# %% ../nbs/15_static_quantize.ipynb #aa18cc2a
+# %% ../nbs/15_static_quantize.ipynb #b625b0f4
 class StaticScheme(Strict):
     "How activations are quantised, and which."
     mapping: Annotated[Symmetric | Affine, Field(discriminator='kind')] = Affine()
@@ -136,7 +140,9 @@ def assign_places(
 ) -> dict: # `Place` → `StaticScheme`
     "The scheme of each chosen place, in the order of computation. Raises `ValueError` for a pattern that matches none, or groups that do not fit the channels."
     by_name, chosen = {p.name: p for p in places(shape)}, {}
+    packed = any(m.packed > 1 for m in FAMILIES[shape.family].attention.maps(shape))
     for s in schemes:
+        if s == QKV and not packed: continue      # they lie apart anyway
         for n in matching(s.places, list(by_name), 'activation'): chosen.setdefault(n, s)
     for n, s in chosen.items():
         if by_name[n].width > 1: s.granularity.of(by_name[n].width)
@@ -151,7 +157,7 @@ def per_embedding_group(groups: EmbeddingGroups, *where: str) -> tuple: # of `St
     "Groups in some places, one range for the whole tensor elsewhere."
     return StaticScheme(granularity=groups, places=where or PROBLEM), QKV, StaticScheme()
 
-# %% ../nbs/15_static_quantize.ipynb #4de1139e
+# %% ../nbs/15_static_quantize.ipynb #4c8fd60d
 class StaticDecoder(QuantizedDecoder):
     "A decoder of quantised weights, activations rounded (simulated) in fixed ranges."
     def __init__(self,
@@ -162,7 +168,7 @@ class StaticDecoder(QuantizedDecoder):
     ):
         nn.Module.__init__(self)
         self.shape, self.schemes, self.activations, self.ranges, self.orders = q.shape, q.schemes, activations, ranges, orders
-        for name, m in q.named_children(): self.add_module(name, m)
+        for name, m in q._modules.items(): self.add_module(name, m)
         for p, s in assign_places(q.shape, activations).items():
             attach(p, self, Fixed(s.mapping, ranges[p.name], s.granularity.of(p.width, orders[p.family] if s.granularity.permute else None)))
         self.eval()

@@ -6,7 +6,7 @@
 __all__ = ['ALPHABET', 'CODEGPT', 'read_bpe', 'halves', 'count_tokens', 'Ranking', 'rank_tokens', 'keep', 'trim_tokenizer',
            'with_tokens', 'check_same_logits', 'trim', 'save_trimmed', 'ids_in', 'trimming_table', 'TrimConfig']
 
-# %% ../nbs/18_vocabulary.ipynb #60dbae61
+# %% ../nbs/18_vocabulary.ipynb #0d2da552
 import heapq, json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ import numpy as np, torch
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, pre_tokenizers
 from .config import RunConfig
-from .model import GPT2, READERS, Decoder, Shape, from_disk, read_config, save_model, to_disk
+from .model import FAMILIES, READERS, Decoder, Shape, from_disk, read_config, save_model, to_disk
 from .paths import atomic_path, read_json, write_json
 from .prune import count_of
 from .tokenizer import check_fits, encode_batch, load_tokenizer
@@ -130,7 +130,7 @@ def trim_tokenizer(
     for part in ('post_processor', 'padding'): bpe[part] = _renumber(bpe[part], new)
     return Tokenizer.from_str(json.dumps(bpe))
 
-# %% ../nbs/18_vocabulary.ipynb #d2f72f57
+# %% ../nbs/18_vocabulary.ipynb #c37ec2d5
 def with_tokens(
     model: Decoder, # Float or quantised; is not changed
     kept: list,     # ids that stay
@@ -138,8 +138,8 @@ def with_tokens(
     "The model of a smaller vocabulary."
     n, shape, quantized = model.shape.vocab, replace(model.shape, vocab=len(kept)), hasattr(model, 'to_quantized_disk')
     tensors, extra = model.to_quantized_disk() if quantized else (to_disk(model), {})
-    table = dict(GPT2.names)['tokens.weight'].removesuffix('weight')
-    rows = lambda name, t: t[kept] if name.startswith(table) and t.shape[:1] == (n,) else t
+    tables = tuple(theirs.removesuffix('weight') for ours, theirs in FAMILIES[shape.family].names if ours.startswith('tokens.'))
+    rows = lambda name, t: t[kept] if name.startswith(tables) and t.shape[:1] == (n,) else t
     tensors = {name: rows(name, t.detach()).clone() for name, t in tensors.items()}
     new = READERS[extra['quantization_config']['quant_method']](shape, tensors, extra) if quantized else from_disk(shape, tensors)
     return new.train(model.training)

@@ -6,7 +6,7 @@
 __all__ = ['CHUNK', 'xtc_schemes', 'every_other', 'trace', 'match', 'score_loss', 'XtcLoss', 'Watched', 'XtcConfig',
            'load_models', 'LossCurves', 'xtc', 'bytes_by_part']
 
-# %% ../nbs/14_xtc.ipynb #7e73503b
+# %% ../nbs/14_xtc.ipynb #a282f56b
 from pathlib import Path
 from typing import ClassVar, Literal
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from .config import RunConfig, Strict, resolve_model
 from .distill import DistillLoss, digest
-from .model import Decoder, Shape, load_model, read_tensors, with_layers
+from .model import Decoder, Shape, load_model, read_config, read_tensors, shape_of_config, with_layers
 from .paths import read_json, write_json
 from .quantize import (SPAN, TERNARY, Binary, Granularity, MeanMagnitude, Placement, Quantizer, Scheme, Ternary, WideSymmetric, float_decoder, quantize,
                                   simulated)
@@ -40,16 +40,22 @@ def every_other(n: int) -> list: # of layer indices
     "Half of `n` layers, the last included (Wu et al. 2022, section 4.1)."
     return [*range(n - 1, -1, -2)][::-1]
 
-# %% ../nbs/14_xtc.ipynb #4160b410
-def trace(model: Decoder, ids) -> tuple: # (hidden states, dict: layer → packed queries, keys and values (batch, n, 3 × heads × d_head))
+# %% ../nbs/14_xtc.ipynb #6fca99d1
+def trace(model: Decoder, ids) -> tuple: # (hidden states, dict: layer → (queries, keys), each (batch, heads, n, d_head))
     "Run the decoder and keep the residual stream (batch, n, d_model) before each layer, and in the end what the head reads."
-    states, qkv = [], {}
+    states, qk, attentions = [], {}, {l: b.attn for l, b in enumerate(model.blocks) if b.attn is not None}
+    def watched(l, attend):
+        def f(q, k, v, seen=None):
+            qk[l] = q, k
+            return attend(q, k, v, seen)
+        return f
     handles = [b.register_forward_pre_hook(lambda _, args: states.append(args[0])) for b in model.blocks]
-    handles += [b.attn.qkv.register_forward_hook(lambda _, args, out, l=l: qkv.__setitem__(l, out)) for l, b in enumerate(model.blocks) if b.attn is not None]
+    for l, m in attentions.items(): m.attend = watched(l, m.attend)
     try: last = model.norm(model.hidden(ids))
     finally:
         for h in handles: h.remove()
-    return [*states, last], qkv
+        for m in attentions.values(): del m.attend
+    return [*states, last], qk
 
 def match(student: int, teacher: int) -> list: # of indices of the teacher's hidden states, one for each of the student's
     "Layers at even distances: the student's state j is compared with the teacher's state `match[j]`, from embedding (0) to last."
@@ -78,23 +84,20 @@ class _ScoreError(torch.autograd.Function):
     def backward(ctx, up, _):
         return *(2*up.to(d.dtype)*d for d in ctx.saved_tensors), None, None
 
-# %% ../nbs/14_xtc.ipynb #18f5e543
+# %% ../nbs/14_xtc.ipynb #26ddfa9a
 def score_loss(
-    qkv, qkv_t, # (batch, n, 3 × heads × d_head), of student and teacher; detached for the teacher
-    heads: int,
+    qk, qk_t,   # (queries, keys) of student and teacher, each (batch, heads, n, d_head); detached for the teacher
     real,       # (batch, n) bool: false at padding, which lies to the right
     relative: bool = False, # To the mean square of the teacher's
 ): # scalar
     "Mean squared difference of the attention scores before the softmax."
-    b, n, width = qkv.shape
-    d = width//(3*heads)
-    (q, k, _), (q_t, k_t, _) = (x.view(b, n, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0) for x in (qkv, qkv_t))
+    (q, k), (q_t, k_t), (_, heads, n, d) = qk, qk_t, qk[0].shape
     padding = ~real[:, None, :, None]
     seen = heads*(real*torch.arange(1, n + 1, device=real.device)).sum()  # a real position sees itself and all before it, none of which is padding
     error, theirs = _ScoreError.apply(q.masked_fill(padding, 0), k, q_t.masked_fill(padding, 0), k_t.to(k.dtype))
     return error/(theirs.detach().clamp_min(SPAN) if relative else seen*d)
 
-# %% ../nbs/14_xtc.ipynb #25147a65
+# %% ../nbs/14_xtc.ipynb #292ae1c4
 class XtcLoss(Strict):
     "XTC's three losses and their weights."
     alpha_logits: float = Field(1., ge=0)
@@ -111,10 +114,10 @@ class XtcLoss(Strict):
         if self.alpha_hidden and student.d_model != teacher.d_model:
             raise ValueError(f'the student is {student.d_model} channels wide and its teacher {teacher.d_model}: set alpha_hidden to 0, or choose the student itself as teacher.')
         theirs = tuple(teacher.heads[t - 1] for t in match(student.n_layer, teacher.n_layer)[1:])
-        if self.alpha_attention and (student.heads, student.d_head) != (theirs, teacher.d_head):
+        if self.alpha_attention and (student.heads, student.queries, student.d_head) != (theirs, teacher.queries, teacher.d_head):
             raise ValueError(f'the student\'s layers have {student.heads} heads and the teacher\'s {theirs}: set alpha_attention to 0, or choose the student itself as teacher.')
 
-# %% ../nbs/14_xtc.ipynb #12c65689
+# %% ../nbs/14_xtc.ipynb #0dae3cdd
 class Watched(nn.Module):
     "Student and frozen teacher as one module; its output is the loss, `parts` holds the last one's summands."
     def __init__(self, student: Decoder, teacher: Decoder, loss: XtcLoss):
@@ -126,13 +129,13 @@ class Watched(nn.Module):
 
     def forward(self, ids, targets): # (batch, n) twice
         real, c = targets != -100, self.loss
-        with torch.no_grad(): states_t, qkv_t = trace(self.teacher, ids)
+        with torch.no_grad(): states_t, qk_t = trace(self.teacher, ids)
         with parametrize.cached(): # a simulated weight is made once a step
-            states, qkv = trace(self.student, ids)
-            l = {'logits': c.alpha_logits and self.soft(states[-1][real], self.student.tokens.weight, states_t[-1][real], self.teacher.tokens.weight, targets[real])}
+            states, qk = trace(self.student, ids)
+            l = {'logits': c.alpha_logits and self.soft(states[-1][real], self.student.tokens.output, states_t[-1][real], self.teacher.tokens.output, targets[real])}
         seen = lambda s: F.layer_norm(s[real].float(), s.shape[-1:]) if c.relative else s[real].float()
         l['hidden'] = c.alpha_hidden and sum(F.mse_loss(seen(s), seen(states_t[t])) for s, t in zip(states, self.match))
-        l['attention'] = c.alpha_attention and sum(score_loss(x, qkv_t[self.match[i+1] - 1], self.student.shape.heads[i], real, c.relative) for i, x in qkv.items())
+        l['attention'] = c.alpha_attention and sum(score_loss(x, qk_t[self.match[i+1] - 1], real, c.relative) for i, x in qk.items())
         total = c.alpha_logits*l['logits'] + c.alpha_hidden*l['hidden'] + c.alpha_attention*l['attention']
         self.parts = {n: float(torch.as_tensor(x).detach()) for n, x in {'total': total, **l}.items()}
         return total
@@ -231,11 +234,15 @@ def xtc(
         r = fit(pair, Samples(rows, c.batch, c.length, c.seed), settings, loss=lambda pair, batch: pair(*batch), observe=curves, checkpoint=work and Path(work)/'checkpoint', desc='XTC')
     return quantize(student, *schemes) if schemes else student, r, curves.curves
 
-# %% ../nbs/14_xtc.ipynb #f49e08d5
+# %% ../nbs/14_xtc.ipynb #0a797904
 def bytes_by_part(folder) -> dict: # part → bytes; together the size of the file
     "What each part of a saved model takes on disk."
     parts = dict.fromkeys(('blocks', 'embedding', 'positions', 'scales', 'norms and biases'), 0)
+    shape, family = shape_of_config(read_config(folder))
+    ours = {theirs.rpartition('.')[0]: name for name, theirs, _ in family.pairs(shape.n_layer)}
     for n, t in read_tensors(folder).items():
-        part = 'scales' if n.endswith('.scale') else 'embedding' if '.wte.' in n else 'positions' if '.wpe.' in n else 'norms and biases' if n.endswith('.bias') or '.ln_' in n else 'blocks'
+        module, _, kind = n.rpartition('.')
+        name = ours.get(module, module)
+        part = 'scales' if kind == 'scale' else 'embedding' if name.startswith('tokens') else 'positions' if name.startswith('positions') else 'norms and biases' if kind == 'bias' or 'norm' in name else 'blocks'
         parts[part] += t.nbytes
     return parts | {'names in the file': sum(f.stat().st_size for f in Path(folder).glob('*.safetensors')) - sum(parts.values())}

@@ -37,6 +37,15 @@ def test_killed_grid_resumes_and_then_has_nothing_to_do():
     assert all(json.loads(f.read_text())['run_id'] == f.stem for f in RUNS.glob('*.json'))
 
 
+def test_toolkit_that_is_not_installed_is_one_sentence():
+    from codegpt_nbc.grid import kernel_of
+    try: kernel_of({'backend': 'itrex'})
+    except FileNotFoundError: pass
+    else: pytest.skip("the first study's toolkit is installed here")
+    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'itrex'], cwd=ROOT, capture_output=True, text=True)
+    assert p.returncode == 1 and p.stderr.count('\n') == 1 and p.stderr.strip().endswith('which is not installed: call make itrex.'), p.stderr
+
+
 @pytest.mark.parametrize('params, sentence', [
     ({'sparsty': .5}, "unknown parameter 'sparsty'"),
     ({'sparsity': 1.5}, "parameter 'sparsity' of PruneConfig is 1.5"),

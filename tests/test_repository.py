@@ -36,7 +36,7 @@ def test_profile_asks_only_for_what_templates_have(profile):
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     copy = tmp_path/'repo'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
     for p in (copy/'codegpt_nbc').glob('*.py'): p.unlink() if not p.name.startswith('__') else None
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=copy, check=True, capture_output=True)
     for p in sorted((ROOT/'codegpt_nbc').glob('*.py')):

@@ -1,0 +1,164 @@
+"""The way to the published models and data: a hub that answers on this machine, and everything that can be wrong with what comes from it. One sentence each, and a non-zero exit."""
+import hashlib, http.server, json, os, re, shutil, sys, threading
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+from huggingface_hub import constants
+from codegpt_nbc.cli import main
+from codegpt_nbc.cost import shape_of_size, stand_in
+
+COMMIT = '0123456789'*4
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A stand-in of the least size, its code, and variants of both that lack something."
+    d = tmp_path_factory.mktemp('made')
+    os.environ['CODEGPT_NBC_HOME'] = str(d)
+    try: stand_in(d/'codegpt', shape_of_size([1000, 256, 32, 2, 2]), texts=60)
+    finally: del os.environ['CODEGPT_NBC_HOME']
+    return d
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    "As much of the hub's protocol as a download needs."
+    protocol_version = 'HTTP/1.1'
+    root, short = None, False           # where repositories lie; send half of each large file
+
+    def log_message(self, *args): pass
+
+    def answer(self, body=b'', status=200, **headers):
+        self.send_response(status)
+        cut = body[:len(body)//2] if self.short and len(body) > 20_000 else body
+        for k, v in {'Content-Length': len(body), **headers}.items(): self.send_header(k.replace('_', '-'), str(v))
+        self.end_headers()
+        if self.command == 'GET': self.wfile.write(cut)
+        if cut is not body: self.close_connection = True
+
+    def do_GET(self):
+        path = self.path.split('?')[0].strip('/')
+        if m := re.fullmatch(r'api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)', path):
+            kind, repo, what, revision = m.groups()
+            if repo == 'gated/model': return self.answer(b'', 403, X_Error_Code='GatedRepo', X_Error_Message='gated')
+            if not (self.root/repo.split('/')[1]).is_dir(): return self.answer(b'', 404, X_Error_Code='RepoNotFound', X_Error_Message='no')
+            if revision not in (COMMIT, 'main'): return self.answer(b'', 404, X_Error_Code='RevisionNotFound', X_Error_Message='no')
+            folder = self.root/repo.split('/')[1]
+            files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
+            tree = [{'type': 'file', 'path': p.relative_to(folder).as_posix(), 'size': p.stat().st_size, 'oid': hashlib.sha1(p.read_bytes()).hexdigest()} for p in files]
+            body = tree if what == 'tree' else {'id': repo, 'sha': COMMIT, 'siblings': [{'rfilename': t['path']} for t in tree]}
+            return self.answer(json.dumps(body).encode(), Content_Type='application/json')
+        if m := re.fullmatch(r'(?:datasets/)?[^/]+/([^/]+)/resolve/[^/]+/(.+)', path):
+            data = (self.root/m[1]/m[2]).read_bytes()
+            return self.answer(data, ETag=f'"{hashlib.sha1(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+        self.answer(b'', 404)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(made):
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), type('H', (Hub,), {'root': made})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, capsys):
+    "`codegpt-nbc evaluate` in this process, with nothing of this machine's own hub: (exit status, standard output, standard error)."
+    def call(model, *args, endpoint='http://127.0.0.1:9', offline=False, n=4):
+        for k, v in dict(CODEGPT_NBC_HOME=tmp_path, HF_HUB_OFFLINE=int(offline), NO_PROXY='127.0.0.1').items(): monkeypatch.setenv(k, str(v))
+        monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda s: None)      # it would wait between its attempts
+        for k, v in dict(ENDPOINT=endpoint, HUGGINGFACE_CO_URL_TEMPLATE=endpoint + '/{repo_id}/resolve/{revision}/{filename}', HF_HUB_CACHE=str(tmp_path/'hf'), HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET=True).items(): monkeypatch.setattr(constants, k, v)
+        monkeypatch.setattr(sys, 'argv', ['codegpt-nbc', 'evaluate', str(model), '--n', str(n), *map(str, args)])
+        try: main(); status = 0
+        except SystemExit as e: status = e.code or 0
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+    return call
+
+
+def sentence(p):
+    lines = p.err.strip().splitlines()
+    assert p.status == 1 and lines[-1].startswith('codegpt-nbc: '), p.err[-2000:]
+    return lines[-1]
+
+
+def test_a_model_and_its_code_come_from_the_hub_once(made, hub, tmp_path, evaluate):
+    url, model, data = f'http://127.0.0.1:{hub.server_port}', f'some/codegpt@{COMMIT}', f'some/codegpt-data@{COMMIT}'
+    first = evaluate(model, '--data', data, endpoint=url)
+    assert first.status == 0 and 'n 4' in first.out, first.err[-2000:]
+    again = evaluate(model, '--data', data, offline=True)             # from the cache
+    scores = lambda p: p.out.rsplit('  ', 1)[0]                                   # without the seconds
+    assert again.status == 0 and scores(again) == scores(first), again.err[-2000:]
+    local = evaluate(made/'codegpt', '--data', made/'codegpt-data')
+    assert scores(local) == scores(first), local.err[-2000:]
+
+
+def test_weights_and_tokenizer_of_two_places(made, hub, tmp_path, evaluate):
+    bare, words = made/'bare', made/'words'
+    for folder, names in ((bare, ('config.json', 'model.safetensors')), (words, ('tokenizer.json', 'tokenizer_config.json'))):
+        folder.mkdir(exist_ok=True)
+        for n in names: (folder/n).write_bytes((made/'codegpt'/n).read_bytes())
+    assert 'holds no tokenizer' in sentence(evaluate(bare))
+    both = evaluate(f'{bare} + some/words@{COMMIT}', endpoint=f'http://127.0.0.1:{hub.server_port}')
+    assert both.status == 0, both.err[-2000:]
+
+
+@pytest.mark.parametrize('model, said', [
+    ('gated/model@main', 'the model gated/model on the hub is gated: ask for access'),
+    (f'no/body@{COMMIT}', 'the model no/body on the hub does not exist or is private'),
+    ('some/codegpt@v9', "the model some/codegpt on the hub has no revision 'v9'"),
+    ('some/codegpt', 'lacks a revision: write some/codegpt@COMMIT'),
+])
+def test_what_the_hub_refuses(made, hub, tmp_path, model, said, evaluate):
+    assert said in sentence(evaluate(model, endpoint=f'http://127.0.0.1:{hub.server_port}'))
+
+
+def test_without_the_hub(tmp_path, evaluate):
+    assert 'HF_HUB_OFFLINE is set: fetch it once with HF_HUB_OFFLINE=0, or give a folder' in sentence(evaluate(f'some/codegpt@{COMMIT}', offline=True))
+    assert 'the hub cannot be reached: connect, or give a folder' in sentence(evaluate(f'some/codegpt@{COMMIT}'))
+    assert "there is no model 'nobody'" in sentence(evaluate('nobody'))
+    assert "there is no code 'nothing'" in sentence(evaluate('codegpt-nano', '--data', 'nothing'))
+
+
+def test_a_download_that_breaks_off(made, hub, tmp_path, evaluate):
+    hub.RequestHandlerClass.short = True
+    url = f'http://127.0.0.1:{hub.server_port}'
+    assert 'did not arrive whole' in sentence(evaluate(f'some/codegpt@{COMMIT}', endpoint=url))
+    hub.RequestHandlerClass.short = False
+    assert evaluate(f'some/codegpt@{COMMIT}', endpoint=url).status == 0, 'the next call fetches the rest'
+
+
+def variant(made, tmp_path, name='codegpt'):
+    return Path(shutil.copytree(made/name, tmp_path/name))
+
+
+def test_a_folder_that_is_not_whole(made, tmp_path, evaluate):
+    m = variant(made, tmp_path)
+    whole = (m/'model.safetensors').read_bytes()
+    (m/'model.safetensors').write_bytes(whole[:len(whole)//2])
+    assert 'truncated or corrupt' in sentence(evaluate(m))
+    (m/'model.safetensors').unlink()
+    (m/'pytorch_model.bin').write_bytes(b'pickle')
+    assert 'pickled weights are never loaded' in sentence(evaluate(m))
+
+
+def test_a_tokenizer_without_end_of_line(made, tmp_path, evaluate):
+    m = variant(made, tmp_path)
+    t = (m/'tokenizer.json').read_text()
+    (m/'tokenizer.json').write_text(t.replace('"<EOL>"', '"<LINE>"'))
+    assert 'the tokenizer has no <EOL> token' in sentence(evaluate(m))
+
+
+def test_code_without_its_fields(made, tmp_path, evaluate):
+    data = variant(made, tmp_path, 'codegpt-data')
+    test = data/'line_completion'/'test.json'
+    lines = test.read_text().splitlines()
+    test.write_text('\n'.join([lines[0], '{"input": "<s> a"}']))
+    assert "test.json, line 2, lacks the field 'gt'" in sentence(evaluate(made/'codegpt', '--data', data))
+    test.write_text('\n'.join(lines[:3]))
+    assert '4 samples asked, but codexglue has 3' in sentence(evaluate(made/'codegpt', '--data', data))
+    (data/'token_completion'/'test.txt').unlink()
+    assert 'has no sample with an answer' in sentence(evaluate(made/'codegpt', '--data', data))
+    (data/'token_completion'/'train.txt').write_text('import os\n')
+    assert 'has no <EOL> in it' in sentence(evaluate(made/'codegpt', '--data', data))

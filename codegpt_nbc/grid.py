@@ -149,7 +149,7 @@ def kernel_of(params: dict) -> str | None: # None: the template's own
     if not there: raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
     return kernel
 
-# %% ../nbs/23_grid.ipynb #70206f8d
+# %% ../nbs/23_grid.ipynb #6b22e050
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
@@ -174,7 +174,7 @@ def run_notebook(
     return out
 
 def _tidy(path: Path, kernel: str | None = None):
-    "Keep of each progress bar its last state, drop warnings about the widgets it could have been, and metadata no reader needs."
+    "Keep of each progress bar its last state, drop warnings about the widgets it could have been, and metadata and copies no reader needs."
     import nbformat
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
@@ -185,6 +185,8 @@ def _tidy(path: Path, kernel: str | None = None):
             if o.output_type != 'stream': continue
             lines = [l.split('\r')[-1] for l in o.text.split('\n')]
             o.text = '\n'.join(l for l in lines if 'IProgress not found' not in l and 'from .autonotebook' not in l)
+        for o in c.get('outputs', []):
+            if len(o.get('data', {})) > 1: o.data.pop('text/plain', None)   # a second copy of what is shown
         if 'outputs' in c: c.outputs = [o for o in c.outputs if o.output_type != 'stream' or o.text.strip()]
     nbformat.write(nb, path)
 

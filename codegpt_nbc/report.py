@@ -71,7 +71,7 @@ def _label(r: Result, results: dict) -> str:
     own, base = LABELS.get(r.method, lambda c: r.run_id)(r.config), results.get(r.config.get('model'))
     return own if base is None or base is r or base.method == 'baseline' else f'{_label(base, results)} → {own}'
 
-# %% ../nbs/24_report.ipynb #2b412179
+# %% ../nbs/24_report.ipynb #6aa6abee
 COLUMNS = ['method', 'label', 'backend', 'model', 'pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision',
            *(f'{p}_{m}' for p in ('codexglue', 'thesis') for m in ('n', 'es', 'es_low', 'es_high', 'em', 'em_low', 'em_high', 'identifier_f1', 'whole')),
            'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'prefill_ms', 'decode_ms_per_token',
@@ -93,7 +93,8 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
         rows[i] |= dict(method=r.method, label=_label(r, results), backend=r.config.get('backend', 'codegpt_nbc'), result=r)
     df = pd.DataFrame(list(rows.values()), index=pd.Index(list(rows), name='run_id')).reindex(columns=COLUMNS)
     sessions = {(i, _label(results[r.config['model']], results) if r.config['model'] in results else r.config['model']): r.details for i, r in results.items() if r.method == 'session'}
-    df.attrs = dict(profile=profile, planned=planned, timed=timed, sessions=sessions)
+    shown = {i: m for i, m in planned.items() if i in rows or i not in results or m in WITHOUT_MODEL}   # a teacher that nobody scores is run, but no row
+    df.attrs = dict(profile=profile, planned=shown, timed=timed, sessions=sessions)
     return df
 
 # %% ../nbs/24_report.ipynb #a10e90ad

@@ -158,7 +158,7 @@ def fig_learning_curves(fr: pd.DataFrame):
     _foot(fig, _about(fr), 'Standard students start from random weights, as in the study; each point is an evaluation on samples of validation projects.', absent(fr, 'distill'))
     return fig
 
-# %% ../nbs/26_compare.ipynb #bff3935c
+# %% ../nbs/26_compare.ipynb #170aec4d
 def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
     "The XTC models: real bytes, what is kept, and the poster's claims."
     kept, c, rows = retained(fr), cost(fr), []
@@ -184,10 +184,11 @@ def fig_xtc(fr: pd.DataFrame):
             ax.plot([t/1e6 for t in tokens], values, color=color)
             ends.append((tokens[-1]/1e6, values[-1], i.removeprefix('xtc-'), color))
         ax.set_title(part); ax.set_xlabel('million tokens'); ax.set_yscale('log')
+        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis('{x:g}')
         if ax is axes[-1]:
             for (_, _, text, color), y in zip(ends, np.linspace(.95, .7, len(ends))): ax.text(.97, y, text, color=color, transform=ax.transAxes, ha='right', fontsize=7.5)
     axes[0].set_ylabel('loss')
-    _foot(fig, _about(fr), 'Running means over the training of each model; the teacher is the dense model.', absent(fr, 'xtc'))
+    _foot(fig, _about(fr), 'Running means over the training of each model, learning from a float teacher.', absent(fr, 'xtc'))
     return fig
 
 # %% ../nbs/26_compare.ipynb #1c330796

@@ -140,9 +140,9 @@ def _against(a, b) -> dict:   # several tables ask for the same test
     from codegpt_nbc.evaluate import against
     return against(a, b)
 
-# %% ../nbs/24_report.ipynb #07d8c237
+# %% ../nbs/24_report.ipynb #f4a3ddbb
 COLORS = {'baseline': '#4d4d4d', 'control': '#949494', 'unstructured': '#0173b2', 'tile': '#de8f05', 'structured': '#029e73', 'quantize': '#cc78bc', 'onnx': '#d55e00',
-          'distill': '#56b4e9', 'xtc': '#8b5a2b', 'static_quantize': '#fbafe4', 'gptq': '#ece133', 'trim_vocabulary': '#ca9161', 'published': '#000000'}
+          'distill': '#56b4e9', 'xtc': '#8b5a2b', 'static_quantize': '#f08cc8', 'gptq': '#8a8a00', 'trim_vocabulary': '#ca9161', 'published': '#000000'}
 RC = {'font.size': 8.5, 'axes.titlesize': 9, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 8.5, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
       'axes.edgecolor': '#888888', 'xtick.color': '#444444', 'ytick.color': '#444444', 'axes.spines.right': False, 'axes.spines.top': False, 'axes.grid': True,
       'grid.color': '#e6e6e6', 'grid.linewidth': .6, 'axes.axisbelow': True, 'legend.frameon': False, 'figure.dpi': 100, 'figure.constrained_layout.use': True,

@@ -158,7 +158,7 @@ def fig_learning_curves(fr: pd.DataFrame):
     _foot(fig, _about(fr), 'Standard students start from random weights, as in the study; each point is an evaluation on samples of validation projects.', absent(fr, 'distill'))
     return fig
 
-# %% ../nbs/26_compare.ipynb #170aec4d
+# %% ../nbs/26_compare.ipynb #0e5d3b5f
 def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
     "The XTC models: real bytes, what is kept, and the poster's claims."
     kept, c, rows = retained(fr), cost(fr), []
@@ -174,6 +174,7 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
 def fig_xtc(fr: pd.DataFrame):
     "XTC's loss and its three parts over training."
     import matplotlib.pyplot as plt, seaborn as sns
+    from matplotlib.ticker import LogLocator
     runs = [i for i in fr.index if fr.method[i] == 'xtc' and not is_step(i) and fr.result[i].details.get('loss_parts')]
     parts = list(fr.result[runs[0]].details['loss_parts']) if runs else ['logits', 'hidden', 'attention']
     fig, axes = plt.subplots(1, len(parts), figsize=(WIDTH, 3))
@@ -184,7 +185,7 @@ def fig_xtc(fr: pd.DataFrame):
             ax.plot([t/1e6 for t in tokens], values, color=color)
             ends.append((tokens[-1]/1e6, values[-1], i.removeprefix('xtc-'), color))
         ax.set_title(part); ax.set_xlabel('million tokens'); ax.set_yscale('log')
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis('{x:g}')
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
         if ax is axes[-1]:
             for (_, _, text, color), y in zip(ends, np.linspace(.95, .7, len(ends))): ax.text(.97, y, text, color=color, transform=ax.transAxes, ha='right', fontsize=7.5)
     axes[0].set_ylabel('loss')

@@ -14,10 +14,13 @@ from .config import RunConfig, resolve_model
 from .paths import BASE_MODEL, CORPUS, PACKAGE
 from .record import Memory, Speed
 
-# %% ../nbs/22_measure.ipynb #166e98a1
+# %% ../nbs/22_measure.ipynb #1a290403
 def _peak_rss() -> int: # bytes
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+    "Of this process: `ru_maxrss` would begin with what its parent held."
+    try: return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
+    except OSError:   # no Linux
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 OURS = 'codegpt_nbc.measure.open_ours'
 

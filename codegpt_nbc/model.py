@@ -7,7 +7,7 @@ __all__ = ['GPT2', 'LLAMA', 'FAMILIES', 'SLICED', 'INT8', 'READERS', 'CHECKSUM',
            'Half', 'Attention', 'rotation', 'rotate', 'RotaryAttention', 'FeedForward', 'GatedFeedForward', 'Family',
            'with_biases', 'TiedEmbedding', 'UntiedEmbedding', 'Block', 'Decoder', 'shape_of_config', 'config_of_shape',
            'to_disk', 'from_disk', 'read_tensors', 'read_config', 'load_model', 'recipe_of', 'special_ids',
-           'save_model', 'with_layers', 'count_parameters', 'matrices_of']
+           'copy_tokenizer', 'describe', 'save_model', 'with_layers', 'count_parameters', 'matrices_of']
 
 # %% ../nbs/05_model.ipynb #3de39105
 import json
@@ -383,7 +383,7 @@ def load_model(
         raise ValueError(f'{folder}/model.safetensors does not have the checksum that config.json states: it is damaged, fetch or make it again.')
     return READERS[method](shape, tensors, config).eval()
 
-# %% ../nbs/05_model.ipynb #96acc9f1
+# %% ../nbs/05_model.ipynb #fff41881
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
 
 def recipe_of(folder) -> list: # of steps, oldest first
@@ -396,11 +396,28 @@ def special_ids(folder) -> dict: # for config.json
     config = read_config(folder) if (Path(folder)/'config.json').is_file() else {}
     return {k: config[k] for k in ('bos_token_id', 'eos_token_id') if k in config}
 
+def copy_tokenizer(source, folder):
+    "Copy the files that a tokenizer may consist of, those that are there."
+    for name in TOKENIZER_FILES:
+        if (src := Path(source)/name).is_file(): (Path(folder)/name).write_bytes(src.read_bytes())
+
+def describe(
+    folder,               # of a model, whatever engine reads it
+    shape: Shape,
+    parent,               # The folder it was made from: its tokenizer is copied, its recipe continued
+    step: dict | None = None, # The step just done, for the recipe
+    **config,             # Additions to config.json
+):
+    "Write what a model folder holds beside the weights."
+    write_json(Path(folder)/'config.json', config_of_shape(shape) | special_ids(parent) | config)
+    write_json(Path(folder)/'recipe.json', {'chain': recipe_of(parent) + ([step] if step else [])})
+    copy_tokenizer(parent, folder)
+
 def save_model(
     model: Decoder,
     folder,               # Written whole, or not at all
-    parent=BASE_MODEL,    # The folder it was made from: its tokenizer is copied, its recipe continued
-    step: dict | None = None, # The step just done, for the recipe
+    parent=BASE_MODEL,    # see `describe`
+    step: dict | None = None,
     dtype=torch.float32,  # of plain float tensors
 ) -> Path:
     "Write a model folder."
@@ -412,10 +429,7 @@ def save_model(
         save_file(tensors, tmp/'model.safetensors', metadata={'format': 'pt'})
         (tmp/'model.safetensors').chmod(0o644)   # safetensors leaves it unreadable to others
         if 'quantization_config' in extra: extra['quantization_config'][CHECKSUM] = sha256(tmp/'model.safetensors')
-        write_json(tmp/'config.json', config_of_shape(model.shape) | special_ids(parent) | extra)
-        write_json(tmp/'recipe.json', {'chain': recipe_of(parent) + ([step] if step else [])})
-        for name in TOKENIZER_FILES:
-            if (src := Path(parent)/name).is_file(): (tmp/name).write_bytes(src.read_bytes())
+        describe(tmp, model.shape, parent, step, **extra)
     return Path(folder)
 
 # %% ../nbs/05_model.ipynb #8d091b88

@@ -6,13 +6,13 @@
 __all__ = ['OPENVINO_FILE', 'OPENVINO_PRECISIONS', 'openvino', 'table', 'Writer', 'build_model', 'export_openvino',
            'OpenvinoEngine']
 
-# %% ../nbs/19_openvino.ipynb #f6d1b7a4
+# %% ../nbs/19_openvino.ipynb #202d090a
 from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
-from .model import TOKENIZER_FILES, Decoder, config_of_shape, load_model, read_config, recipe_of, shape_of_config
+from .model import Decoder, describe, load_model, read_config, shape_of_config
 from .onnx_graph import in_precision
-from .paths import BASE_MODEL, atomic_path, write_json
+from .paths import BASE_MODEL, atomic_path
 
 # %% ../nbs/19_openvino.ipynb #8c77be1b
 def openvino():
@@ -120,7 +120,7 @@ def build_model(model: Decoder): # openvino.Model
     logits.output(0).set_names({'logits'})
     return ov.Model([ops.result(logits)], g.sinks, [getattr(g, n) for n in g.inputs], 'decoder')
 
-# %% ../nbs/19_openvino.ipynb #87703364
+# %% ../nbs/19_openvino.ipynb #e6e8152a
 OPENVINO_FILE = 'openvino_model.xml'
 OPENVINO_PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')
 
@@ -137,10 +137,7 @@ def export_openvino(
     with atomic_path(out) as tmp:
         tmp.mkdir()
         ov.save_model(build_model(model), tmp/OPENVINO_FILE, compress_to_fp16=False)
-        write_json(tmp/'config.json', config_of_shape(model.shape) | {'openvino': {'precision': precision}})
-        write_json(tmp/'recipe.json', {'chain': recipe_of(folder) + [{'method': 'openvino', 'precision': precision}]})
-        for name in TOKENIZER_FILES:
-            if (src := Path(folder)/name).is_file(): (tmp/name).write_bytes(src.read_bytes())
+        describe(tmp, model.shape, folder, {'method': 'openvino', 'precision': precision}, openvino={'precision': precision})
     return Path(out)
 
 # %% ../nbs/19_openvino.ipynb #ac943bdc

@@ -149,18 +149,18 @@ def _make_ours(name: str, source: Path, out: Path):
     {'onnx': export_onnx, 'openvino': export_openvino}[engine](source, out, precision)
     if source.name.startswith('.tmp-'): shutil.rmtree(source)
 
-# %% ../nbs/29_peers.ipynb #bcef69d0
+# %% ../nbs/29_peers.ipynb #9d7c98bc
 PEER = 'codegpt_nbc.peers.open_peer'
 
 def make(name: str, source, out):
     "Convert the model folder `source` for an engine."
-    from codegpt_nbc.model import TOKENIZER_FILES
+    from codegpt_nbc.model import copy_tokenizer
     source = Path(source)
     if name in OUR_ENGINES: return _make_ours(name, source, Path(out))
     with atomic_path(out) as tmp:
         tmp.mkdir()
         PEERS[name].make(source, tmp)
-        for f in TOKENIZER_FILES: (source/f).is_file() and shutil.copy(source/f, tmp)
+        copy_tokenizer(source, tmp)
         write_json(tmp/'peer.json', {'name': name, 'context': read_json(source/'config.json')['n_positions']})
 
 def open_peer(folder, threads: int) -> tuple: # as `measure.open_ours`

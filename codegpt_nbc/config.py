@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'Backend', 'Strict', 'from_hub', 'find', 'resolve_model', 'resolve_data', 'RunConfig']
 
-# %% ../nbs/01_config.ipynb #86743bef
+# %% ../nbs/01_config.ipynb #7ed90dd4
 import os, re
 from difflib import get_close_matches
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Literal
@@ -78,7 +79,7 @@ def _gathered(folders: list) -> Path:
             (tmp/name).symlink_to(p)
     return out
 
-# %% ../nbs/01_config.ipynb #c1d7b85f
+# %% ../nbs/01_config.ipynb #51d1b14a
 def resolve_model(name: str, profile: str) -> Path:
     "The folder of the embedded model, of a run of this profile, or what else `find` knows."
     if name == BASE_MODEL.name: return BASE_MODEL
@@ -108,9 +109,9 @@ class RunConfig(Strict):
     codexglue: int = Field(20, ge=0)                   # samples evaluated under each protocol; 0: none
     thesis: int = Field(20, ge=0)
 
-    @property
+    @cached_property # once: on the hub, or with many files, it is work, and may fail where a run is to end
     def model_folder(self) -> Path: return resolve_model(self.model, self.profile)
-    @property
+    @cached_property
     def data_folder(self) -> Path: return resolve_data(self.data)
     @property
     def out_folder(self) -> Path: return models_dir(self.profile)/self.run_id
@@ -130,8 +131,12 @@ class RunConfig(Strict):
     def check(self):
         "Find out now, not after an hour's work, that the model cannot be evaluated: no end of line among its words, or too few samples."
         if not self.codexglue and not self.thesis: return
-        from codegpt_nbc.corpus import PROTOCOLS, load_samples
         from codegpt_nbc.tokenizer import end_of_line, load_tokenizer
         end_of_line(load_tokenizer(self.model_folder))
+        self.check_samples()
+
+    def check_samples(self):
+        "Raise `ValueError` where a protocol has fewer samples than asked."
+        from codegpt_nbc.corpus import PROTOCOLS, load_samples
         for p in PROTOCOLS:
             if n := getattr(self, p): load_samples(p, n, folder=self.data_folder)

@@ -211,7 +211,7 @@ def read_source(
     except OSError: return None, 'unreadable'
     return (text, '') if text.count('<EOL>') >= 5 else (None, 'under six lines')
 
-# %% ../nbs/02_corpus.ipynb #2e9b81eb
+# %% ../nbs/02_corpus.ipynb #981c8300
 def read_all(
     sources: list,     # of `SourceFile`
     workers: int = 2,  # Processes
@@ -220,7 +220,7 @@ def read_all(
     from tqdm import tqdm
     rows, skipped = [], Counter()
     def collect(results):
-        for f, (text, why) in zip(sources, tqdm(results, total=len(sources), desc='reading source', unit='file', mininterval=1)):
+        for (text, why), f in zip(tqdm(results, total=len(sources), desc='reading source', unit='file', mininterval=1), sources):
             if text is None: skipped[why] += 1
             else: rows.append({**asdict(f), 'text': text})
     if workers < 2: collect(map(read_source, sources))
@@ -260,12 +260,15 @@ def drop_leaks(
         return bool(lines) and len(lines & held) > threshold*len(lines)
     return df[(df.split != 'train') | ~df.text.map(leaks)].reset_index(drop=True)
 
-# %% ../nbs/02_corpus.ipynb #9491e32f
+# %% ../nbs/02_corpus.ipynb #8b5aeb6d
 PROTOCOLS = ('codexglue', 'thesis')
 
 def _lines(text: str) -> list:
     "Token lists of the lines of a finished file, without `<s>` and `</s>`."
     return [l.split(' ') for l in text.removeprefix('<s> ').removesuffix(' </s>').split(' <EOL> ')]
+
+def _usable(text: str) -> bool: # has a line to be cut: a later one, of two tokens
+    return any(len(l) > 1 for l in _lines(text)[1:])
 
 def cut_codexglue(text: str, rng) -> tuple: # (input, gt)
     "Cut before a uniformly drawn token, outside the first line and lines of a single token."
@@ -279,7 +282,7 @@ def cut_thesis(text: str, rng) -> tuple: # (input, gt)
     lines = _lines(text)
     return f"<s> {' <EOL> '.join(' '.join(l) for l in lines[:-1])} <EOL>", ' '.join(lines[-1])
 
-# %% ../nbs/02_corpus.ipynb #4fe4b169
+# %% ../nbs/02_corpus.ipynb #c0e331bf
 def make_samples(
     df: pd.DataFrame,     # Files of held-out projects: project, path, text (finished lines)
     protocol: str,        # 'codexglue' or 'thesis'
@@ -290,8 +293,8 @@ def make_samples(
     "Draw `n` samples, at most one per file and protocol while files last, no project dominating."
     cut = {'codexglue': cut_codexglue, 'thesis': cut_thesis}[protocol]
     rng = np.random.default_rng(seed)
-    usable = df[df.text.map(lambda t: sum(len(l) > 1 for l in _lines(t)[1:]) > 0)]
-    order = usable.sample(frac=1, random_state=seed)
+    order = df[df.text.map(_usable)].sample(frac=1, random_state=seed)
+    if n and not len(order): raise ValueError('no held-out file has a later line of two tokens: add sources.')
     rank = order.groupby('project').cumcount()
     order, rows = order[rank < per_project*n], []
     while len(rows) < n:
@@ -464,7 +467,7 @@ def _samples_in(folder) -> list: # of paths
     found = sorted(Path(folder).rglob('test.json'))
     return found or [p for p in sorted(Path(folder).rglob('*.parquet')) if {'id', 'input', 'gt'} <= set(pq.ParquetFile(p).schema_arrow.names)]
 
-# %% ../nbs/02_corpus.ipynb #44a0d14c
+# %% ../nbs/02_corpus.ipynb #ae9c5427
 def imported(
     folder, # In CodeXGLUE's layout, or the hub's; or in that of the frozen corpus, and then it is returned as it is
     n_test: int = 2000,
@@ -482,7 +485,9 @@ def imported(
     if len(train) < 2: raise ValueError(f'{folder} holds no code to train on: add train.txt, a file in CodeXGLUE\'s format a line, or parquet files with a column code.')
     if not dev: dev, train = train[-(len(train)//20 or 1):], train[:-(len(train)//20 or 1)]
     lines = [answered(line_completion_samples(p), test) for p in _samples_in(folder)]
-    cut = lambda texts, protocol, n: make_samples(pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts}).astype(str), protocol, min(n, len(texts)), seed, 1.)
+    def cut(texts, protocol, n): # as many as there are
+        df = pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts}).astype(str)
+        return make_samples(df, protocol, max(1, min(n, df.text.map(_usable).sum())), seed, 1.)
     tables = {'train': pd.DataFrame({'text': pd.Series(train).sample(frac=1, random_state=seed)}), 'valid_codexglue': cut(dev, 'codexglue', n_valid)}
     if test: tables['test_thesis'] = cut(test, 'thesis', n_thesis)
     if lines and len(own := pd.concat(lines)): tables['test_codexglue'] = own.sample(min(n_test, len(own)), random_state=seed)

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'STUDENTS', 'CHOICES', 'BETAS', 'hard_loss', 'DistillLoss', 'spread', 'least_loss', 'Pair', 'clip_each',
-           'keep_zeros', 'cut_rows', 'files_enough', 'training_rows', 'Taught', 'taught', 'digest', 'DistillConfig',
+           'cut_rows', 'files_enough', 'training_rows', 'Taught', 'taught', 'digest', 'TaughtConfig', 'DistillConfig',
            'layers_of', 'load_pair', 'LearningCurve', 'validation_es', 'distill']
 
-# %% ../nbs/13_distill.ipynb #731928ab
+# %% ../nbs/13_distill.ipynb #16058f50
 import copy, hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 import numpy as np, torch
@@ -22,7 +23,7 @@ from .model import Decoder, Shape, load_model, with_layers
 from .paths import BASE_MODEL, CORPUS, atomic_path, models_dir, read_json, sha256, write_json
 from .prune import batches_loss
 from .tokenizer import encode_batch, load_tokenizer
-from .train import OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, fit
+from .train import OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, fit, keep_zeros
 
 # %% ../nbs/13_distill.ipynb #64ebb84e
 CHUNK = 128 # positions at a time
@@ -150,21 +151,13 @@ class Pair(nn.Module):
             h = self.teacher.norm(self.teacher.hidden(ids))[real]
             return h, 0. if self.frozen else hard_loss(h, self.teacher.tokens.output, y)
 
-# %% ../nbs/13_distill.ipynb #72646b0b
+# %% ../nbs/13_distill.ipynb #fe1a0ba6
 def clip_each(limit: float): # → function (model), for `before_step`
     "Clip the gradient norm of each child of a module by itself."
     def before_step(pair):
         for m in pair.children():
             if any(p.grad is not None for p in m.parameters()): nn.utils.clip_grad_norm_(m.parameters(), limit)
     return before_step
-
-def keep_zeros(model: Decoder): # → function (…), for `after_step`; None where there is nothing to keep
-    "Hold the zeros of a masked (unstructured) pruned model, which training would fill."
-    masks = [(p, p.detach() != 0) for p in model.parameters() if p.ndim > 1 and not p.detach().all()]
-    def after_step(*_):
-        with torch.no_grad():
-            for p, mask in masks: p.mul_(mask.to(p.device))
-    return after_step if masks else None
 
 # %% ../nbs/13_distill.ipynb #02d14013
 def cut_rows(
@@ -233,10 +226,49 @@ def digest(*parts) -> str: # 16 hexadecimal digits
         else: h.update(str(p).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/13_distill.ipynb #d365263a
+# %% ../nbs/13_distill.ipynb #534f056f
+class TaughtConfig(RunConfig):
+    "What a training beside a teacher has, whatever its loss."
+    teacher: str | None = None                      # as `model`; None: `model` itself
+    tokens: int | None = Field(None, ge=1)          # for the student to see, over all epochs; None: all of the shard in each
+    epochs: int = Field(1, ge=1)
+    length: int = Field(512, ge=12)                 # tokens of a row
+    batch: int = Field(4, ge=1)                     # rows a step
+    optimizer: Literal[OPTIMIZERS] = 'adamw'
+    lr: float | None = Field(None, gt=0)
+    warmup: float = Field(.05, ge=0, lt=1)          # share of the steps
+    clip: float = Field(1., gt=0)                   # gradient norm
+
+    @cached_property
+    def teacher_folder(self) -> Path: return resolve_model(self.teacher or self.model, self.profile)
+
+    @property
+    def work(self) -> Path: # named after settings and weights, so that only the very same run goes on from it
+        "Folder of the checkpoint and the curves of an unfinished run."
+        return self.out_folder.with_name(f'{self.run_id}-unfinished-{digest(self.model_dump_json(), self.model_folder, self.teacher_folder)}')
+
+# %% ../nbs/13_distill.ipynb #d55742c9
+@patch
+def training(self: TaughtConfig, rows: list, **own) -> TrainConfig: # `own`: what is not as for all
+    "Enough steps for the tokens asked."
+    per_epoch, tokens = Samples(rows, self.batch).per_epoch, sum(len(r) - 1 for r in rows)
+    steps = self.epochs*per_epoch if self.tokens is None else max(1, round(self.tokens*per_epoch/tokens))
+    return TrainConfig(**dict(steps=steps, lr=self.lr, optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0., clip=self.clip, seed=self.seed) | own)
+
+@patch
+def check_pair(self: TaughtConfig,
+    start: Shape, teacher: Shape, # Of `model` and of its teacher
+):
+    "Raise `ValueError` where a row is longer than a context, or the tokenizers differ."
+    for s, folder in ((start, self.model_folder), (teacher, self.teacher_folder)):
+        if self.length > s.context: raise ValueError(f'length is {self.length}, but {folder.name} has {s.context} positions: ask for shorter rows.')
+    if self.teacher_folder != self.model_folder and load_tokenizer(self.teacher_folder).get_vocab() != load_tokenizer(self.model_folder).get_vocab():
+        raise ValueError(f'{self.teacher_folder.name} has another tokenizer than {self.model_folder.name}: choose a teacher with the student\'s tokenizer.')
+
+# %% ../nbs/13_distill.ipynb #60733630
 BETAS = (.9, .98) # AdamW's, DistilBERT's training code
 
-class DistillConfig(RunConfig):
+class DistillConfig(TaughtConfig):
     "Parameters of `experiments/distill`."
     student: Literal[tuple(STUDENTS)] = 'reduced'   # made of `model`: random weights, chosen layers, or the model as it is
     layers: int | list[int] | None = None           # number or indices; None: half of them
@@ -248,14 +280,8 @@ class DistillConfig(RunConfig):
     alpha_clm: float = Field(.33, ge=0)
     alpha_cos: float | None = Field(None, ge=0)     # None: .33, or 0 for a student of another width
     temperature: float = Field(2., gt=0)
-    tokens: int | None = Field(None, ge=1)          # for the student to see, over all epochs; None: all of the shard in each
-    epochs: int = Field(1, ge=1)
     shortest: float = Field(1., gt=0, le=1)         # share of the files, shortest first
-    length: int = Field(512, ge=12)                 # tokens of a row
-    batch: int = Field(4, ge=1)                     # rows a step
-    optimizer: Literal[OPTIMIZERS] = 'adamw'
     lr: float | None = Field(None, gt=0)            # None: DistilBERT's 5e-4 for random weights, 2e-4 for a student that knows something already
-    warmup: float = Field(.05, ge=0, lt=1)          # share of the steps
     clip: float = Field(5., gt=0)                   # gradient norm, of student and teacher each
     curve_samples: int = Field(0, ge=0)             # of validation projects, at each point of the learning curve; 0: no curve
     curve_points: int = Field(9, ge=1)              # between start and end
@@ -264,10 +290,10 @@ class DistillConfig(RunConfig):
         if self.student == 'model' and self.layers is not None: raise ValueError("layers are chosen for a student that is 'random' or 'reduced': leave them out, or choose such a student.")
         if self.fresh_teacher and self.frozen: raise ValueError('a teacher of random weights that does not learn teaches nothing: set frozen to false.')
 
-# %% ../nbs/13_distill.ipynb #bd46eccf
-@patch(as_prop=True)
-def teacher_folder(self: DistillConfig) -> Path: return resolve_model(self.teacher or (BASE_MODEL.name if self.student == 'model' else self.model), self.profile)
+    @cached_property
+    def teacher_folder(self) -> Path: return resolve_model(self.teacher or (BASE_MODEL.name if self.student == 'model' else self.model), self.profile)
 
+# %% ../nbs/13_distill.ipynb #60a84cc6
 @patch(as_prop=True)
 def teacher_name(self: DistillConfig) -> str: return self.teacher_folder.name + (' (random weights)' if self.fresh_teacher else '')
 
@@ -279,17 +305,10 @@ def loss(self: DistillConfig, student: Shape, teacher: Shape) -> DistillLoss:
 
 @patch
 def training(self: DistillConfig, rows: list) -> TrainConfig:
-    "Enough steps for the tokens asked."
-    per_epoch, tokens = Samples(rows, self.batch).per_epoch, sum(len(r) - 1 for r in rows)
-    steps = self.epochs*per_epoch if self.tokens is None else max(1, round(self.tokens*per_epoch/tokens))
-    return TrainConfig(steps=steps, lr=self.lr or (5e-4 if self.student == 'random' else 2e-4), optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0., betas=BETAS, clip=0., seed=self.seed)
+    "As for all, with DistilBERT's learning rate and β; both models are clipped by `clip_each`."
+    return TaughtConfig.training(self, rows, lr=self.lr or (5e-4 if self.student == 'random' else 2e-4), betas=BETAS, clip=0.)
 
-@patch(as_prop=True)
-def work(self: DistillConfig) -> Path: # named after settings and weights, so that only the very same run goes on from it
-    "Folder of the checkpoint and the learning curve of an unfinished run."
-    return self.out_folder.with_name(f'{self.run_id}-unfinished-{digest(self.model_dump_json(), self.model_folder, self.teacher_folder)}')
-
-# %% ../nbs/13_distill.ipynb #d333afbc
+# %% ../nbs/13_distill.ipynb #0e1a7501
 def layers_of(model: Decoder, c: DistillConfig, rows: list) -> list: # of indices
     "The layers a student gets; a number of them is chosen by the loss on 2,000 training tokens, or spread."
     if isinstance(c.layers, list): return c.layers
@@ -302,15 +321,11 @@ def load_pair(
     rows: list,      # From `training_rows`
 ) -> tuple: # (student, teacher)
     "Student and teacher of a run. Raises `ValueError` where they do not fit together."
-    models = []
-    for folder in (c.model_folder, c.teacher_folder):
-        models.append(m := load_model(folder))
+    start, teacher = (load_model(f) for f in (c.model_folder, c.teacher_folder))
+    for m, folder in ((start, c.model_folder), (teacher, c.teacher_folder)):
         if hasattr(m, 'to_quantized_disk'): raise ValueError(f'{folder.name} is quantised and cannot be trained or learnt from: distil first and quantise afterwards.')
-        if c.length > m.shape.context: raise ValueError(f'length is {c.length}, but {folder.name} has {m.shape.context} positions: ask for shorter rows.')
-    start, teacher = models
+    c.check_pair(start.shape, teacher.shape)
     c.loss(start.shape, teacher.shape).check(start.shape, teacher.shape)
-    if c.teacher_folder != c.model_folder and load_tokenizer(c.teacher_folder).get_vocab() != load_tokenizer(c.model_folder).get_vocab():
-        raise ValueError(f'{c.teacher_folder.name} has another tokenizer than {c.model_folder.name}: distillation compares distributions over one vocabulary, so choose a teacher with the student\'s tokenizer.')
     layers = [] if c.student == 'model' else layers_of(start, c, rows)
     return STUDENTS[c.student](start, layers, c.seed), teacher.init_weights(c.seed + 1) if c.fresh_teacher else teacher
 

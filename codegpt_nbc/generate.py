@@ -6,12 +6,12 @@
 __all__ = ['BATCH_TOKENS', 'MAX_NEW', 'Engine', 'TorchEngine', 'greedy', 'Truncated', 'room_for', 'start_of_text',
            'complete_batch', 'complete', 'timed_completion']
 
-# %% ../nbs/06_generate.ipynb #1820f449
+# %% ../nbs/06_generate.ipynb #b8227c42
 import warnings
 from time import perf_counter
 from typing import Protocol
 import numpy as np, torch
-from .model import Decoder, KVCache, Shape
+from .model import Decoder, KVCache
 from .tokenizer import decode_lines, encode_batch, end_of_line
 
 # %% ../nbs/06_generate.ipynb #31f7bee1
@@ -26,14 +26,13 @@ class Engine(Protocol):
     def extend(self, tokens: np.ndarray, last: int = 1) -> np.ndarray: "Append tokens (n,) to the only row; logits (last, vocab) after each of the last ones."
     def rewind(self, length: int): "Forget the positions of the only row from `length` on."
 
-# %% ../nbs/06_generate.ipynb #bcf5818a
+# %% ../nbs/06_generate.ipynb #b9b8f538
 class TorchEngine:
-    "The reference: PyTorch in float32, or with weights, activations and cache in another precision."
+    "The reference: PyTorch."
     name = 'torch'
-    def __init__(self, model: Decoder, dtype=torch.float32):
-        self.model, self.dtype, self.context = model.eval().to(dtype), dtype, model.shape.context
+    def __init__(self, model: Decoder): self.model, self.context = model.eval(), model.shape.context
 
-    def start(self, batch, capacity): self.cache = KVCache(self.model.shape, batch, capacity, self.dtype)
+    def start(self, batch, capacity): self.cache = KVCache(self.model.shape, batch, capacity)
 
     @torch.inference_mode()
     def prefill(self, ids, lengths):
@@ -97,7 +96,7 @@ def start_of_text(tok) -> list: # of one id
     "What an empty prompt stands for: `<s>`."
     return [tok.token_to_id('<s>') or 0]
 
-# %% ../nbs/06_generate.ipynb #0aa6e149
+# %% ../nbs/06_generate.ipynb #e3370f18
 def complete_batch(
     engine: Engine,
     tok,                     # The model's tokenizer
@@ -113,7 +112,7 @@ def complete_batch(
     ids = [r[-room:] or start for r in encode_batch(tok, list(prompts))]
     stop = end_of_line(tok) if until_eol else -1
     order, new = sorted(range(len(ids)), key=lambda i: -len(ids[i])), [None]*len(ids)
-    bar = tqdm(total=len(ids), desc=desc, unit='sample', disable=desc is None, mininterval=2)
+    bar = tqdm(total=len(ids), desc=desc, unit='sample', disable=desc is None, mininterval=2, leave=None)   # within another bar it vanishes
     while order:
         n = max(1, min(batch, BATCH_TOKENS//(len(ids[order[0]]) + max_new)))   # the longest comes first
         rows, order = order[:n], order[n:]

@@ -7,11 +7,10 @@ __all__ = ['WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'Block', 'Reci
            'from_start', 'expand', 'resources', 'read_recipes', 'read_profile', 'RunFailed', 'template_parameters',
            'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'reproduce']
 
-# %% ../nbs/23_grid.ipynb #1bf2508e
-import itertools, json, os, re, shutil, subprocess, sys
+# %% ../nbs/23_grid.ipynb #fc2b0d72
+import itertools, os, re, shutil, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydantic import Field
 from .config import BACKENDS, Strict
 from .paths import BASE_MODEL, atomic_path, models_dir, project_root, runs_dir
 
@@ -149,7 +148,7 @@ def kernel_of(params: dict) -> str | None: # None: the template's own
     if not there: raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
     return kernel
 
-# %% ../nbs/23_grid.ipynb #6b22e050
+# %% ../nbs/23_grid.ipynb #47f2220c
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
@@ -181,9 +180,12 @@ def _tidy(path: Path, kernel: str | None = None):
     if kernel: nb.metadata['kernelspec'] = {**nb.metadata['kernelspec'], 'name': kernel, 'display_name': kernel}   # what it ran on
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'tags'}
+        streams = {}   # name → its first output, which takes the others
         for o in c.get('outputs', []):
-            if o.output_type != 'stream': continue
-            lines = [l.split('\r')[-1] for l in o.text.split('\n')]
+            if o.output_type == 'stream' and (first := streams.setdefault(o.name, o)) is not o: first.text, o.text = first.text + o.text, ''
+        for o in streams.values():
+            text = re.sub(r'\n[^\n]*\x1b\[A', '', o.text)   # a bar below another, and up again
+            lines = [l.split('\r')[-1] for l in text.split('\n')]
             o.text = '\n'.join(l for l in lines if 'IProgress not found' not in l and 'from .autonotebook' not in l)
         for o in c.get('outputs', []):
             if len(o.get('data', {})) > 1: o.data.pop('text/plain', None)   # a second copy of what is shown

@@ -9,9 +9,8 @@ __all__ = ['GPT2', 'LLAMA', 'FAMILIES', 'SLICED', 'INT8', 'READERS', 'CHECKSUM',
            'to_disk', 'from_disk', 'read_tensors', 'read_config', 'load_model', 'recipe_of', 'special_ids',
            'copy_tokenizer', 'describe', 'save_model', 'with_layers', 'count_parameters', 'matrices_of']
 
-# %% ../nbs/05_model.ipynb #3de39105
-import json
-from dataclasses import dataclass, asdict, replace
+# %% ../nbs/05_model.ipynb #90df191b
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn

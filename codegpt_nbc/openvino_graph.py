@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['OPENVINO_FILE', 'OPENVINO_PRECISIONS', 'openvino', 'table', 'Writer', 'build_model', 'export_openvino',
-           'OpenvinoEngine']
+           'count_openvino_parameters', 'OpenvinoEngine']
 
-# %% ../nbs/19_openvino.ipynb #202d090a
+# %% ../nbs/19_openvino.ipynb #b9676e90
 from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
-from .model import Decoder, describe, load_model, read_config, shape_of_config
+from .model import Decoder, count_parameters, describe, load_model, read_config, shape_of_config
 from .onnx_graph import in_precision
 from .paths import BASE_MODEL, atomic_path
 
@@ -120,7 +120,7 @@ def build_model(model: Decoder): # openvino.Model
     logits.output(0).set_names({'logits'})
     return ov.Model([ops.result(logits)], g.sinks, [getattr(g, n) for n in g.inputs], 'decoder')
 
-# %% ../nbs/19_openvino.ipynb #e6e8152a
+# %% ../nbs/19_openvino.ipynb #6d8511b4
 OPENVINO_FILE = 'openvino_model.xml'
 OPENVINO_PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')
 
@@ -137,10 +137,18 @@ def export_openvino(
     with atomic_path(out) as tmp:
         tmp.mkdir()
         ov.save_model(build_model(model), tmp/OPENVINO_FILE, compress_to_fp16=False)
-        describe(tmp, model.shape, folder, {'method': 'openvino', 'precision': precision}, openvino={'precision': precision})
+        describe(tmp, model.shape, folder, {'method': 'openvino', 'precision': precision}, openvino={'precision': precision, 'parameters': count_parameters(model)})
     return Path(out)
 
-# %% ../nbs/19_openvino.ipynb #ac943bdc
+def count_openvino_parameters(
+    path, # openvino_model.xml, beside its config.json
+) -> tuple: # (all, non-zero)
+    "Parameters of the decoder in an OpenVINO folder, as they were counted when it was written."
+    about = read_config(Path(path).parent).get('openvino', {})
+    if 'parameters' not in about: raise ValueError(f'{path} was not written by this version of export_openvino: export it again from the model folder it was made from.')
+    return tuple(about['parameters'])
+
+# %% ../nbs/19_openvino.ipynb #b28a4233
 def _hint(precision: str) -> dict:
     "How to compute with weights of this precision on this processor."
     amx = 'BF16' in openvino().Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES') and 'amx_bf16' in Path('/proc/cpuinfo').read_text()
@@ -161,11 +169,11 @@ class OpenvinoEngine:
         self.context, self.vocab = shape.context, shape.vocab
         hint = _hint(config['openvino']['precision']) if hint is None else hint
         options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or torch.get_num_threads())} | hint
-        try: self.request = ov.Core().compile_model(path, 'CPU', options).create_infer_request()
+        try: self.compiled = ov.Core().compile_model(path, 'CPU', options)
         except RuntimeError as e: raise ValueError(f'{path} cannot be read by OpenVINO {ov.__version__} ({str(e).strip().splitlines()[-1]}): export it again.') from None
 
     def start(self, batch, capacity):
-        self.request.reset_state()
+        self.request = self.compiled.create_infer_request()   # the cache is the request's: a copy of the engine must have its own
         self.lengths, self.rows = np.zeros(batch, np.int64), np.arange(batch, dtype=np.int32)
         self.seen = np.zeros((batch, 0), bool)
 

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['CARD', 'Stage', 'PretrainConfig', 'grown', 'pretrain', 'mean_loss', 'ship']
 
-# %% ../nbs/08_pretrain.ipynb #ab1e2914
-from dataclasses import asdict, dataclass, replace
+# %% ../nbs/08_pretrain.ipynb #21ff94f5
 from pathlib import Path
 import numpy as np, torch
 from .config import RunConfig, Strict
 from .model import Decoder, Shape, save_model, with_layers
-from .paths import BASE_MODEL, models_dir, read_json, write_checksums, write_json
-from .train import TrainConfig, TrainResult, Windows, autocast, fit
+from .paths import BASE_MODEL, atomic_path, models_dir, read_json, write_checksums, write_json
+from .train import TrainConfig, Windows, autocast, fit
 
 # %% ../nbs/08_pretrain.ipynb #e038dc4d
 class Stage(Strict):
@@ -85,7 +84,7 @@ def mean_loss(
         with autocast(): total += float(model(rows[:, :-1], rows[:, 1:]))*len(rows)
     return total/windows
 
-# %% ../nbs/08_pretrain.ipynb #da4d7f47
+# %% ../nbs/08_pretrain.ipynb #6e3bfd0b
 CARD = """# codegpt-nano
 
 A GPT-2 of {layers} layers, width {width}, {heads} heads, context {context}, and a byte-level BPE of {vocab} tokens ({params:.1f} M parameters),
@@ -112,11 +111,12 @@ def ship(
     info, s = read_json(folder/'training.json'), model.shape
     size = 2*sum(p.numel() for p in model.parameters())
     if size > 25e6: raise ValueError(f'{folder} takes {size/1e6:.1f} MB as float16, but at most 25 MB are shipped.')
-    out = save_model(model, to, parent=folder, dtype=torch.float16)
-    (out/'recipe.json').unlink()     # the embedded model is where chains start
-    write_json(out/'training.json', info)
     card = CARD.format(layers=s.n_layer, width=s.d_model, heads=s.heads[0], context=s.context, vocab=s.vocab, params=size/2e6, data=info['data'],
                        tokens=sum(r['tokens'] for r in info['stages'])/1e6, hours=sum(r['seconds'] for r in info['stages'])/3600, cpu=info['cpu'], valid=info['valid_loss'])
-    (out/'README.md').write_text(card)
-    write_checksums(out)
-    return out
+    with atomic_path(to) as tmp:
+        save_model(model, tmp, parent=folder, dtype=torch.float16)
+        (tmp/'recipe.json').unlink()     # the embedded model is where chains start
+        write_json(tmp/'training.json', info)
+        (tmp/'README.md').write_text(card)
+        write_checksums(tmp)
+    return Path(to)

@@ -8,8 +8,8 @@ __all__ = ['IMPORTANCES', 'PATTERNS', 'Tile', 'matrices', 'tile_mask', 'Masked',
            'fold_biases', 'slice_model', 'widths', 'choose', 'Structured', 'PruneConfig', 'PruneReport', 'batches_loss',
            'prune', 'measured_sparsity']
 
-# %% ../nbs/10_prune.ipynb #342581ee
-import copy, math
+# %% ../nbs/10_prune.ipynb #8268ce6e
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 import torch
@@ -55,7 +55,7 @@ def tile_mask(
     gone[order] = size.flatten()[order].double().cumsum(0) <= rate*w.numel() + .5
     return ~tile.spread(gone.view_as(size), w)
 
-# %% ../nbs/10_prune.ipynb #dadef43a
+# %% ../nbs/10_prune.ipynb #76781192
 class Masked:
     "The study's way: penalised gradients throughout, and from the cut on masks that stay."
     lr = 5e-5       # the study's; Adam lets the penalty pull every weight to zero by up to lr a step, so a larger one costs accuracy
@@ -70,7 +70,9 @@ class Masked:
                 p.grad.masked_fill_(p.detach() == 0, 0.)
         return {'before_step': before_step}
 
-    def cut(self, model: Decoder, sparsity: float, importance=None, loss=None) -> tuple: # (model, hooks of `fit`, details)
+    def recovery(self) -> dict: return self.penalty() # hooks of the last epochs, whether or not anything was cut
+
+    def cut(self, model: Decoder, sparsity: float, importance=None, loss=None) -> tuple: # (model, further hooks of the recovery, details)
         "Zero the weakest tiles of every matrix, at the rate that gives `sparsity` over all parameters."
         ms = matrices(model)
         rate = sparsity*sum(p.numel() for p in model.parameters())/sum(p.numel() for p in ms.values())
@@ -80,7 +82,7 @@ class Masked:
             with torch.no_grad():
                 for n, p in matrices(model).items(): p.mul_(masks[n])
         after_step(model)
-        return model, self.penalty() | {'after_step': after_step}, {'rate_in_matrices': rate}
+        return model, {'after_step': after_step}, {'rate_in_matrices': rate}
 
 # %% ../nbs/10_prune.ipynb #2caf1c5d
 @dataclass(frozen=True)
@@ -263,7 +265,7 @@ def choose(
     if not found: raise ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
     return found[min(losses, key=losses.get)], losses
 
-# %% ../nbs/10_prune.ipynb #2ff543b5
+# %% ../nbs/10_prune.ipynb #68f2b651
 class Structured:
     "Coupled groups: proximal group lasso, then slicing."
     lr = 3e-4
@@ -278,7 +280,9 @@ class Structured:
             proximal_step(groups, self.lam)(model, lr)
         return {'after_step': after_step}
 
-    def cut(self, model: Decoder, sparsity: float, importance, loss) -> tuple: # (model, hooks of `fit`, details)
+    def recovery(self) -> dict: return {}
+
+    def cut(self, model: Decoder, sparsity: float, importance, loss) -> tuple: # (model, further hooks of the recovery, details)
         "Slice out what matters least. `importance`: (model, groups) → scores; `loss`: model → float."
         groups = coupled_groups(model.shape)
         keep, losses = choose(model, groups, importance(model, groups), sparsity, loss)
@@ -327,7 +331,7 @@ class PruneReport:
     def curve(self) -> list: # [tokens since the start, loss]
         return [[t + sum(r.tokens for r in self.train[:i]), l] for i, r in enumerate(self.train) for t, l in r.curve]
 
-# %% ../nbs/10_prune.ipynb #65c7f881
+# %% ../nbs/10_prune.ipynb #9ee9754e
 @torch.no_grad()
 def batches_loss(model: Decoder, batches, n: int) -> float: # nats a token
     "Mean loss over the first `n` batches."
@@ -347,11 +351,12 @@ def prune(
     pattern, before = PATTERNS[c.pattern](c), count_parameters(model)[0]
     data = Samples(rows, c.batch, c.length, c.seed)
     steps = TrainConfig(steps=max(1, data.per_epoch*(c.epochs - 1)), lr=c.lr or pattern.lr, schedule='constant', warmup=min(10, data.per_epoch), weight_decay=0., seed=c.seed)
-    hooks, details = pattern.penalty(), {}
-    runs = [fit(model, data, steps, **hooks, desc='training under the penalty')] if c.epochs > 1 else []
+    runs = [fit(model, data, steps, **pattern.penalty(), desc='training under the penalty')] if c.epochs > 1 else []
+    hooks, details = pattern.recovery(), {}
     if c.sparsity:
         importance = lambda m, g: IMPORTANCES[c.importance](m, g, data, min(32, data.per_epoch))
-        model, hooks, details = pattern.cut(model, c.sparsity, importance, lambda m: batches_loss(m, data, min(8, data.per_epoch)))
+        model, masks, details = pattern.cut(model, c.sparsity, importance, lambda m: batches_loss(m, data, min(8, data.per_epoch)))
+        hooks |= masks
     recover = replace(steps, steps=data.per_epoch, schedule='cosine')
     runs.append(fit(model, Samples(rows, c.batch, c.length, c.seed + 1), recover, loss, **hooks, desc='recovery'))
     if c.recovery_steps:

@@ -10,7 +10,7 @@ __all__ = ['SPAN', 'LEAST_HALF', 'TERNARY', 'AnyMapping', 'AnyRange', 'EVERYTHIN
            'stored_bits', 'pack', 'unpack', 'Int8Matrix', 'Int8Linear', 'Int8Embedding', 'QuantizedDecoder', 'quantize',
            'float_decoder', 'simulated', 'finetune_quantized', 'QuantizeConfig']
 
-# %% ../nbs/11_quantize.ipynb #f809c1fb
+# %% ../nbs/11_quantize.ipynb #7c641099
 import copy
 from contextlib import contextmanager
 from enum import Enum
@@ -25,7 +25,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from .config import Backend, RunConfig, Strict
 from .model import CHECKSUM, FAMILIES, INT8, READERS, Decoder, Shape
-from .train import Samples, TrainConfig, TrainResult, fit
+from .train import TrainConfig, fit, keep_zeros
 
 # %% ../nbs/11_quantize.ipynb #44d13b04
 class Mapping(Strict):
@@ -524,15 +524,7 @@ def simulated(model: Decoder, *schemes: Scheme):
         for h in handles: h.remove()
         for name in chosen: parametrize.remove_parametrizations(model.get_submodule(name), 'weight', leave_parametrized=False)
 
-# %% ../nbs/11_quantize.ipynb #fd124611
-def _keep_zeros(model: Decoder):
-    "An `after_step` of `fit` under which pruned weights stay zero."
-    masks = {n: p != 0 for n, p in model.named_parameters() if p.ndim > 1 and not p.all()}
-    def after_step(m, lr):
-        ps = {n.replace('parametrizations.weight.original', 'weight'): p for n, p in m.named_parameters()}
-        for n, mask in masks.items(): ps[n].data.mul_(mask.to(ps[n].device))
-    return after_step
-
+# %% ../nbs/11_quantize.ipynb #179c8985
 def finetune_quantized(
     model: Decoder,     # Float; is not changed
     scheme: Scheme,
@@ -541,8 +533,7 @@ def finetune_quantized(
 ) -> tuple: # (QuantizedDecoder, `TrainResult`)
     "Quantisation-aware fine-tuning, then quantisation. Zeros of a pruned model stay."
     model = copy.deepcopy(model)
-    keep = _keep_zeros(model)
-    with simulated(model, scheme): result = fit(model, batches, c, after_step=keep, desc='fine-tuning, quantised')
+    with simulated(model, scheme): result = fit(model, batches, c, after_step=keep_zeros(model), desc='fine-tuning, quantised')
     return quantize(model, scheme), result
 
 # %% ../nbs/11_quantize.ipynb #2d1dc25b

@@ -6,42 +6,48 @@
 __all__ = ['OBJECTIVES', 'slug', 'runs_of', 'apply', 'before_after', 'compress', 'budgets_of', 'Rung', 'Candidate', 'judge',
            'pareto', 'promising', 'choose', 'search', 'run_search', 'best_recipe', 'SearchConfig']
 
-# %% ../nbs/27_search.ipynb #2b74b06b
-import os, shutil
+# %% ../nbs/27_search.ipynb #f0a40380
+import json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
-from .config import RunConfig, Strict
+from .config import RunConfig, Strict, resolve_data
 from .distill import digest
 from .grid import Block, Profile, Recipe, expand, from_start, read_recipes, run_notebook, template_of
-from .paths import BASE_MODEL, atomic_path, models_dir, read_json, runs_dir, write_json
+from .paths import CORPUS, atomic_path, models_dir, read_json, runs_dir, write_json
 
-# %% ../nbs/27_search.ipynb #61427490
+# %% ../nbs/27_search.ipynb #ef63dc5c
 def slug(step: dict) -> str:
     "A step's name: the method and what makes it this step."
     say = lambda v: '_'.join(map(str, v)) if isinstance(v, (list, dict)) else str(v)
     return '-'.join([step['method'], *(say(v) for k, v in step.items() if k != 'method')])
 
-def runs_of(recipe: Recipe, model, profile: str, budgets: dict, evaluate: dict) -> list: # of `grid.Run`
-    "A recipe as runs, in order. `evaluate`: how many samples of each protocol every run is scored on."
+def runs_of(recipe: Recipe, model, profile: str, budgets: dict, every: dict) -> list: # of `grid.Run`
+    "A recipe as runs, in order. `every`: parameters of all, such as the samples that they are scored on."
     runs, start = [], {'model': str(model)}
     for i, step in enumerate(recipe.steps):
         name = '.'.join(slug(s) for s in recipe.steps[:i+1])
         own = {k: v for k, v in from_start(step, str(model)).items() if k != 'method'}
         block = Block(method=step['method'], id=name, set=own | start)
-        runs += expand(Profile(about='', set=evaluate, budgets=budgets, runs=[block]), profile).values()
+        runs += expand(Profile(about='', set=every, budgets=budgets, runs=[block]), profile).values()
         start = {'model': name}
     return runs
 
-def apply(recipe: Recipe, model, profile: str, budgets: dict, evaluate: dict) -> Path: # the last model folder
-    "Make the runs of a recipe that are not there yet."
-    for r in (runs := runs_of(recipe, model, profile, budgets, evaluate)):
-        if not (runs_dir(profile)/f'{r.id}.json').is_file() or not models_dir(profile).joinpath(r.id).is_dir():
+def _is_made(r, profile: str) -> bool:
+    "Is there a result with the parameters of run `r`, and its model?"
+    path = runs_dir(profile)/f'{r.id}.json'
+    return path.is_file() and (models_dir(profile)/r.id).is_dir() and read_json(path)['config'].items() >= r.params.items()
+
+def apply(recipe: Recipe, model, profile: str, budgets: dict, every: dict) -> Path: # the last model folder
+    "Make the runs of a recipe that are not there yet, and those after them."
+    runs, fresh = runs_of(recipe, model, profile, budgets, every), False
+    for r in runs:
+        if fresh := fresh or not _is_made(r, profile):
             run_notebook(template_of(r.method), runs_dir(profile)/f'{r.id}.ipynb', r.params)
     return models_dir(profile)/runs[-1].id
 
-# %% ../nbs/27_search.ipynb #6f9c4b3d
+# %% ../nbs/27_search.ipynb #13f363e0
 def before_after(
     before, after,         # Model folders
     n: int = 100,          # Samples of the protocol `codexglue`
@@ -49,21 +55,23 @@ def before_after(
     rounds: int = 3,
     completions: int = 2,
     prompt_tokens: int = 448,
+    data=CORPUS,           # Folder of the samples
 ): # DataFrame: a row a measure, columns before and after
     "What compression cost and gained."
     import pandas as pd
-    from codegpt_nbc.evaluate import evaluate, open_engine, size_of, summarise
+    from codegpt_nbc.evaluate import against, evaluate, open_engine, size_of, summarise
     from codegpt_nbc.measure import measure
-    out = {}
+    out, scores = {}, {}
     for name, folder in (('before', before), ('after', after)):
-        a, s = summarise(*evaluate(*open_engine(folder), 'codexglue', n, split)), size_of(folder)
-        out[name] = {'ES %': a.es, 'EM %': a.em, 'file MB': s.raw_bytes/1e6, 'zipped MB': s.zip_bytes/1e6, 'parameters M': s.params/1e6}
-    speed, memory, d = measure(after, before, rounds, completions, prompt_tokens)
+        scores[name] = a = summarise(*evaluate(*open_engine(folder), 'codexglue', n, split, folder=data))
+        s, (low, high) = size_of(folder), against(a, scores['before'])['es']['ci']
+        out[name] = {'ES %': a.es, 'ES − before, at least': low, 'ES − before, at most': high, 'EM %': a.em, 'file MB': s.raw_bytes/1e6, 'zipped MB': s.zip_bytes/1e6, 'parameters M': s.params/1e6}
+    speed, memory, d = measure(after, before, rounds, completions, prompt_tokens, data=data)
     out['before'] |= {'ms a completion': 1e3/d['baseline_samples_per_s'], 'samples/s, × before': 1., 'peak MB': d['baseline_peak_rss_bytes']/1e6}
     out['after'] |= {'ms a completion': 1e3/speed.samples_per_s, 'samples/s, × before': speed.ratio_to_baseline, 'peak MB': memory.peak_rss_bytes/1e6}
     return pd.DataFrame(out)
 
-# %% ../nbs/27_search.ipynb #625f445e
+# %% ../nbs/27_search.ipynb #bd682c4c
 def _copy(folder: Path, out) -> Path:
     "A model folder copied whole or not at all."
     with atomic_path(out) as tmp: shutil.copytree(folder, tmp)
@@ -74,14 +82,13 @@ def compress(
     recipe: Recipe,
     out,                     # The compressed model's folder
     budgets: dict | None = None, # Method → parameters; None: those of the profile `full`
-    profile: str = '',       # Names the intermediate runs; by default after `out`
 ) -> Path:
-    "Apply a recipe to a model. Steps that were made before for the same `out` are not made again."
+    "Apply a recipe to a model. Steps that were made before of the same weights with the same budgets are not made again."
     model = Path(model)
     if not (model/'config.json').is_file(): raise FileNotFoundError(f'{model} holds no config.json: give a model folder.')
     if Path(out).exists(): raise FileExistsError(f'{out} exists: choose another folder or remove it.')
     budgets = budgets_of('full') if budgets is None else budgets
-    return _copy(apply(recipe, model.resolve(), profile or f'compress-{Path(out).name}', budgets, dict(codexglue=0, thesis=0)), out)
+    return _copy(apply(recipe, model.resolve(), f'compress-{digest(model, json.dumps(budgets, sort_keys=True))}', budgets, dict(codexglue=0, thesis=0)), out)
 
 def budgets_of(profile: str) -> dict: # method → parameters
     "What a profile lets each method spend."
@@ -89,7 +96,7 @@ def budgets_of(profile: str) -> dict: # method → parameters
     from codegpt_nbc.paths import project_root
     return Profile(**yaml.safe_load((project_root()/'configs'/f'{profile}.yaml').read_text())).budgets
 
-# %% ../nbs/27_search.ipynb #9e5256d3
+# %% ../nbs/27_search.ipynb #3028a54d
 class Rung(Strict):
     "How much is spent on each candidate, and how well it is looked at."
     budgets: dict[str, dict]   # method → parameters
@@ -108,13 +115,13 @@ class Candidate:
 
 OBJECTIVES = {'latency': lambda c: -c.ratio, 'size': lambda c: c.mb}   # less is better
 
-def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int = 448) -> Candidate:
-    "Evaluate and measure one candidate."
-    t = before_after(model, folder, rung.samples, 'valid', rung.rounds, 2, prompt_tokens) if folder != model else None
-    if t is None:
-        from codegpt_nbc.evaluate import evaluate, open_engine, size_of, summarise
-        return Candidate(name, summarise(*evaluate(*open_engine(model), 'codexglue', rung.samples, 'valid')).es, size_of(model).raw_bytes/1e6, 1., str(model))
-    return Candidate(name, *(round(float(t.after[k]), 4) for k in ('ES %', 'file MB', 'samples/s, × before')), str(folder))
+def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int = 448, data=CORPUS) -> Candidate:
+    "Evaluate one candidate, and measure it against the dense model."
+    from codegpt_nbc.evaluate import evaluate, open_engine, summarise, weight_files
+    from codegpt_nbc.measure import measure
+    es = summarise(*evaluate(*open_engine(folder), 'codexglue', rung.samples, 'valid', folder=data)).es
+    ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, prompt_tokens, data=data)[0].ratio_to_baseline
+    return Candidate(name, es, round(sum(f.stat().st_size for f in weight_files(folder))/1e6, 4), round(ratio, 4), str(folder))
 
 # %% ../nbs/27_search.ipynb #a26f5e28
 def pareto(candidates: list, objective: str) -> list:
@@ -139,7 +146,7 @@ def choose(candidates: list, objective: str, es_drop: float) -> Candidate:
         raise ValueError(f'no recipe stays within {es_drop:g} points of edit similarity: the nearest, {near.recipe!r}, loses {dense - near.es:.1f}; allow more, or add recipes to configs/recipes.yaml.')
     return min(fits, key=OBJECTIVES[objective])
 
-# %% ../nbs/27_search.ipynb #3b957f07
+# %% ../nbs/27_search.ipynb #8634e0f8
 def search(
     model,                     # A model folder
     rungs: list,               # of `Rung`, cheapest first
@@ -148,21 +155,22 @@ def search(
     recipes: dict | None = None, # name → `Recipe`; None: all of configs/recipes.yaml
     profile: str = 'search',   # Names its runs
     prompt_tokens: int = 448,
+    data: str = '',            # Code to train on and be judged by, as in `RunConfig`
 ) -> tuple: # (chosen `Candidate`, all candidates of the last rung)
     "Successive halving over recipes. What was judged before, of the same weights and at the same cost, is not judged again, whatever the goal."
     from tqdm import tqdm
     model, recipes = Path(model).resolve(), read_recipes() if recipes is None else recipes
-    names = ['dense', *recipes]
+    names, samples = ['dense', *recipes], resolve_data(data)
     for i, rung in enumerate(rungs):
-        place = f'{profile}-{digest(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens)}'
+        place = f'{profile}-{digest(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens, samples.name)}'
         path = models_dir(place)/'candidates.json'
         known, key = read_json(path) if path.is_file() else {}, lambda name: '.'.join(map(slug, recipes[name].steps)) if name in recipes else name
         bar = tqdm(names, desc=f'rung {i+1} of {len(rungs)}')
         for name in bar:
             bar.set_postfix_str(name)
             if key(name) in known: continue
-            folder = model if name == 'dense' else apply(recipes[name], model, place, rung.budgets, dict(codexglue=0, thesis=0))
-            known[key(name)] = vars(judge(name, folder, model, rung, prompt_tokens))
+            folder = model if name == 'dense' else apply(recipes[name], model, place, rung.budgets, dict(codexglue=0, thesis=0, data=data))
+            known[key(name)] = vars(judge(name, folder, model, rung, prompt_tokens, samples))
             write_json(path, known)
         found = [Candidate(**known[key(n)] | {'recipe': n}) for n in names]
         names = promising(found, objective, es_drop, rung.slack)

@@ -197,11 +197,11 @@ def run_pages(profile: str) -> list:
                  sources=tuple(q for p in books if (q := p.with_suffix('.json')).is_file()), origin='')
     return [first, *(_file(p, section, p.stem, method) for method, g in groups.items() for p in g)]
 
-# %% ../nbs/28_site.ipynb #c3f43950
+# %% ../nbs/28_site.ipynb #008e130a
 def _about(stem: str) -> str:
     "The docstring of the function `fig_…` or `tab_…`."
     from importlib import import_module
-    return next((f.__doc__ for m in ('report', 'compare') if (f := getattr(import_module(f'codegpt_nbc.{m}'), stem, None)) and f.__doc__), '')
+    return next((f.__doc__ for m in ('report', 'compare', 'peers') if (f := getattr(import_module(f'codegpt_nbc.{m}'), stem, None)) and f.__doc__), '')
 
 def _gallery(profile: str):
     "All figures and tables of a profile."

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
-           'Samples', 'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit']
+           'Samples', 'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit',
+           'keep_zeros']
 
-# %% ../nbs/07_train.ipynb #7aee7e48
-import json, math, time
+# %% ../nbs/07_train.ipynb #29beb71b
+import math, time
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import numpy as np, torch
@@ -82,7 +83,7 @@ class Windows:
         rows = torch.from_numpy(np.stack([self.ids[s:s+self.length+1] for s in starts]).astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
-# %% ../nbs/07_train.ipynb #2bdb4bf8
+# %% ../nbs/07_train.ipynb #74db39e5
 @dataclass(frozen=True)
 class Samples:
     "A small fixed set of rows, walked through in a new random order each epoch: batch number → (ids, targets)."
@@ -90,6 +91,9 @@ class Samples:
     batch: int = 1
     length: int = 512 # longer rows are cut
     seed: int = 0
+
+    def __post_init__(self):
+        if not len(self.rows): raise ValueError('no text gives a row: ask for shorter rows, or add texts.')
 
     @property
     def per_epoch(self) -> int: return math.ceil(len(self.rows)/self.batch)
@@ -213,3 +217,12 @@ def fit(
     acc.wait_for_everyone()
     model.eval()
     return r
+
+# %% ../nbs/07_train.ipynb #5715ba09
+def keep_zeros(model: nn.Module): # → function (…), for `after_step`; None where there is nothing to keep
+    "Hold the zeros of a masked (unstructured) pruned model."
+    masks = [(p, p.detach() != 0) for p in model.parameters() if p.ndim > 1 and not p.detach().all()]
+    def after_step(*_):
+        with torch.no_grad():
+            for p, mask in masks: p.mul_(mask.to(p.device))
+    return after_step if masks else None

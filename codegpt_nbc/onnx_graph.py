@@ -42,15 +42,15 @@ class Graph:
         self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
-# %% ../nbs/12_onnx.ipynb #beae2798
+# %% ../nbs/12_onnx.ipynb #49ffae5c
 def _is_int8(m) -> bool: return m.weight.dtype == torch.int8
 def _same(t): return t
 
 BLOCKS = (16, 32, 64, 128, 256)   # block sizes that ONNX Runtime takes
 
 def _block(d: int) -> int:
-    "The largest block size among those that pad `d` least, where the codes leave the choice; 256 are slower than 128 in 8 bits."
-    return min(BLOCKS[:-1], key=lambda b: (-d % b, -b))
+    "The largest block size among those that pad `d` least."
+    return min(BLOCKS, key=lambda b: (-d % b, -b))
 
 @patch
 def table(self: Graph, name: str, m, rows=_same) -> tuple: # (names of table, steps and zero points), attributes
@@ -81,11 +81,14 @@ def linear(self: Graph,
     x: str,
     name: str,            # of the module in the decoder
     m,                    # `nn.Linear` or `Int8Linear`
-    rows=_same, cols=_same, # Padding of the weight's outputs and, of a float one, its inputs
+    rows=_same, cols=_same, # Padding of the weight's outputs and, where it is no table, its inputs
 ) -> str:
     "The map `m` of `x`."
     b = [self.weight(f'{name}.bias', rows(m.bias))] if m.bias is not None else []
-    if _is_int8(m): return self.blocked_product(x, name, m, *b, rows=rows)
+    if _is_int8(m) and m.scheme.activations is None: return self.blocked_product(x, name, m, *b, rows=rows)
+    if _is_int8(m):
+        per_row = lambda t: rows(t.expand(len(m.weight), 1))[:, 0]
+        return self.int8_product(x, name, rows(cols(m.weight)).T, per_row(m.scale), per_row(m.zero_point) if m.zero_point.any() else None, *b)
     y = self.op('MatMul', x, self.weight(f'{name}.weight', rows(cols(m.weight)).T))
     return self.op('Add', y, *b) if b else y
 
@@ -167,7 +170,7 @@ def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (batch, new, neurons)
         return g.op('Mul', g.op('QuickGelu', gate, alpha=1.), up)
     return g.op('FastGelu', g.linear(x, f'{name}.up', mlp.up))
 
-# %% ../nbs/12_onnx.ipynb #8a05d085
+# %% ../nbs/12_onnx.ipynb #8a48fb2e
 def _write(g: Graph, model: Decoder):
     "Write the decoder's nodes: `input_ids` and `position_ids` (batch, new) and `asked` (logits, 2) in, `logits` (logits, vocab) out."
     s, tied, at = model.shape, model.shape.tied, model.positions
@@ -180,7 +183,7 @@ def _write(g: Graph, model: Decoder):
         name = f'blocks.{l}'
         if b.attn is not None:
             y, proj = _attention(g, l, b.attn, g.norm(x, f'{name}.norm1', b.norm1), s), b.attn.proj
-            if _is_int8(proj) and d != padded: y = _unpad_heads(g, y, s)
+            if d != padded and _is_int8(proj) and proj.scheme.activations is None: y = _unpad_heads(g, y, s)
             if l == last: x, y = only_asked(x), only_asked(y)
             x = add(x, g.linear(y, f'{name}.attn.proj', proj, cols=lambda t: _pad_heads(t, d, 1)))
         if b.mlp is not None: x = add(x, g.linear(_ffn(g, f'{name}.mlp', b.mlp, g.norm(x, f'{name}.norm2', b.norm2)), f'{name}.mlp.down', b.mlp.down))
@@ -225,7 +228,7 @@ def in_precision(
         raise ValueError(f'the model is quantised to {bits} bits already: export it as int8, or the model it was made from as int4.')
     return model
 
-# %% ../nbs/12_onnx.ipynb #e0991297
+# %% ../nbs/12_onnx.ipynb #1fe54aed
 def export_onnx(
     folder=BASE_MODEL,        # A model folder with safetensors
     out='model-onnx',         # Written whole, or not at all
@@ -241,11 +244,10 @@ def export_onnx(
         tmp.mkdir()
         (tmp/'model.onnx').write_bytes(proto.SerializeToString())
         step = {'method': 'onnx', 'precision': precision} | ({'accuracy_level': accuracy_level} if accuracy_level != 4 else {})
-        rounded = accuracy_level == 4 and (precision == 'int4' or any(s.activations for s in getattr(model, 'schemes', ())))
-        describe(tmp, model.shape, folder, step, onnx={'precision': precision, 'int8_prompts': rounded})
+        describe(tmp, model.shape, folder, step, onnx={'precision': precision, 'int8_prompts': precision == 'int4' and accuracy_level == 4})
     return Path(out)
 
-# %% ../nbs/12_onnx.ipynb #c10b259c
+# %% ../nbs/12_onnx.ipynb #9b7ad049
 def count_onnx_parameters(
     path, # model.onnx, beside its config.json
 ) -> tuple: # (all, non-zero)
@@ -258,31 +260,30 @@ def count_onnx_parameters(
     tables = {n.input[2].rpartition('.')[0]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type in ('GatherBlockQuantized', 'MatMulNBits')}
     def nonzero(name, w):
         part = name.removesuffix('.weight')
-        if part not in tables or w.dtype != np.uint8: return int(np.count_nonzero(w))
+        if part not in tables or w.dtype != np.uint8: return int(np.count_nonzero(w != stored.get(f'{part}.zero_point', 0)))   # (in, out) and (out,)
         how = {'K': model.shape.d_model} | tables[part]
         codes, zero = (t if t is None or how['bits'] == 8 else np.stack([t & 15, t >> 4], -1).reshape(len(t), -1) for t in (w, stored.get(f'{part}.zero_point')))
         at = 2**(how['bits'] - 1) if zero is None else zero.repeat(how['block_size'], 1)[:, :how['K']]
         return int(np.count_nonzero(codes[:, :how['K']] != at))
     return sum(p.numel() for p in model.parameters()), sum(nonzero(n, w) for n, w in stored.items() if n.endswith(('.weight', '.bias')))
 
-# %% ../nbs/12_onnx.ipynb #6f86d1b4
+# %% ../nbs/12_onnx.ipynb #e1a27dea
 PROMPT = 16   # new tokens from which on the graph for prompts is the faster one
 
-def _with_steps_per_row(codes, scale, zero, bits: int, d: int, block: int) -> tuple: # (int8 (d, n), steps (n,), zero points (n,) or None)
-    "A table of `Graph.table`, its parts as stored: as it is where the blocks of a row have equal steps, else rounded to 8 bits with one."
+def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int8 (d, n), steps (n,))
+    "A table of 4 bits, its parts as stored, rounded to 8 bits with a step per row."
     from codegpt_nbc.quantize import unpack
-    signed = lambda t, cols: unpack(t, 4, cols) if bits == 4 else (t.short() - 128).to(torch.int8)[:, :cols]
-    codes, zero = signed(codes, d), None if zero is None else signed(zero, scale.shape[1])
-    if all(t is None or (t == t[:, :1]).all() for t in (scale, zero)): return codes.T, scale[:, 0].float(), None if zero is None else zero[:, 0]
     whole = lambda t: t.float().repeat_interleave(block, 1)[:, :d]
-    w = (codes - (0 if zero is None else whole(zero)))*whole(scale)
+    w = unpack(codes, 4, d).float()
+    if zero is not None: w -= whole(unpack(zero, 4, scale.shape[1]))
+    w *= whole(scale)
     step = w.abs().amax(1, keepdim=True).clamp(min=1e-12)/127
-    return (w/step).round().to(torch.int8).T, step[:, 0], None
+    return (w/step).round().to(torch.int8).T, step[:, 0]
 
 def prompt_graph(
-    proto, # onnx.ModelProto as `build_graph` writes it; is changed
+    proto, # onnx.ModelProto of 4 bits, as `build_graph` writes it; is changed
 ):
-    "The graph that reads prompts: each quantised map as one product in int8."
+    "The graph that reads prompts: each map as one product in int8."
     from onnx import numpy_helper
     maps = {n.name: n.input[2].rpartition('.')[0] for n in proto.graph.node if n.op_type == 'MatMulNBits' and n.output[0] != 'logits'}
     gone = {f'{name}.{part}' for name in maps.values() for part in ('weight', 'scale', 'zero_point', 'blocks')}
@@ -293,18 +294,19 @@ def prompt_graph(
             if not gone.intersection(n.input): g.nodes.append(n)   # others prepared the old weights
             continue
         name, how = maps[n.name], {a.name: a.i for a in n.attribute}
-        w = _with_steps_per_row(*(old.get(f'{name}.{part}') for part in ('weight', 'scale', 'zero_point')), how['bits'], how['K'], how['block_size'])
-        g.int8_product(n.input[0], name, *w, *n.input[5:6], outputs=n.output)
+        w = _with_steps_per_row(*(old.get(f'{name}.{part}') for part in ('weight', 'scale', 'zero_point')), how['K'], how['block_size'])
+        g.int8_product(n.input[0], name, *w, None, *n.input[5:6], outputs=n.output)
     nodes, weights = g.nodes[:], [*kept, *g.weights.values()]
     proto.graph.ClearField('node'); proto.graph.ClearField('initializer')
     proto.graph.node.extend(nodes); proto.graph.initializer.extend(weights)
     return proto
 
-# %% ../nbs/12_onnx.ipynb #666defb2
+# %% ../nbs/12_onnx.ipynb #14ce068c
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: as many as PyTorch
     proto=None,                 # What to run instead of what the file holds, if anything
+    spin: bool = True,          # Threads wait for the next call by spinning
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
     import onnxruntime as ort
@@ -314,13 +316,14 @@ def open_session(
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
     options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 4   # errors are raised, and need not be logged too
+    if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
     try: return ort.InferenceSession(proto.SerializeToString() if proto else str(path), options, providers=['CPUExecutionProvider'])
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
 
-# %% ../nbs/12_onnx.ipynb #0c64b562
+# %% ../nbs/12_onnx.ipynb #45bb9e2b
 def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
 
 class _Bound:
@@ -355,14 +358,14 @@ class OrtEngine:
         config = read_config(folder)
         shape = shape_of_config(config)[0]
         self.context, self.vocab = shape.context, shape.vocab
-        path = Path(folder)/'model.onnx'
-        self.sessions = [open_session(path, threads)]
+        path, two = Path(folder)/'model.onnx', config['onnx'].get('int8_prompts', False)
+        self.sessions = [open_session(path, threads, spin=not two)]
         self.caches = [i for i in self.sessions[0].get_inputs() if i.name.startswith('past_key_values')]
         if {i.name for i in self.sessions[0].get_inputs()} - {c.name for c in self.caches} != set(INPUTS):
             raise ValueError(f'{folder} holds a model.onnx with other inputs than this version of export_onnx writes: export it again from the model folder it was made from.')
-        if config['onnx'].get('int8_prompts'):
+        if two:
             import onnx
-            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path))))
+            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path)), spin=False))
 
     def start(self, batch, capacity):
         self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}

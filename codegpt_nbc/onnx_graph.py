@@ -301,11 +301,11 @@ def prompt_graph(
     proto.graph.node.extend(nodes); proto.graph.initializer.extend(weights)
     return proto
 
-# %% ../nbs/12_onnx.ipynb #14ce068c
+# %% ../nbs/12_onnx.ipynb #a31b33bf
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: as many as PyTorch
-    proto=None,                 # What to run instead of what the file holds, if anything
+    graph: bytes | None = None, # What to run instead of what the file holds
     spin: bool = True,          # Threads wait for the next call by spinning
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
@@ -317,13 +317,13 @@ def open_session(
     options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
     options.intra_op_num_threads, options.log_severity_level = threads or torch.get_num_threads(), 4   # errors are raised, and need not be logged too
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
-    try: return ort.InferenceSession(proto.SerializeToString() if proto else str(path), options, providers=['CPUExecutionProvider'])
+    try: return ort.InferenceSession(graph or str(path), options, providers=['CPUExecutionProvider'])
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
 
-# %% ../nbs/12_onnx.ipynb #45bb9e2b
+# %% ../nbs/12_onnx.ipynb #3aeae6f7
 def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
 
 class _Bound:
@@ -365,7 +365,7 @@ class OrtEngine:
             raise ValueError(f'{folder} holds a model.onnx with other inputs than this version of export_onnx writes: export it again from the model folder it was made from.')
         if two:
             import onnx
-            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path)), spin=False))
+            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path)).SerializeToString(), spin=False))   # bytes: the graph itself is gone by then
 
     def start(self, batch, capacity):
         self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}

@@ -9,12 +9,17 @@ for tool in slurmctld slurmd munged; do command -v $tool >/dev/null || { echo "$
 here=$(mktemp -d)
 export SLURM_CONF=$here/slurm.conf
 stop() {
+    scancel --me 2>/dev/null && sleep 2 || true
     for name in slurmd slurmctld munged; do [ ! -s "$here/$name.pid" ] || kill "$(cat "$here/$name.pid")" || true; done
     sleep 2; rm -rf "$here"
 }
 trap stop EXIT
 
-mkdir "$here"/{state,spool}
+mkdir "$here"/{bin,state,spool}
+for tool in sbatch scancel sinfo squeue srun; do   # Snakemake clears SLURM_* in its jobs, so the commands carry the configuration themselves
+    printf '#!/bin/sh\nSLURM_CONF=%s exec %s "$@"\n' "$SLURM_CONF" "$(command -v $tool)" >"$here/bin/$tool"; chmod +x "$here/bin/$tool"
+done
+export PATH=$here/bin:$PATH
 mungekey --create --keyfile="$here/munge.key"
 munged --force --socket="$here/munge.socket" --key-file="$here/munge.key" --pid-file="$here/munged.pid" --seed-file="$here/munged.seed" --log-file="$here/munged.log"
 cat >"$SLURM_CONF" <<CONF

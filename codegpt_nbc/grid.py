@@ -7,12 +7,12 @@ __all__ = ['WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'Block', 'Reci
            'from_start', 'expand', 'resources', 'read_recipes', 'read_profile', 'RunFailed', 'template_parameters',
            'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'reproduce']
 
-# %% ../nbs/23_grid.ipynb #fc2b0d72
+# %% ../nbs/23_grid.ipynb #602ec9ca
 import itertools, os, re, shutil, subprocess, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from .config import BACKENDS, Strict
-from .paths import BASE_MODEL, atomic_path, models_dir, project_root, runs_dir
+from .paths import BASE_MODEL, PACKAGE, atomic_path, models_dir, project_root, runs_dir
 
 # %% ../nbs/23_grid.ipynb #24c617e0
 class Block(Strict):
@@ -148,7 +148,7 @@ def kernel_of(params: dict) -> str | None: # None: the template's own
     if not there: raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
     return kernel
 
-# %% ../nbs/23_grid.ipynb #47f2220c
+# %% ../nbs/23_grid.ipynb #b42b6042
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
@@ -173,7 +173,7 @@ def run_notebook(
     return out
 
 def _tidy(path: Path, kernel: str | None = None):
-    "Keep of each progress bar its last state, drop warnings about the widgets it could have been, and metadata and copies no reader needs."
+    "Keep of each progress bar its last state, drop warnings about the widgets it could have been, the place of this package, and metadata and copies no reader needs."
     import nbformat
     nb = nbformat.read(path, as_version=4)
     nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
@@ -184,7 +184,7 @@ def _tidy(path: Path, kernel: str | None = None):
         for o in c.get('outputs', []):
             if o.output_type == 'stream' and (first := streams.setdefault(o.name, o)) is not o: first.text, o.text = first.text + o.text, ''
         for o in streams.values():
-            text = re.sub(r'\n[^\n]*\x1b\[A', '', o.text)   # a bar below another, and up again
+            text = re.sub(r'\n[^\n]*\x1b\[A', '', o.text).replace(f'{PACKAGE.parent}/', '')   # a bar below another, and up again; warnings name their file
             lines = [l.split('\r')[-1] for l in text.split('\n')]
             o.text = '\n'.join(l for l in lines if 'IProgress not found' not in l and 'from .autonotebook' not in l)
         for o in c.get('outputs', []):

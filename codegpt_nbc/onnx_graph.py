@@ -267,7 +267,7 @@ def count_onnx_parameters(
         return int(np.count_nonzero(codes[:, :how['K']] != at))
     return sum(p.numel() for p in model.parameters()), sum(nonzero(n, w) for n, w in stored.items() if n.endswith(('.weight', '.bias')))
 
-# %% ../nbs/12_onnx.ipynb #e1a27dea
+# %% ../nbs/12_onnx.ipynb #d61c4318
 PROMPT = 16   # new tokens from which on the graph for prompts is the faster one
 
 def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int8 (d, n), steps (n,))
@@ -283,9 +283,10 @@ def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int
 def prompt_graph(
     proto, # onnx.ModelProto of 4 bits, as `build_graph` writes it; is changed
 ):
-    "The graph that reads prompts: each map as one product in int8."
+    "The graph that reads prompts: each map of 4 bits as one product in int8; others, of 8, stay tables."
     from onnx import numpy_helper
-    maps = {n.name: n.input[2].rpartition('.')[0] for n in proto.graph.node if n.op_type == 'MatMulNBits' and n.output[0] != 'logits'}
+    attributes = lambda n: {a.name: a.i for a in n.attribute}
+    maps = {n.name: n.input[2].rpartition('.')[0] for n in proto.graph.node if n.op_type == 'MatMulNBits' and n.output[0] != 'logits' and attributes(n)['bits'] == 4}
     gone = {f'{name}.{part}' for name in maps.values() for part in ('weight', 'scale', 'zero_point', 'blocks')}
     old, kept = {w.name: torch.from_numpy(numpy_helper.to_array(w).copy()) for w in proto.graph.initializer if w.name in gone}, [w for w in proto.graph.initializer if w.name not in gone]
     g = Graph()
@@ -293,7 +294,7 @@ def prompt_graph(
         if n.name not in maps:
             if not gone.intersection(n.input): g.nodes.append(n)   # others prepared the old weights
             continue
-        name, how = maps[n.name], {a.name: a.i for a in n.attribute}
+        name, how = maps[n.name], attributes(n)
         w = _with_steps_per_row(*(old.get(f'{name}.{part}') for part in ('weight', 'scale', 'zero_point')), how['K'], how['block_size'])
         g.int8_product(n.input[0], name, *w, None, *n.input[5:6], outputs=n.output)
     nodes, weights = g.nodes[:], [*kept, *g.weights.values()]

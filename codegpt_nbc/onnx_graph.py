@@ -18,7 +18,7 @@ from .config import RunConfig
 from .model import FAMILIES, Decoder, GatedFeedForward, RotaryAttention, describe, load_model, read_config, rotation, shape_of_config
 from .paths import BASE_MODEL, atomic_path
 
-# %% ../nbs/12_onnx.ipynb #7ed343af
+# %% ../nbs/12_onnx.ipynb #4384710b
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
 DOMAIN = 'com.microsoft'   # of ONNX Runtime's own operators
 
@@ -26,7 +26,8 @@ class Graph:
     "Nodes and weights of an ONNX graph under construction."
     def __init__(self,
         accuracy_level: int = 4, # Of `MatMulNBits`: 4 rounds its inputs to 8 bits, 1 leaves them float32
-    ): self.accuracy_level, self.nodes, self.weights, self.tables, self.rounded = accuracy_level, [], {}, {}, {}   # see `table` and `linear`
+        by_row: bool = False,    # Give each row of an int8 product's input a range of its own, not one to all
+    ): self.accuracy_level, self.by_row, self.nodes, self.weights, self.tables, self.rounded = accuracy_level, by_row, [], {}, {}, {}   # see `table` and `int8_product`
 
     def op(self, kind: str, *inputs, outputs: list | None = None, **attributes) -> str:
         "Add a node; the name of its first output."
@@ -42,7 +43,7 @@ class Graph:
         self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
 
-# %% ../nbs/12_onnx.ipynb #49ffae5c
+# %% ../nbs/12_onnx.ipynb #ccbce34e
 def _is_int8(m) -> bool: return m.weight.dtype == torch.int8
 def _same(t): return t
 
@@ -93,14 +94,23 @@ def linear(self: Graph,
     return self.op('Add', y, *b) if b else y
 
 @patch
+def largest(self: Graph, x: str) -> str: # (batch, new, 1)
+    "The largest magnitude in each row of x."
+    return self.op('Max', self.op('ReduceMax', self.op('Abs', x), self.weight('last_axis', [-1]), keepdims=1), self.weight('tiny', np.float32(1e-12)))
+
+@patch
 def int8_product(self: Graph, x: str, name: str, w, scale, zero, *bias, outputs=None) -> str:
     "x, rounded as it comes, times int8 `w` (in, out) with a step and a zero point, or None, per output."
     if x not in self.rounded:     # once for all maps that read it
-        self.rounded[x] = [f'{name}.input{part}' for part in ('', '_scale', '_zero_point')]
-        self.op('DynamicQuantizeLinear', x, outputs=self.rounded[x])
-    xq, xs, xz = self.rounded[x]
+        parts, row = [f'{name}.input{part}' for part in ('', '_scale', '_zero_point')], self.largest(x) if self.by_row else ''
+        self.op('DynamicQuantizeLinear', self.op('Div', x, row) if row else x, outputs=parts)
+        self.rounded[x] = parts, row
+    (xq, xs, xz), row = self.rounded[x]
     zero = '' if zero is None else self.weight(f'{name}.zero_point', zero)
-    return self.op('MatMulIntegerToFloat', xq, self.weight(f'{name}.weight', w), xs, self.weight(f'{name}.scale', scale), xz, zero, *bias, outputs=outputs)
+    product = lambda *bias, outputs=None: self.op('MatMulIntegerToFloat', xq, self.weight(f'{name}.weight', w), xs, self.weight(f'{name}.scale', scale), xz, zero, *bias, outputs=outputs)
+    if not row: return product(*bias, outputs=outputs)
+    y = self.op('Mul', product(), row, outputs=None if bias else outputs)
+    return self.op('Add', y, *bias, outputs=outputs) if bias else y
 
 # %% ../nbs/12_onnx.ipynb #b9cb3aac
 @patch
@@ -189,8 +199,10 @@ def _write(g: Graph, model: Decoder):
         if b.mlp is not None: x = add(x, g.linear(_ffn(g, f'{name}.mlp', b.mlp, g.norm(x, f'{name}.norm2', b.norm2)), f'{name}.mlp.down', b.mlp.down))
     g.head(g.norm(x, 'norm', model.norm), *(('tokens', model.tokens) if tied else ('tokens.head', model.tokens.head)))
 
-# %% ../nbs/12_onnx.ipynb #8678fe2b
+# %% ../nbs/12_onnx.ipynb #2e8ae566
 INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)   # besides the cache
+
+def _gated(shape) -> bool: return FAMILIES[shape.family].ffn is GatedFeedForward
 
 def build_graph(
     model: Decoder,  # of any shape; float, or a `QuantizedDecoder`
@@ -198,7 +210,7 @@ def build_graph(
 ): # onnx.ModelProto, checked
     "The decoder as an ONNX model. Raises `ValueError` for one that cannot be written."
     from onnx import TensorProto, checker, helper
-    g, s = Graph(accuracy_level), model.shape
+    g, s = Graph(accuracy_level, _gated(model.shape)), model.shape
     with torch.no_grad(): _write(g, model)
     _, sections, padded = _section(s)
     value = lambda name, *dims, dtype='FLOAT': helper.make_tensor_value_info(name, getattr(TensorProto, dtype), dims)
@@ -267,7 +279,7 @@ def count_onnx_parameters(
         return int(np.count_nonzero(codes[:, :how['K']] != at))
     return sum(p.numel() for p in model.parameters()), sum(nonzero(n, w) for n, w in stored.items() if n.endswith(('.weight', '.bias')))
 
-# %% ../nbs/12_onnx.ipynb #d61c4318
+# %% ../nbs/12_onnx.ipynb #3a3630e4
 PROMPT = 16   # new tokens from which on the graph for prompts is the faster one
 
 def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int8 (d, n), steps (n,))
@@ -281,7 +293,8 @@ def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int
     return (w/step).round().to(torch.int8).T, step[:, 0]
 
 def prompt_graph(
-    proto, # onnx.ModelProto of 4 bits, as `build_graph` writes it; is changed
+    proto,               # onnx.ModelProto of 4 bits, as `build_graph` writes it; is changed
+    by_row: bool = False, # see `Graph`
 ):
     "The graph that reads prompts: each map of 4 bits as one product in int8; others, of 8, stay tables."
     from onnx import numpy_helper
@@ -289,7 +302,7 @@ def prompt_graph(
     maps = {n.name: n.input[2].rpartition('.')[0] for n in proto.graph.node if n.op_type == 'MatMulNBits' and n.output[0] != 'logits' and attributes(n)['bits'] == 4}
     gone = {f'{name}.{part}' for name in maps.values() for part in ('weight', 'scale', 'zero_point', 'blocks')}
     old, kept = {w.name: torch.from_numpy(numpy_helper.to_array(w).copy()) for w in proto.graph.initializer if w.name in gone}, [w for w in proto.graph.initializer if w.name not in gone]
-    g = Graph()
+    g = Graph(by_row=by_row)
     for n in proto.graph.node:
         if n.name not in maps:
             if not gone.intersection(n.input): g.nodes.append(n)   # others prepared the old weights
@@ -324,7 +337,7 @@ def open_session(
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
 
-# %% ../nbs/12_onnx.ipynb #3aeae6f7
+# %% ../nbs/12_onnx.ipynb #9c5195a5
 def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
 
 class _Bound:
@@ -366,7 +379,7 @@ class OrtEngine:
             raise ValueError(f'{folder} holds a model.onnx with other inputs than this version of export_onnx writes: export it again from the model folder it was made from.')
         if two:
             import onnx
-            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path)).SerializeToString(), spin=False))   # bytes: the graph itself is gone by then
+            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path), _gated(shape)).SerializeToString(), spin=False))   # bytes: the graph itself is gone by then
 
     def start(self, batch, capacity):
         self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}

@@ -34,7 +34,7 @@ def run(
     from codegpt_nbc.grid import run_notebook
     run_notebook(template, out, json.loads(params))
 
-# %% ../nbs/25_cli.ipynb #06c6f4fc
+# %% ../nbs/25_cli.ipynb #cbb3b401
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help='a model folder, or owner/name@revision on the hub')],
@@ -46,7 +46,8 @@ def evaluate(
     from codegpt_nbc.config import RunConfig
     cfg = RunConfig(run_id='evaluate', model=model, data=data, **{'codexglue': 0, 'thesis': 0, protocol: n})
     cfg.check()
-    from codegpt_nbc.evaluate import evaluate, open_engine, summarise
+    from codegpt_nbc.evaluate import evaluate, summarise
+    from codegpt_nbc.generate import open_engine
     a = summarise(*evaluate(*open_engine(cfg.model_folder), protocol, n, folder=cfg.data_folder))
     print(f'EM {a.em:.1f} {list(a.em_ci)}   ES {a.es:.1f} {list(a.es_ci)}   identifier F1 {a.identifier_f1:.1f}   whole lines {a.whole:.1f}   n {a.n}   {a.seconds:.0f} s')
 
@@ -57,8 +58,7 @@ def complete(
 ):
     "Complete one line."
     import warnings
-    from codegpt_nbc.evaluate import open_engine
-    from codegpt_nbc.generate import Truncated, complete
+    from codegpt_nbc.generate import Truncated, complete, open_engine
     from codegpt_nbc.paths import BASE_MODEL
     with warnings.catch_warnings(record=True, action='always', category=Truncated) as said: line = complete(*open_engine(model or BASE_MODEL), prompt)
     for w in said: print(f'codegpt-nbc: {w.message}', file=sys.stderr)

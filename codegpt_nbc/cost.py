@@ -96,13 +96,14 @@ def _int4(folder, out, c):
     m = load_model(folder)
     save_model(gptq(m, torch.from_numpy(_ids(m.shape, c.windows, c.length)), *weight_schemes(4, 32, symmetric=False)), out, parent=folder)
 
-# %% ../nbs/31_cost.ipynb #3b0ae144
+# %% ../nbs/31_cost.ipynb #f7f5de80
 def _export(folder, out, c):
     from codegpt_nbc.onnx_graph import export_onnx
     export_onnx(folder, out, 'fp32')
 
 def _evaluate(folder, out, c):
-    from codegpt_nbc.generate import TorchEngine, greedy
+    from codegpt_nbc.generate import greedy
+    from codegpt_nbc.model import TorchEngine
     from codegpt_nbc.model import load_model
     m = load_model(folder)
     write_json(out, greedy(TorchEngine(m), _ids(m.shape, c.prompts, c.length).tolist(), c.new_tokens, stop=-1))

@@ -329,7 +329,7 @@ def load_pair(
     layers = [] if c.student == 'model' else layers_of(start, c, rows)
     return STUDENTS[c.student](start, layers, c.seed), teacher.init_weights(c.seed + 1) if c.fresh_teacher else teacher
 
-# %% ../nbs/13_distill.ipynb #2b3d86ec
+# %% ../nbs/13_distill.ipynb #e90fe017
 class LearningCurve:
     "A score at even distances along a training, for `observe` of `fit`."
     def __init__(self,
@@ -353,7 +353,7 @@ class LearningCurve:
 def validation_es(student: Decoder, tok, n: int, folder=CORPUS): # → function () → ES in %
     "Edit similarity on the first `n` validation samples of the protocol `codexglue`."
     from codegpt_nbc.evaluate import evaluate
-    from codegpt_nbc.generate import TorchEngine
+    from codegpt_nbc.model import TorchEngine
     return lambda: float(evaluate(TorchEngine(copy.deepcopy(student).cpu()), tok, 'codexglue', n, 'valid', folder=folder)[0].es.mean())
 
 # %% ../nbs/13_distill.ipynb #e1fef40a

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['OURS', 'peak_memory', 'open_ours', 'serve', 'Worker', 'take_turns', 'compared', 'measure', 'MeasureConfig']
 
-# %% ../nbs/22_measure.ipynb #3030b8d3
+# %% ../nbs/22_measure.ipynb #8e832ab7
 import json, os, subprocess, sys, tempfile
+from functools import cache
+from pkgutil import resolve_name
 from statistics import median
 from pydantic import Field
 from .config import RunConfig, resolve_model
-from .paths import BASE_MODEL, CORPUS, PACKAGE
+from .paths import BASE_MODEL, CORPUS, PACKAGE, cores
 from .record import Memory, Speed, versions
 
-# %% ../nbs/22_measure.ipynb #6d4e6ad9
+# %% ../nbs/22_measure.ipynb #a3aaae26
 def peak_memory() -> int: # bytes
     "The most that this process has held: `ru_maxrss` would begin with what its parent held."
     try: return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith('VmHWM'))
@@ -26,26 +28,22 @@ OURS = 'codegpt_nbc.measure.open_ours'
 def open_ours(folder, threads: int) -> tuple: # (name, tokenizer, function that times prompts, function that completes lines)
     "A model folder of ours, as a worker wants it."
     from functools import partial
-    from codegpt_nbc.evaluate import open_engine
-    from codegpt_nbc.generate import complete_batch, timed_completion
+    from codegpt_nbc.generate import complete_batch, open_engine, timed_completion
     engine, tok = open_engine(folder, threads)
     return engine.name, tok, partial(timed_completion, engine, tok), partial(complete_batch, engine, tok, batch=1)
 
 def serve(
     opener: str,         # Dotted name of a function like `open_ours`
     folder: str, prompt_tokens: int, new_tokens: int, threads: int,
-    data: str,           # Folder of the samples
     batch: int = 1,      # Prompts of a completion
 ):
     "Serve completions of the model in `folder` until standard input ends."
-    from importlib import import_module
-    from codegpt_nbc.corpus import load_samples
+    from codegpt_nbc.generate import engine_of
     from codegpt_nbc.tokenizer import encode_batch
-    module, _, name = opener.rpartition('.')
-    if opener == OURS: import codegpt_nbc.evaluate   # the libraries' share of the memory is theirs, not the model's
-    texts, floor = load_samples('codexglue', folder=data).input.tolist(), peak_memory()
-    engine, tok, timed, lines = getattr(import_module(module), name)(folder, threads)
-    prompts = [t for t, ids in zip(texts, encode_batch(tok, texts[:200])) if len(ids) >= prompt_tokens]
+    if opener == OURS: engine_of(folder)   # the libraries' share of the memory is theirs, not the model's
+    texts, floor = json.loads(sys.stdin.readline()), peak_memory()
+    engine, tok, timed, lines = resolve_name(opener)(folder, threads)
+    prompts = [t for t, ids in zip(texts, encode_batch(tok, texts)) if len(ids) >= prompt_tokens]
     if not prompts: raise ValueError(f'no sample has {prompt_tokens} tokens: ask for fewer.')
     say = lambda **kw: print(json.dumps(kw), flush=True)
     run = lambda i: timed([prompts[(i*batch + j) % len(prompts)] for j in range(batch)], prompt_tokens, new_tokens)
@@ -53,21 +51,27 @@ def serve(
     say(ready=engine, packages=versions())
     done = 0
     for asked in map(json.loads, sys.stdin):
-        if isinstance(asked, list): say(lines=lines(texts[:asked[0]], asked[1])); continue
+        if isinstance(asked, list): say(lines=lines(*asked)); continue
         times = [run(done + i) for i in range(asked)]
         done += len(times)
         say(times=times, peak=peak_memory(), floor=floor)
 
-# %% ../nbs/22_measure.ipynb #b4af287c
+# %% ../nbs/22_measure.ipynb #4d37ceba
+@cache
+def _prompts(data) -> list: # of texts
+    from codegpt_nbc.corpus import load_samples
+    return load_samples('codexglue', folder=data).input[:200].tolist()
+
 class Worker:
     "A process that holds one model."
     def __init__(self, folder, prompt_tokens: int, new_tokens: int, threads: int, data=CORPUS, batch: int = 1, opener: str = OURS, python: str = sys.executable):
         self.folder = folder
-        code = f'from codegpt_nbc.measure import serve; serve({opener!r}, {str(folder)!r}, {prompt_tokens}, {new_tokens}, {threads}, {str(data)!r}, {batch})'
+        code = f'from codegpt_nbc.measure import serve; serve({opener!r}, {str(folder)!r}, {prompt_tokens}, {new_tokens}, {threads}, {batch})'
         quiet = {'OMP_NUM_THREADS': str(threads), 'OMP_WAIT_POLICY': 'passive', 'HF_HUB_OFFLINE': '1'}  # an idle worker must not spin
         if python != sys.executable: quiet['PYTHONPATH'] = str(PACKAGE.parent)
         self.err = tempfile.TemporaryFile('w+')   # a pipe that nobody reads would fill up
         self.process = subprocess.Popen([python, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.err, text=True, env=os.environ | quiet)
+        self.say(_prompts(data))
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
@@ -76,8 +80,12 @@ class Worker:
         err = self.err.read().strip().splitlines()
         raise RuntimeError(f'measuring {self.folder} failed: {err[-1] if err else "its process was killed (too little memory?)"}')
 
-    def ask(self, what) -> dict: # `what`: completions, or [samples, tokens]
-        self.process.stdin.write(json.dumps(what) + '\n'); self.process.stdin.flush()
+    def say(self, what):
+        try: print(json.dumps(what), file=self.process.stdin, flush=True)
+        except BrokenPipeError: pass   # `read` says what happened
+
+    def ask(self, what) -> dict: # `what`: completions, or [texts, tokens]
+        self.say(what)
         return self.read()
 
     def __enter__(self): return self
@@ -108,7 +116,7 @@ def compared(
     return Speed(samples_per_s=batch/total, prefill_ms=1e3*prefill, decode_ms_per_token=1e3*decode, ratio_to_baseline=median(ratios), ratio_spread=(min(ratios), max(ratios)),
                  rounds=len(ratios), **about), ratios
 
-# %% ../nbs/22_measure.ipynb #aebd023e
+# %% ../nbs/22_measure.ipynb #d69b0b91
 def measure(
     target,                    # Model folder
     baseline,                  # Model folder to take turns with
@@ -120,7 +128,7 @@ def measure(
     data=CORPUS,               # Folder of the samples whose inputs are the prompts
 ) -> tuple: # (Speed, Memory, dict with the single rounds and the baseline's own times)
     "Compare `target` with `baseline`, alone on the machine. Raises `RuntimeError` if a model cannot be run."
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     with Worker(target, prompt_tokens, new_tokens, threads, data) as a, Worker(baseline, prompt_tokens, new_tokens, threads, data) as b:
         engine = a.read()['ready']; b.read()
         done = take_turns(dict(baseline=b, target=a), rounds, completions)

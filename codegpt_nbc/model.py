@@ -7,7 +7,7 @@ __all__ = ['GPT2', 'LLAMA', 'FAMILIES', 'SLICED', 'INT8', 'READERS', 'CHECKSUM',
            'Half', 'Attention', 'rotation', 'rotate', 'RotaryAttention', 'FeedForward', 'GatedFeedForward', 'Family',
            'with_biases', 'TiedEmbedding', 'UntiedEmbedding', 'Block', 'Decoder', 'shape_of_config', 'config_of_shape',
            'to_disk', 'from_disk', 'read_tensors', 'read_config', 'load_model', 'recipe_of', 'special_ids',
-           'copy_tokenizer', 'describe', 'save_model', 'with_layers', 'count_parameters', 'matrices_of']
+           'copy_tokenizer', 'describe', 'save_model', 'with_layers', 'count_parameters', 'matrices_of', 'TorchEngine']
 
 # %% ../nbs/05_model.ipynb #90df191b
 from dataclasses import dataclass, replace
@@ -458,3 +458,40 @@ def count_parameters(model: nn.Module) -> tuple: # (all, non-zero)
 def matrices_of(model: nn.Module) -> dict: # name → tensor
     "Every matrix of a model, float or quantised, the tied one once."
     return {n: t for n, t in model.state_dict().items() if n.endswith('weight') and t.ndim == 2}
+
+# %% ../nbs/05_model.ipynb #41ab5850
+class TorchEngine:
+    "PyTorch."
+    name = 'torch'
+    def __init__(self,
+        model,                      # `Decoder`, or its folder
+        threads: int | None = None, # Cores to use, from then on in all of PyTorch; None: as set
+    ):
+        if threads: torch.set_num_threads(threads)
+        self.model = (model if isinstance(model, Decoder) else load_model(model)).eval()
+        self.context, self.vocab = self.model.shape.context, self.model.shape.vocab
+
+    def start(self, batch, capacity): self.cache = KVCache(self.model.shape, batch, capacity)
+
+    @torch.inference_mode()
+    def prefill(self, ids, lengths):
+        lengths = torch.from_numpy(lengths).clone()   # the cache counts on in it
+        h = self.model.hidden(torch.from_numpy(ids), self.cache)
+        self.cache.length = lengths
+        return self.model.logits(h[torch.arange(len(h)), lengths - 1]).float().numpy()
+
+    @torch.inference_mode()
+    def step(self, tokens):
+        h = self.model.hidden(torch.from_numpy(tokens)[:, None], self.cache)
+        self.cache.length += 1
+        return self.model.logits(h[:, 0]).float().numpy()
+
+    def keep(self, rows): self.cache.keep(torch.from_numpy(rows))
+
+    @torch.inference_mode()
+    def extend(self, tokens, last=1):
+        h = self.model.hidden(torch.from_numpy(tokens)[None], self.cache)
+        self.cache.length += len(tokens)
+        return self.model.logits(h[0, -last:]).float().numpy()
+
+    def rewind(self, length): self.cache.length = torch.tensor([length])

@@ -6,13 +6,14 @@
 __all__ = ['OPENVINO_FILE', 'OPENVINO_PRECISIONS', 'openvino', 'table', 'Writer', 'build_model', 'export_openvino',
            'count_openvino_parameters', 'OpenvinoEngine']
 
-# %% ../nbs/19_openvino.ipynb #b9676e90
+# %% ../nbs/19_openvino.ipynb #0e3643b4
 from pathlib import Path
 import numpy as np, torch
 from torch.nn import functional as F
 from .model import Decoder, count_parameters, describe, load_model, read_config, shape_of_config
 from .onnx_graph import in_precision
-from .paths import BASE_MODEL, atomic_path
+from .paths import BASE_MODEL, atomic_path, cores
+from .record import cpu_model
 
 # %% ../nbs/19_openvino.ipynb #8c77be1b
 def openvino():
@@ -148,10 +149,10 @@ def count_openvino_parameters(
     if 'parameters' not in about: raise ValueError(f'{path} was not written by this version of export_openvino: export it again from the model folder it was made from.')
     return tuple(about['parameters'])
 
-# %% ../nbs/19_openvino.ipynb #b28a4233
+# %% ../nbs/19_openvino.ipynb #a776d5bd
 def _hint(precision: str) -> dict:
     "How to compute with weights of this precision on this processor."
-    amx = 'BF16' in openvino().Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES') and 'amx_bf16' in Path('/proc/cpuinfo').read_text()
+    amx = 'BF16' in openvino().Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES') and 'amx_bf16' in cpu_model()
     if precision == 'bf16' or precision != 'fp32' and amx: return {'INFERENCE_PRECISION_HINT': 'bf16', 'KV_CACHE_PRECISION': 'bf16'}
     return {'INFERENCE_PRECISION_HINT': 'f32', 'KV_CACHE_PRECISION': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0' if precision == 'fp32' else '64'}
 
@@ -160,7 +161,7 @@ class OpenvinoEngine:
     name = 'openvino'
     def __init__(self,
         folder,
-        threads: int | None = None,  # Cores to use; None: as many as PyTorch
+        threads: int | None = None,  # Cores to use; None: `paths.cores`
         hint: dict | None = None,    # Compile options; None: `_hint`
     ):
         ov, config = openvino(), read_config(folder)
@@ -168,7 +169,7 @@ class OpenvinoEngine:
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
         self.context, self.vocab = shape.context, shape.vocab
         hint = _hint(config['openvino']['precision']) if hint is None else hint
-        options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or torch.get_num_threads())} | hint
+        options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or cores())} | hint
         try: self.compiled = ov.Core().compile_model(path, 'CPU', options)
         except RuntimeError as e: raise ValueError(f'{path} cannot be read by OpenVINO {ov.__version__} ({str(e).strip().splitlines()[-1]}): export it again.') from None
 

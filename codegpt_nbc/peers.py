@@ -9,14 +9,14 @@ __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'PRECISIONS', 'SUBJECTS', '
            'prepare', 'machine_rates', 'floor', 'PeersConfig', 'benchmark', 'precision_of', 'table', 'tab_peers',
            'tab_size', 'say_peers', 'plot', 'fig_peers']
 
-# %% ../nbs/29_peers.ipynb #72f7a9ac
+# %% ../nbs/29_peers.ipynb #9ec2d470
 import hashlib, os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 from time import perf_counter
 from pydantic import Field
 from .config import RunConfig
 from .measure import OURS, Worker, compared, take_turns
-from .paths import PACKAGE, atomic_path, models_dir, project_root, read_json, sha256, write_json
+from .paths import PACKAGE, atomic_path, cores, models_dir, project_root, read_json, sha256, write_json
 
 # %% ../nbs/29_peers.ipynb #969cba1c
 class Peer:
@@ -248,7 +248,7 @@ def floor(shape, prompt_tokens: int, new_tokens: int, rates: dict) -> dict: # pr
     other = max(('fp32', 'bf16'), key=rates.get)
     return {'fp32': row(4, 'fp32', 'fp32'), 'bf16': row(2, other, other), 'int8': row(1, max(('int8', other), key=rates.get), other), 'int4': row(.5, max(('int8', other), key=rates.get), other)}
 
-# %% ../nbs/29_peers.ipynb #e31f43ec
+# %% ../nbs/29_peers.ipynb #918573da
 class PeersConfig(RunConfig):
     "What to measure; the first engine is the baseline."
     geometry: str = Field('embedded', pattern='^(embedded|codegpt)$') # the embedded model, or 124 M random weights
@@ -279,7 +279,8 @@ class PeersConfig(RunConfig):
 def _texts(workers: dict, n: int, data, max_new: int = 48) -> dict: # name → share of lines equal to the baseline's, es, em (%)
     from codegpt_nbc.corpus import load_samples
     from codegpt_nbc.metrics import score
-    lines, truth = {k: w.ask([n, max_new])['lines'] for k, w in workers.items()}, load_samples('codexglue', folder=data)['gt'].tolist()[:n]
+    samples = load_samples('codexglue', n, folder=data)
+    lines, truth = {k: w.ask([samples.input.tolist(), max_new])['lines'] for k, w in workers.items()}, samples['gt']
     base, out = next(iter(lines.values())), {}
     for k, own in lines.items():
         scores = score(own, truth)
@@ -291,7 +292,7 @@ def benchmark(cfg: PeersConfig) -> dict: # engines: name → measures; floor; ra
     from contextlib import ExitStack
     from codegpt_nbc.evaluate import weight_files
     from codegpt_nbc.model import read_config, shape_of_config
-    threads, source = cfg.threads or len(os.sched_getaffinity(0)), cfg.source
+    threads, source = cfg.threads or cores(), cfg.source
     folders = {e: prepare(e, source, source.parent) for e in cfg.engines}
     about = dict(prompt_tokens=cfg.prompt_tokens, new_tokens=cfg.new_tokens, threads=threads)
     rates = machine_rates(threads)

@@ -6,14 +6,14 @@
 __all__ = ['PACKAGES', 'Accuracy', 'Size', 'Speed', 'Memory', 'Train', 'Provenance', 'Result', 'cpu_model', 'versions',
            'provenance', 'Recorder', 'load_result', 'load_results']
 
-# %% ../nbs/20_record.ipynb #97c3f245
+# %% ../nbs/20_record.ipynb #165c431f
 import os, platform, subprocess, time
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from .config import RunConfig, Strict
-from .paths import project_root, read_json, runs_dir, write_json
+from .paths import cores, project_root, read_json, runs_dir, write_json
 
 # %% ../nbs/20_record.ipynb #25ba978d
 class Accuracy(Strict):
@@ -110,7 +110,7 @@ def versions() -> dict: # package → version
     "Of `PACKAGES`, those that this environment has."
     return {p: v for p in PACKAGES if (v := _version(p))}
 
-# %% ../nbs/20_record.ipynb #e3042427
+# %% ../nbs/20_record.ipynb #57d0da8a
 def provenance(
     seed: int,
     began: float, # `time.time()` when the run started
@@ -118,9 +118,8 @@ def provenance(
     "Describe this process, checkout and machine."
     code = ('status', '--porcelain', '--', 'nbs', 'codegpt_nbc', 'configs', 'Snakefile')
     commit, changes = _git('rev-parse', 'HEAD'), _git(*code)
-    threads = int(os.environ.get('OMP_NUM_THREADS') or len(os.sched_getaffinity(0)))
     return Provenance(git_commit=commit, dirty=None if changes is None else bool(changes), packages=versions(),
-                      cpu=cpu_model(), threads=threads, python=platform.python_version(), seed=seed,
+                      cpu=cpu_model(), threads=cores(), python=platform.python_version(), seed=seed,
                       started=datetime.fromtimestamp(began, timezone.utc).isoformat(timespec='seconds'), seconds=round(time.time() - began, 1))
 
 # %% ../nbs/20_record.ipynb #5c2bed6d

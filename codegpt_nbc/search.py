@@ -47,7 +47,7 @@ def apply(recipe: Recipe, model, profile: str, budgets: dict, every: dict) -> Pa
             run_notebook(template_of(r.method), runs_dir(profile)/f'{r.id}.ipynb', r.params)
     return models_dir(profile)/runs[-1].id
 
-# %% ../nbs/27_search.ipynb #13f363e0
+# %% ../nbs/27_search.ipynb #5d1906e5
 def before_after(
     before, after,         # Model folders
     n: int = 100,          # Samples of the protocol `codexglue`
@@ -59,7 +59,8 @@ def before_after(
 ): # DataFrame: a row a measure, columns before and after
     "What compression cost and gained."
     import pandas as pd
-    from codegpt_nbc.evaluate import against, evaluate, open_engine, size_of, summarise
+    from codegpt_nbc.evaluate import against, evaluate, size_of, summarise
+    from codegpt_nbc.generate import open_engine
     from codegpt_nbc.measure import measure
     out, scores = {}, {}
     for name, folder in (('before', before), ('after', after)):
@@ -96,7 +97,7 @@ def budgets_of(profile: str) -> dict: # method → parameters
     from codegpt_nbc.paths import project_root
     return Profile(**yaml.safe_load((project_root()/'configs'/f'{profile}.yaml').read_text())).budgets
 
-# %% ../nbs/27_search.ipynb #3028a54d
+# %% ../nbs/27_search.ipynb #9c9c9958
 class Rung(Strict):
     "How much is spent on each candidate, and how well it is looked at."
     budgets: dict[str, dict]   # method → parameters
@@ -117,7 +118,8 @@ OBJECTIVES = {'latency': lambda c: -c.ratio, 'size': lambda c: c.mb}   # less is
 
 def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int = 448, data=CORPUS) -> Candidate:
     "Evaluate one candidate, and measure it against the dense model."
-    from codegpt_nbc.evaluate import evaluate, open_engine, summarise, weight_files
+    from codegpt_nbc.evaluate import evaluate, summarise, weight_files
+    from codegpt_nbc.generate import open_engine
     from codegpt_nbc.measure import measure
     es = summarise(*evaluate(*open_engine(folder), 'codexglue', rung.samples, 'valid', folder=data)).es
     ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, prompt_tokens, data=data)[0].ratio_to_baseline

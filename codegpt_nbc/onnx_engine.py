@@ -11,7 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 from .paths import cores, read_json
 
-# %% ../nbs/09_onnx_engine.ipynb #abf792b7
+# %% ../nbs/09_onnx_engine.ipynb #548f2f8f
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
 DOMAIN = 'com.microsoft'   # of ONNX Runtime's own operators
 
@@ -31,10 +31,15 @@ class Graph:
 
     def weight(self, name: str, value) -> str:
         "Store an array or a PyTorch tensor; its name."
-        from onnx import numpy_helper
-        value = value.detach().numpy() if hasattr(value, 'detach') else np.asarray(value)
-        self.weights[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        self.weights[name] = value.detach().numpy() if hasattr(value, 'detach') else np.asarray(value)
         return name
+
+    def initializers(self): # yields onnx.TensorProto
+        "The tensors as the file holds them, each forgotten here as it goes: a second copy of all would be as large as the model."
+        from onnx import numpy_helper
+        while self.weights:
+            name, value = self.weights.popitem()
+            yield numpy_helper.from_array(np.ascontiguousarray(value), name)
 
 # %% ../nbs/09_onnx_engine.ipynb #49196abf
 @patch
@@ -56,11 +61,11 @@ def int8_product(self: Graph, x: str, name: str, w, scale, zero, *bias, outputs=
     y = self.op('Mul', product(), row, outputs=None if bias else outputs)
     return self.op('Add', y, *bias, outputs=outputs) if bias else y
 
-# %% ../nbs/09_onnx_engine.ipynb #a05548d0
+# %% ../nbs/09_onnx_engine.ipynb #613c8495
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: `paths.cores`
-    graph: bytes | None = None, # What to run instead of what the file holds
+    graph: tuple | None = None, # What to run instead of what the file holds: onnx.ModelProto, its external tensors
     spin: bool = True,          # Threads wait for the next call by spinning
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
@@ -72,13 +77,15 @@ def open_session(
     options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
     options.intra_op_num_threads, options.log_severity_level = threads or cores(), 4   # errors are raised, and need not be logged too
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
-    try: return ort.InferenceSession(graph or str(path), options, providers=['CPUExecutionProvider'])
+    model = str(path)
+    if graph: model = graph[0].SerializeToString(); options.add_external_initializers([*graph[1]], [ort.OrtValue.ortvalue_from_numpy(w) for w in graph[1].values()])
+    try: return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
 
-# %% ../nbs/09_onnx_engine.ipynb #6c4541da
+# %% ../nbs/09_onnx_engine.ipynb #0867b14f
 PROMPT = 16   # new tokens from which on the graph for prompts is the faster one
 
 def nibbles(t: np.ndarray) -> np.ndarray: # (…, bytes) → (…, 2 × bytes)
@@ -93,16 +100,17 @@ def _with_steps_per_row(codes, scale, zero, d: int, block: int) -> tuple: # (int
     return np.rint(w/step).astype(np.int8).T, step[:, 0]
 
 def prompt_graph(
-    proto,                # onnx.ModelProto of 4 bits, as `export_onnx` writes it; is changed
+    proto,                # onnx.ModelProto of 4 bits, as `export_onnx` writes it; loses its nodes and tensors
     by_row: bool = False, # see `Graph`
-):
+) -> tuple: # (onnx.ModelProto, dict name → array of the tensors that it refers to as external)
     "The graph that reads prompts: each map of 4 bits as one product in int8; others, of 8, stay tables."
-    from onnx import numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
     attributes = lambda n: {a.name: a.i for a in n.attribute}
     maps = {n.name: n.input[2].rpartition('.')[0] for n in proto.graph.node if n.op_type == 'MatMulNBits' and n.output[0] != 'logits' and attributes(n)['bits'] == 4}
     gone = {f'{name}.{part}' for name in maps.values() for part in ('weight', 'scale', 'zero_point', 'blocks')}
-    old, kept = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer if w.name in gone}, [w for w in proto.graph.initializer if w.name not in gone]
+    old = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer}
     g = Graph(by_row=by_row)
+    g.weights = {name: w for name, w in old.items() if name not in gone}
     for n in proto.graph.node:
         if n.name not in maps:
             if not gone.intersection(n.input): g.nodes.append(n)   # others prepared the old weights
@@ -110,12 +118,17 @@ def prompt_graph(
         name, how = maps[n.name], attributes(n)
         w = _with_steps_per_row(*(old.get(f'{name}.{part}') for part in ('weight', 'scale', 'zero_point')), how['K'], how['block_size'])
         g.int8_product(n.input[0], name, *w, None, *n.input[5:6], outputs=n.output)
-    nodes, weights = g.nodes[:], [*kept, *g.weights.values()]
+    nodes = g.nodes[:]
     proto.graph.ClearField('node'); proto.graph.ClearField('initializer')
-    proto.graph.node.extend(nodes); proto.graph.initializer.extend(weights)
-    return proto
+    proto.graph.node.extend(nodes)
+    external = {name: np.ascontiguousarray(w) for name, w in g.weights.items() if w.nbytes > 1024}   # the rest may be shapes, which the runtime must know in advance
+    proto.graph.initializer.extend(numpy_helper.from_array(np.ascontiguousarray(w), name) for name, w in g.weights.items() if name not in external)
+    for name, w in external.items():
+        tensor = proto.graph.initializer.add(name=name, dims=w.shape, data_type=helper.np_dtype_to_tensor_dtype(w.dtype), data_location=TensorProto.EXTERNAL)
+        tensor.external_data.add(key='location', value='memory')
+    return proto, external
 
-# %% ../nbs/09_onnx_engine.ipynb #319b1856
+# %% ../nbs/09_onnx_engine.ipynb #5a62ba92
 INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)   # besides the cache
 
 def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
@@ -153,14 +166,15 @@ class OrtEngine:
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
         how = read_json(path.with_name('config.json'))['onnx']
         two = how.get('int8_prompts', False)
-        self.sessions = [open_session(path, threads, spin=not two)]
+        prompts = []
+        if two:   # first, while nothing else is in memory: making it takes the most
+            import onnx
+            prompts = [open_session(path, threads, prompt_graph(onnx.load(path), how['by_row']), spin=False)]
+        self.sessions = [open_session(path, threads, spin=not two), *prompts]
         self.caches = [i for i in self.sessions[0].get_inputs() if i.name.startswith('past_key_values')]
         if 'context' not in how or {i.name for i in self.sessions[0].get_inputs()} - {c.name for c in self.caches} != set(INPUTS):
             raise ValueError(f'{folder} was not written by this version of export_onnx: export it again from the model folder it was made from.')
         self.context, self.vocab = how['context'], self.sessions[0].get_outputs()[0].shape[1]
-        if two:
-            import onnx
-            self.sessions.append(open_session(path, threads, prompt_graph(onnx.load(path), how['by_row']).SerializeToString(), spin=False))   # bytes: the graph itself is gone by then
 
     def start(self, batch, capacity):
         self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}

@@ -156,7 +156,7 @@ def _write(g: Graph, model: Decoder):
         if b.mlp is not None: x = add(x, g.linear(_ffn(g, f'{name}.mlp', b.mlp, g.norm(x, f'{name}.norm2', b.norm2)), f'{name}.mlp.down', b.mlp.down))
     g.head(g.norm(x, 'norm', model.norm), *(('tokens', model.tokens) if tied else ('tokens.head', model.tokens.head)))
 
-# %% ../nbs/12_onnx.ipynb #fb7b4bb1
+# %% ../nbs/12_onnx.ipynb #a1d3571d
 def _gated(shape) -> bool: return FAMILIES[shape.family].ffn is GatedFeedForward
 
 def build_graph(
@@ -175,7 +175,7 @@ def build_graph(
     graph = helper.make_graph(g.nodes, 'decoder', inputs, [value('logits', 'logits', s.vocab), *cache('present')])
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21), helper.make_opsetid(DOMAIN, 1)], ir_version=10,
                               producer_name='codegpt_nbc')
-    while g.weights: proto.graph.initializer.append(g.weights.popitem()[1])   # moved one by one: at 124 M parameters a copy of all is half a gigabyte
+    proto.graph.initializer.extend(g.initializers())
     checker.check_model(proto)
     return proto
 

@@ -185,7 +185,7 @@ def open_peer(folder, threads: int) -> tuple: # as `measure.open_ours`
         return decode_lines(tok, [cut(peer.write([r[max_new - about['context']:]], max_new, lambda: None)[0]) for r in encode_batch(tok, texts)])
     return about['name'], tok, timed, lines
 
-# %% ../nbs/29_peers.ipynb #84c638eb
+# %% ../nbs/29_peers.ipynb #555b7d8e
 def peers_python() -> str:
     "The interpreter of the peers' environment. Raises `FileNotFoundError` if there is none."
     p = project_root()/'.venv-peers'/'bin'/'python'
@@ -196,7 +196,7 @@ def python_of(name: str) -> str: return peers_python() if name in PEERS or name.
 
 def prepare(name: str, source, folder) -> Path:
     "The folder of an engine under `folder`, converted if it has not been by this very code and these pins; what others converted is removed."
-    code = [*(PACKAGE/f'{m}.py' for m in ('model', 'onnx_graph', 'openvino_graph', 'quantize', 'peers')), project_root()/'requirements-peers.txt']
+    code = [*(PACKAGE/f'{m}.py' for m in ('model', 'onnx_engine', 'onnx_graph', 'openvino_graph', 'quantize', 'peers')), project_root()/'requirements-peers.txt']
     made = Path(folder)/f'made-{hashlib.sha256(b"".join(p.read_bytes() for p in code if p.is_file())).hexdigest()[:8]}'
     for old in Path(folder).glob('made-*'):
         if old != made: shutil.rmtree(old)

@@ -14,14 +14,15 @@ from pathlib import Path
 from .config import BACKENDS, Strict
 from .paths import BASE_MODEL, PACKAGE, atomic_path, models_dir, project_root, runs_dir
 
-# %% ../nbs/23_grid.ipynb #24c617e0
+# %% ../nbs/23_grid.ipynb #d919ddb9
 class Block(Strict):
     "Runs that differ only in swept parameters."
     method: str = ''                 # names the template
     recipe: str = ''                 # or a recipe: a run for each of its steps
     id: str                          # run id, `{parameter}` stands for a swept value's label
     sweep: dict[str, list | dict] = {} # parameter → values, or label → value
-    set: dict = {}                   # parameters they share
+    set: dict = {}                   # parameters they share; of a recipe, its first step's
+    budgets: dict[str, dict] = {}    # method → parameters, before the profile's
     of: str | None = None            # 'models': one for each run above that leaves a model, as {target}
 
 class Recipe(Strict):
@@ -47,7 +48,7 @@ class Run:
     def needs(self) -> list: # ids of runs whose model this one reads
         return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v not in ('', BASE_MODEL.name)))
 
-# %% ../nbs/23_grid.ipynb #7c98ee87
+# %% ../nbs/23_grid.ipynb #1f821322
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers'}   # methods that leave no model folder
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing
 ALONE = {'measure', 'session', 'search', 'cost', 'peers'}                              # methods during which nothing else may run
@@ -88,7 +89,7 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
             for run_id, step in _chained(block_id, steps, {**b.set, **values}):
                 if run_id in runs: raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')
-                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **p.budgets.get(method, {}), **step})
+                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **p.budgets.get(method, {}), **b.budgets.get(method, {}), **step})
     return runs
 
 # %% ../nbs/23_grid.ipynb #57fc280a

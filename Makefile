@@ -23,7 +23,7 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 
 test: $(VENV)/ready  ## Run every notebook and the repository's own tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 pytest -q tests
+	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
 
 lab: $(VENV)/ready  ## Open JupyterLab on the notebooks
 	jupyter lab nbs

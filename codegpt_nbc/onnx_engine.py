@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FUSED', 'DOMAIN', 'PROMPT', 'INPUTS', 'Graph', 'open_session', 'nibbles', 'prompt_graph', 'OrtEngine']
 
-# %% ../nbs/09_onnx_engine.ipynb #df0e6be8
+# %% ../nbs/09_onnx_engine.ipynb #a726a08b
+from functools import partial
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -61,29 +62,40 @@ def int8_product(self: Graph, x: str, name: str, w, scale, zero, *bias, outputs=
     y = self.op('Mul', product(), row, outputs=None if bias else outputs)
     return self.op('Add', y, *bias, outputs=outputs) if bias else y
 
-# %% ../nbs/09_onnx_engine.ipynb #613c8495
+# %% ../nbs/09_onnx_engine.ipynb #79ab4a79
+def _rewritten(path, rewrite, options) -> tuple: # (bytes, what must live as long as the session)
+    "A graph made of the one in `path`; the runtime reads its tensors where they are, so `options` only point to them."
+    import onnx, onnxruntime as ort
+    from google.protobuf.message import DecodeError
+    try: proto, tensors = rewrite(onnx.load(path))
+    except DecodeError as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
+    values = [ort.OrtValue.ortvalue_from_numpy(w) for w in tensors.values()]
+    options.add_external_initializers([*tensors], values)
+    return proto.SerializeToString(), values
+
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: `paths.cores`
-    graph: tuple | None = None, # What to run instead of what the file holds: onnx.ModelProto, its external tensors
+    rewrite=None,               # What to run instead of what the file holds: function of its onnx.ModelProto, as `prompt_graph`
     spin: bool = True,          # Threads wait for the next call by spinning
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
-    if graph is None and not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
     options.intra_op_num_threads, options.log_severity_level = threads or cores(), 4   # errors are raised, and need not be logged too
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
-    model = str(path)
-    if graph: model = graph[0].SerializeToString(); options.add_external_initializers([*graph[1]], [ort.OrtValue.ortvalue_from_numpy(w) for w in graph[1].values()])
-    try: return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
+    try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
+    session.tensors = tensors
+    return session
 
 # %% ../nbs/09_onnx_engine.ipynb #0867b14f
 PROMPT = 16   # new tokens from which on the graph for prompts is the faster one
@@ -128,7 +140,7 @@ def prompt_graph(
         tensor.external_data.add(key='location', value='memory')
     return proto, external
 
-# %% ../nbs/09_onnx_engine.ipynb #5a62ba92
+# %% ../nbs/09_onnx_engine.ipynb #4e8c3b2e
 INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)   # besides the cache
 
 def _pairs(rows, positions) -> np.ndarray: return np.stack(np.broadcast_arrays(rows, positions), 1)   # (logits, 2)
@@ -157,23 +169,20 @@ class _Bound:
 
 class OrtEngine:
     "ONNX Runtime on a folder of `export_onnx`, on the CPU."
-    name = 'onnxruntime'
+    name, other = 'onnxruntime', '{} was not written by this version of export_onnx: export it again from the model folder it was made from.'
     def __init__(self,
         folder,
         threads: int | None = None, # Cores to use; None: `paths.cores`
     ):
         path = Path(folder)/'model.onnx'
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
-        how = read_json(path.with_name('config.json'))['onnx']
+        how = read_json(path.with_name('config.json')).get('onnx', {})
+        if 'context' not in how: raise ValueError(self.other.format(folder))
         two = how.get('int8_prompts', False)
-        prompts = []
-        if two:   # first, while nothing else is in memory: making it takes the most
-            import onnx
-            prompts = [open_session(path, threads, prompt_graph(onnx.load(path), how['by_row']), spin=False)]
+        prompts = [open_session(path, threads, partial(prompt_graph, by_row=how['by_row']), spin=False)] if two else []   # first, while nothing else is in memory: making it takes the most
         self.sessions = [open_session(path, threads, spin=not two), *prompts]
         self.caches = [i for i in self.sessions[0].get_inputs() if i.name.startswith('past_key_values')]
-        if 'context' not in how or {i.name for i in self.sessions[0].get_inputs()} - {c.name for c in self.caches} != set(INPUTS):
-            raise ValueError(f'{folder} was not written by this version of export_onnx: export it again from the model folder it was made from.')
+        if {i.name for i in self.sessions[0].get_inputs()} - {c.name for c in self.caches} != set(INPUTS): raise ValueError(self.other.format(folder))
         self.context, self.vocab = how['context'], self.sessions[0].get_outputs()[0].shape[1]
 
     def start(self, batch, capacity):

@@ -6,8 +6,8 @@
 __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'PRECISIONS', 'SUBJECTS', 'Peer', 'First', 'Generating', 'Transformers',
            'TransformersBf16', 'Optimum', 'OptimumDynamic', 'OpenVino', 'OpenVinoInt8', 'OpenVinoInt8Dynamic',
            'OpenVinoInt4', 'OpenVinoInt4Dynamic', 'CTranslate2', 'make', 'open_peer', 'peers_python', 'python_of',
-           'prepare', 'machine_rates', 'floor', 'PeersConfig', 'benchmark', 'precision_of', 'table', 'tab_peers',
-           'tab_size', 'say_peers', 'plot', 'fig_peers']
+           'prepare', 'machine_rates', 'floor', 'PeersConfig', 'benchmark', 'precision_of', 'table', 'where',
+           'tab_peers', 'tab_size', 'say_peers', 'plot', 'fig_peers']
 
 # %% ../nbs/29_peers.ipynb #9ec2d470
 import hashlib, os, shutil, subprocess, sys, tempfile
@@ -248,7 +248,7 @@ def floor(shape, prompt_tokens: int, new_tokens: int, rates: dict) -> dict: # pr
     other = max(('fp32', 'bf16'), key=rates.get)
     return {'fp32': row(4, 'fp32', 'fp32'), 'bf16': row(2, other, other), 'int8': row(1, max(('int8', other), key=rates.get), other), 'int4': row(.5, max(('int8', other), key=rates.get), other)}
 
-# %% ../nbs/29_peers.ipynb #918573da
+# %% ../nbs/29_peers.ipynb #be55ec90
 class PeersConfig(RunConfig):
     "What to measure; the first engine is the baseline."
     geometry: str = Field('embedded', pattern='^(embedded|codegpt)$') # the embedded model, or 124 M random weights
@@ -292,6 +292,7 @@ def benchmark(cfg: PeersConfig) -> dict: # engines: name → measures; floor; ra
     from contextlib import ExitStack
     from codegpt_nbc.evaluate import weight_files
     from codegpt_nbc.model import read_config, shape_of_config
+    from codegpt_nbc.onnx_engine import operator_times
     threads, source = cfg.threads or cores(), cfg.source
     folders = {e: prepare(e, source, source.parent) for e in cfg.engines}
     about = dict(prompt_tokens=cfg.prompt_tokens, new_tokens=cfg.new_tokens, threads=threads)
@@ -307,9 +308,10 @@ def benchmark(cfg: PeersConfig) -> dict: # engines: name → measures; floor; ra
     for e, f in folders.items():
         speed, ratios = compared(done[e], done[cfg.engines[0]], cfg.batch, engine=e, **about)
         out[e] = speed.model_dump(exclude={'engine', *about}) | dict(ratios=ratios, peak_mb=done[e][-1]['peak']/1e6, disk_mb=sum(w.stat().st_size for w in weight_files(f))/1e6, packages=packages[e]) | texts.get(e, {})
-    return dict(engines=out, rates=rates, floor=floor(shape_of_config(read_config(source))[0], cfg.prompt_tokens, cfg.new_tokens, rates), **about, batch=cfg.batch, geometry=cfg.geometry)
+    operators = {} if cfg.batch > 1 else {e: operator_times(f, cfg.prompt_tokens, cfg.new_tokens, threads) for e, f in folders.items() if e.startswith('onnx ') and cfg.new_tokens > 1}
+    return dict(engines=out, operators=operators, rates=rates, floor=floor(shape_of_config(read_config(source))[0], cfg.prompt_tokens, cfg.new_tokens, rates), **about, batch=cfg.batch, geometry=cfg.geometry)
 
-# %% ../nbs/29_peers.ipynb #c29dc5df
+# %% ../nbs/29_peers.ipynb #9bbbc81f
 PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')
 SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model'}
 
@@ -333,6 +335,13 @@ def table(details: dict): # DataFrame
     rows = [{'engine': _name(e), **_columns(m, details)} for e, m in details['engines'].items()]
     if details['batch'] == 1: rows += [{'engine': f'floor, {p}', **_columns(m, details)} for p, m in details['floor'].items()]
     return pd.DataFrame(rows).fillna('–')
+
+def where(details: dict, engine: str, most: int = 6): # DataFrame: index operator; % of the prompt's time, % of a token's
+    "Where the time of one of our ONNX engines goes."
+    import pandas as pd
+    t = pd.DataFrame(details['operators'][engine], index=['reading the prompt, %', 'writing a token, %']).T
+    t = 100*t/t.sum()
+    return pd.concat([t[:most], t[most:].sum().to_frame('all others').T]).round(1)
 
 def _title(d: dict) -> str: return f'{SUBJECTS[d["geometry"]]}, {d["prompt_tokens"]} tokens read, {d["new_tokens"]} written, batch {d["batch"]}'
 

@@ -48,7 +48,7 @@ class Run:
     def needs(self) -> list: # ids of runs whose model this one reads
         return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v not in ('', BASE_MODEL.name)))
 
-# %% ../nbs/23_grid.ipynb #1f821322
+# %% ../nbs/23_grid.ipynb #683653c1
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers'}   # methods that leave no model folder
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing
 ALONE = {'measure', 'session', 'search', 'cost', 'peers'}                              # methods during which nothing else may run
@@ -63,8 +63,8 @@ def _labelled(b: Block, runs: dict): # yields (run id, swept values)
         yield b.id.format(**dict(zip(axes, labels))), {k: axes[k][l] for k, l in zip(axes, labels)}
 
 def is_step(run_id: str) -> bool:
-    "Is this run a step on the way of a recipe?"
-    return bool(re.search(r'\.\d+-\w+$', run_id))
+    "Is this run a step on the way of a recipe? What follows a sparsity such as 0.4 is none."
+    return bool(re.search(r'(?<!\b0)\.\d+-\w+$', run_id))
 
 def from_start(step: dict, model: str) -> dict:
     "A step in which the value `start` stands for what the recipe started from, e.g. as a teacher."

@@ -48,10 +48,10 @@ class Run:
     def needs(self) -> list: # ids of runs whose model this one reads
         return list(dict.fromkeys(v for k in ('model', 'target', 'baseline', 'corpus', 'teacher') if isinstance(v := self.params.get(k), str) and v not in ('', BASE_MODEL.name)))
 
-# %% ../nbs/23_grid.ipynb #683653c1
+# %% ../nbs/23_grid.ipynb #adbd240e
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers'}   # methods that leave no model folder
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing
-ALONE = {'measure', 'session', 'search', 'cost', 'peers'}                              # methods during which nothing else may run
+ALONE = {'measure', 'session', 'search', 'compress', 'cost', 'peers'}                              # methods during which nothing else may run
 
 def template_of(method: str) -> Path: return project_root()/'nbs'/'experiments'/f'{method}.ipynb'
 

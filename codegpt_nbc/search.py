@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'slug', 'runs_of', 'apply', 'before_after', 'compress', 'budgets_of', 'Rung', 'Candidate', 'judge',
-           'pareto', 'promising', 'choose', 'search', 'run_search', 'best_recipe', 'SearchConfig']
+           'pareto', 'promising', 'choose', 'search', 'run_search', 'best_recipe', 'SearchConfig', 'CompressConfig']
 
 # %% ../nbs/27_search.ipynb #f0a40380
 import json, shutil
@@ -199,7 +199,7 @@ def best_recipe() -> str:
     if not path.is_file(): raise FileNotFoundError('no search has been made here: call codegpt-nbc search first, or name a recipe.')
     return read_json(path)['recipe']
 
-# %% ../nbs/27_search.ipynb #81c1881b
+# %% ../nbs/27_search.ipynb #f51645e1
 class SearchConfig(RunConfig):
     "What to search for."
     objective: Literal['latency', 'size'] = 'latency'
@@ -213,3 +213,13 @@ class SearchConfig(RunConfig):
         known = read_recipes()
         if bad := [r for r in self.recipes if r not in known]: raise ValueError(f'unknown recipe {bad[0]!r}: configs/recipes.yaml has {", ".join(known)}.')
         return {r: known[r] for r in self.recipes or known}
+
+class CompressConfig(RunConfig):
+    "What to apply to what."
+    recipe: str                          # of configs/recipes.yaml
+    budgets: str = 'full'                # the profile whose budgets hold
+    prompt_tokens: int = Field(448, ge=1)
+
+    def check(self):
+        super().check()
+        if self.recipe not in (known := read_recipes()): raise ValueError(f'unknown recipe {self.recipe!r}: configs/recipes.yaml has {", ".join(known)}.')

@@ -149,7 +149,7 @@ def kernel_of(params: dict) -> str | None: # None: the template's own
     if not there: raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
     return kernel
 
-# %% ../nbs/23_grid.ipynb #b42b6042
+# %% ../nbs/23_grid.ipynb #a9ef9aa2
 def run_notebook(
     template,          # Notebook with a `parameters` cell
     out,               # The executed notebook; appears when it is complete
@@ -186,6 +186,7 @@ def _tidy(path: Path, kernel: str | None = None):
             if o.output_type == 'stream' and (first := streams.setdefault(o.name, o)) is not o: first.text, o.text = first.text + o.text, ''
         for o in streams.values():
             text = re.sub(r'\n[^\n]*\x1b\[A', '', o.text).replace(f'{PACKAGE.parent}/', '')   # a bar below another, and up again; warnings name their file
+            text = re.sub(r'\S*/ipykernel_\d+/\d+\.py', 'this cell', text)
             lines = [l.split('\r')[-1] for l in text.split('\n')]
             o.text = '\n'.join(l for l in lines if 'IProgress not found' not in l and 'from .autonotebook' not in l)
         for o in c.get('outputs', []):

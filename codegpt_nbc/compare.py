@@ -266,10 +266,10 @@ def say_best(fr: pd.DataFrame) -> str:
     return claim(fr, lambda r: f"""The chain *{r.label}* is a file of {r.raw_mb:.1f} MB, {c.smaller[r.name]:.1f} times smaller than the dense model's, runs {r.ratio:.1f} times as fast and keeps {kept.es[r.name]:.0f} % of its ES
 ({kept.low[r.name]:.0f} to {kept.high[r.name]:.0f}).""", 'recipe-pruned')
 
-# %% ../nbs/26_compare.ipynb #a0ffd719
+# %% ../nbs/26_compare.ipynb #4f9bf0fc
 def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
     "What one runs, what it takes, and what it costs to make."
-    t, made = latency(fr), {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'recipe-pruned': 'recipe `pruned`'}
+    t, made = latency(fr), {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'recipe-pruned': 'recipe `pruned`', 'recipe-half-pruned': 'half the layers, pruned too'}
     effort = lambda i: '–' if i == 'baseline' else f'{fr.train_minutes[i]:.0f} min of training' if fr.train_minutes[i] else 'no training'
     return _table([{'what you run': name, 'file MB': _num(fr.raw_mb[i], 3), 'ms a completion': _num(t.prefill[i] + t.decode[i], 3) if i in t.index else '–', 'faster': '1 ×' if i == 'baseline' else f'{_num(fr.ratio[i], 3)} ×',
                     'peak MB': _num(fr.peak_mb[i], 3), 'ES %': _num(fr.codexglue_es[i], 3), 'cost': effort(i)} for i, name in made.items() if i in fr.index])

@@ -274,13 +274,13 @@ def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
     return _table([{'what you run': name, 'file MB': _num(fr.raw_mb[i], 3), 'ms a completion': _num(t.prefill[i] + t.decode[i], 3) if i in t.index else '–', 'faster': '1 ×' if i == 'baseline' else f'{_num(fr.ratio[i], 3)} ×',
                     'peak MB': _num(fr.peak_mb[i], 3), 'ES %': _num(fr.codexglue_es[i], 3), 'cost': effort(i)} for i, name in made.items() if i in fr.index])
 
-# %% ../nbs/26_compare.ipynb #c1ef75ce
+# %% ../nbs/26_compare.ipynb #8a15499a
 def tab_search() -> pd.DataFrame:
     "What each search chose, on test samples."
     def row(r):
         before, after = ({k: v[x] for k, v in r.details['before_after'].items()} if x not in r.details['before_after'] else r.details['before_after'][x] for x in ('before', 'after'))
         change = f"{after['ES %'] - before['ES %']:+.1f}".replace('-', '−')
-        return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}", 'recipe': f"`{r.details['chosen']}` of {len(r.details['candidates'])}", 'file MB': _num(after['file MB'], 3),
+        return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}", 'recipe': f"`{r.details['chosen']}`", 'file MB': _num(after['file MB'], 3),
                 '× faster': _num(after['samples/s, × before'], 3), 'ES %': f"{after['ES %']:.1f}", 'Δ ES': change}
     return _table([row(r) for r in load_results('search').values() if r.method == 'search'])
 

@@ -32,13 +32,13 @@ export: $(VENV)/ready  ## Write the package from the notebooks, and clean them
 	nbdev_export && nbdev_clean --fname nbs
 
 readme: $(VENV)/ready  ## Write README.md from nbs/index.ipynb
-	python -c "from codegpt_nbc.report import readme; readme()"
+	python -c "from codegpt_nbc.report.report import readme; readme()"
 
 site: $(VENV)/ready  ## Render notebooks, runs, figures and the reference as pages, _site/ (EXECUTE=1: run the notebooks)
 	@python -m codegpt_nbc.site $(if $(EXECUTE),--execute)
 
 ship: $(VENV)/ready  ## Make the model folder MODEL the embedded model, and run again what depends on it
-	python -c "from codegpt_nbc.pretrain import ship; ship('$(MODEL)')"
+	python -c "from codegpt_nbc.model.pretrain import ship; ship('$(MODEL)')"
 	@codegpt-nbc reproduce $(PROFILE)
 
 prepare: $(VENV)/ready  ## Make the environment only

@@ -1,8 +1,8 @@
 # The grid. Which runs there are stands in configs/<profile>.yaml; what a run does, in its template notebook.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
 import json, sys
-from codegpt_nbc.grid import ALONE, WITHOUT_MODEL, read_profile, resources
-from codegpt_nbc.paths import BASE_MODEL, CORPUS
+from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources
+from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
 
 PROFILE = config.get('profile', 'quick')
 RUNS = read_profile(PROFILE)
@@ -27,4 +27,4 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         # On a cluster, a run that must be alone gets a node of its own
         threads: (workflow.cores or 2) if METHOD in ALONE else 1
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
-        shell: 'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.cli run {input.template} {output[0]} --params {params:q}'
+        shell: 'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.cli run {input.template} {output[0]} --params {params:q}'

@@ -6,8 +6,9 @@ SCRIPT = """
 import json, sys, torch
 from pathlib import Path
 from accelerate import PartialState
-from codegpt_nbc.model import Decoder, Shape
-from codegpt_nbc.train import Samples, TrainConfig, fit
+from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.layers import Shape
+from codegpt_nbc.model.train import Samples, TrainConfig, fit
 out = Path(sys.argv[1])
 torch.set_num_threads(1)
 g = torch.Generator().manual_seed(0)

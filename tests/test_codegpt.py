@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
-from codegpt_nbc.cli import main
-from codegpt_nbc.cost import shape_of_size, stand_in
+from codegpt_nbc.runs.cli import main
+from codegpt_nbc.evidence.cost import shape_of_size, stand_in
 
 COMMIT = '0123456789'*4
 

@@ -1,12 +1,13 @@
 """The embedded model writes the same lines, whatever engine runs it."""
 import pytest
-from codegpt_nbc.evaluate import open_engine
-from codegpt_nbc.corpus import load_samples
-from codegpt_nbc.generate import complete_batch
-from codegpt_nbc.model import load_model, save_model
-from codegpt_nbc.onnx_graph import export_onnx
-from codegpt_nbc.paths import BASE_MODEL, CORPUS
-from codegpt_nbc.quantize import quantize, weight_schemes
+from codegpt_nbc.engines.generate import open_engine
+from codegpt_nbc.data.samples import load_samples
+from codegpt_nbc.engines.generate import complete_batch
+from codegpt_nbc.model.folder import load_model, save_model
+from codegpt_nbc.engines.onnx_export import export_onnx
+from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+from codegpt_nbc.methods.quantize import quantize
+from codegpt_nbc.methods.schemes import weight_schemes
 
 PROMPTS = load_samples('codexglue', 8, 'test', CORPUS).input
 

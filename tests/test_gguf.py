@@ -1,9 +1,11 @@
 """A GGUF file, written with the package gguf and read as a model folder is: the same logits, the same token ids."""
 import json
 import pytest, torch
-from codegpt_nbc.adopt import read_gguf
-from codegpt_nbc.model import Decoder, Shape, to_disk
-from codegpt_nbc.tokenizer import encode_batch, train_tokenizer
+from codegpt_nbc.model.convert_format import read_gguf
+from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.layers import Shape
+from codegpt_nbc.model.folder import to_disk
+from codegpt_nbc.data.tokenizer import encode_batch, train_tokenizer
 
 gguf = pytest.importorskip('gguf', reason='no package gguf: call make smollm2')
 

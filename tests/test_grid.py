@@ -8,7 +8,7 @@ RUNS = ROOT/'papermill_runs'/'smoke'
 
 
 def grid(*args, **kw):
-    return subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'smoke', *args], cwd=ROOT, capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'smoke', *args], cwd=ROOT, capture_output=True, text=True, **kw)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -18,7 +18,7 @@ def fresh():
 
 
 def test_killed_grid_resumes_and_then_has_nothing_to_do():
-    with subprocess.Popen([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'smoke', '--cores', '1'], cwd=ROOT, start_new_session=True,
+    with subprocess.Popen([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'smoke', '--cores', '1'], cwd=ROOT, start_new_session=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
         deadline = time.time() + 120
         while not list(RUNS.glob('*.ipynb')) and time.time() < deadline: time.sleep(.2)
@@ -38,11 +38,11 @@ def test_killed_grid_resumes_and_then_has_nothing_to_do():
 
 
 def test_toolkit_that_is_not_installed_is_one_sentence():
-    from codegpt_nbc.grid import kernel_of
+    from codegpt_nbc.runs.grid import kernel_of
     try: kernel_of({'backend': 'itrex'})
     except FileNotFoundError: pass
     else: pytest.skip("the first study's toolkit is installed here")
-    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'reproduce', 'itrex'], cwd=ROOT, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'itrex'], cwd=ROOT, capture_output=True, text=True)
     assert p.returncode == 1 and p.stderr.count('\n') == 1 and p.stderr.strip().endswith('which is not installed: call make itrex.'), p.stderr
 
 
@@ -52,7 +52,7 @@ def test_toolkit_that_is_not_installed_is_one_sentence():
     ({'model': 'nobody'}, "there is no model 'nobody'"),
 ])
 def test_bad_parameters_are_one_sentence(params, sentence, tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'run', 'nbs/experiments/prune.ipynb', str(tmp_path/'out.ipynb'), '--params', json.dumps(params)],
+    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'run', 'nbs/experiments/prune.ipynb', str(tmp_path/'out.ipynb'), '--params', json.dumps(params)],
                        cwd=ROOT, capture_output=True, text=True)
     last = p.stderr.strip().splitlines()[-1]
     assert p.returncode == 1 and last.startswith('codegpt-nbc: ') and sentence in last, p.stderr

@@ -3,7 +3,7 @@ import os, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
-from codegpt_nbc.paths import BASE_MODEL
+from codegpt_nbc.core.paths import BASE_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = ROOT/'.venv-peers'/'bin'/'python'
@@ -21,5 +21,5 @@ def test_a_folder_of_a_runtime_that_is_missing_is_one_sentence(tmp_path):
     for f in BASE_MODEL.iterdir():
         if f.suffix == '.json': (tmp_path/f.name).write_bytes(f.read_bytes())
     (tmp_path/'openvino_model.xml').touch()
-    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.cli', 'evaluate', str(tmp_path), '--n', '1'], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'evaluate', str(tmp_path), '--n', '1'], capture_output=True, text=True)
     assert p.returncode == 1 and p.stderr == "codegpt-nbc: OpenVINO is not installed: pip install 'codegpt_nbc[openvino]'.\n", p.stderr

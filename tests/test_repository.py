@@ -2,9 +2,9 @@
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from codegpt_nbc.grid import NOT_PROFILES, check_parameters, read_profile, template_of
-from codegpt_nbc.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
-from codegpt_nbc.record import load_results
+from codegpt_nbc.runs.grid import NOT_PROFILES, check_parameters, read_profile, template_of
+from codegpt_nbc.core.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
+from codegpt_nbc.core.record import load_results
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
@@ -37,10 +37,11 @@ def test_profile_asks_only_for_what_templates_have(profile):
 def test_package_is_what_the_notebooks_export(tmp_path):
     copy = tmp_path/'repo'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
-    for p in (copy/'codegpt_nbc').glob('*.py'): p.unlink() if not p.name.startswith('__') else None
+    for p in (copy/'codegpt_nbc').rglob('*.py'): p.unlink() if not p.name.startswith('__') else None
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=copy, check=True, capture_output=True)
-    for p in sorted((ROOT/'codegpt_nbc').glob('*.py')):
-        if p.name != '_modidx.py': assert (copy/'codegpt_nbc'/p.name).read_text() == p.read_text(), f'{p.name}: call make export'
+    for p in sorted((ROOT/'codegpt_nbc').rglob('*.py')):
+        name = p.relative_to(ROOT)
+        if p.name != '_modidx.py': assert (copy/name).read_text() == p.read_text(), f'{name}: call make export'
 
 
 def test_assets_are_whole():

@@ -28,8 +28,10 @@ test: $(VENV)/ready  ## Run every notebook and the repository's own tests
 lab: $(VENV)/ready  ## Open JupyterLab on the notebooks
 	jupyter lab nbs
 
-export: $(VENV)/ready  ## Write the package from the notebooks, and clean them
-	nbdev_export && nbdev_clean --fname nbs
+export: $(VENV)/ready  ## Write the package from the notebooks; execute those whose code changed (ALL=1: all), and clean them
+	nbdev_export
+	OMP_NUM_THREADS=1 python -c "from codegpt_nbc.runs.notebooks import refresh; refresh(every=bool('$(ALL)'))"
+	nbdev_clean --fname nbs
 
 readme: $(VENV)/ready  ## Write README.md from nbs/index.ipynb
 	python -c "from codegpt_nbc.report.report import readme; readme()"

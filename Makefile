@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test prepare itrex peers smollm2 lab export readme site ship clean lock
+.PHONY: help reproduce test lint prepare itrex peers smollm2 lab export readme site ship clean lock
 
 help:       ## List the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## */  make \1\t/' | expand -t 18
@@ -21,9 +21,12 @@ help:       ## List the targets
 reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, …) that has not been run
 	@codegpt-nbc reproduce $(PROFILE)
 
-test: $(VENV)/ready  ## Run every notebook and the repository's own tests
+test: $(VENV)/ready lint  ## Run the linter, every notebook and the repository's own tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
+
+lint: $(VENV)/ready  ## Check notebooks, package and tests with ruff
+	ruff check --quiet .
 
 lab: $(VENV)/ready  ## Open JupyterLab on the notebooks
 	jupyter lab nbs
@@ -33,11 +36,11 @@ export: $(VENV)/ready  ## Write the package from the notebooks; execute those wh
 	OMP_NUM_THREADS=1 python -c "from codegpt_nbc.runs.notebooks import refresh; refresh(every=bool('$(ALL)'))"
 	nbdev_clean --fname nbs
 
-readme: $(VENV)/ready  ## Write README.md from nbs/index.ipynb
-	python -c "from codegpt_nbc.report.report import readme; readme()"
+readme: $(VENV)/ready  ## Write README.md and docs/results.md from the results
+	python -c "from codegpt_nbc.report.publish import readme; readme()"
 
-site: $(VENV)/ready  ## Render notebooks, runs, figures and the reference as pages, _site/ (EXECUTE=1: run the notebooks)
-	@python -m codegpt_nbc.site $(if $(EXECUTE),--execute)
+site: $(VENV)/ready  ## Build the site into _site/; its search works when it is served: python -m http.server -d _site
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 ship: $(VENV)/ready  ## Make the model folder MODEL the embedded model, and run again what depends on it
 	python -c "from codegpt_nbc.model.pretrain import ship; ship('$(MODEL)')"

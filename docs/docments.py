@@ -3,6 +3,9 @@ import re
 import griffe
 
 
+OPTIONS = {'parser': 'google', 'parser_options': {'warn_missing_types': False, 'returns_named_value': False}}
+
+
 def comment(lines: list, number: int) -> str:
     found = re.search(r'\s#\s+(.+)$', lines[number - 1])
     return found[1] if found else ''
@@ -20,9 +23,17 @@ class Docments(griffe.Extension):
         text = func.docstring.value if func.docstring else ''
         if about: text += '\n\nArgs:\n' + '\n'.join(about)
         if returned: text += f'\n\nReturns:\n    {returned}'
-        if text: func.docstring = griffe.Docstring(text.strip(), parent=func, lineno=node.lineno)
+        if text: func.docstring = griffe.Docstring(text.strip(), parent=func, lineno=node.lineno, **OPTIONS)
 
-    def on_attribute_instance(self, *, node, attr, agent, **kw):
-        if attr.docstring or not attr.parent.is_class: return
-        said = comment(agent.filepath.read_text(encoding='utf-8').splitlines(), node.lineno)
-        if said: attr.docstring = griffe.Docstring(said, parent=attr, lineno=node.lineno)
+    def on_class_members(self, *, node, cls, agent, **kw):
+        "The fields of a class are a table, not a heading each."
+        lines = agent.filepath.read_text(encoding='utf-8').splitlines()
+        fields = [a for a in cls.members.values() if a.is_attribute]
+        rows = []
+        for a in fields:
+            kind = f' ({a.annotation})' if a.annotation else ''
+            default = f'default `{a.value}`' if a.value else ''
+            rows.append(f'    {a.name}{kind}: {"; ".join(filter(None, [comment(lines, a.lineno), default]))}')
+        for a in fields: cls.del_member(a.name)
+        text = cls.docstring.value if cls.docstring else ''
+        if rows: cls.docstring = griffe.Docstring('\n\nAttributes:\n'.join([text, '\n'.join(rows)]).strip(), parent=cls, lineno=node.lineno, **OPTIONS)

@@ -41,7 +41,8 @@ def from_notebook(path: str) -> tuple: # Markdown, name → picture
     nb = nbformat.read(ROOT/path, as_version=4)
     for cell in nb.cells:
         if cell.cell_type == 'markdown': cell.source = re.sub(r'\n*(\$\$.+?\$\$)\n*', r'\n\n\1\n\n', cell.source, flags=re.DOTALL)
-        else: cell.source = re.sub(r'^#\| *(?!hide|default_exp).*\n?', '', cell.source, flags=re.MULTILINE)
+        else: cell.source = re.sub(r'^#\|(?! *(?:hide|default_exp)).*\n?', '', cell.source, flags=re.MULTILINE)
+    nb.metadata['language_info'] = {'name': 'python'}
     text, resources = TO_MARKDOWN.from_notebook_node(nb)
     text = re.sub(r'<style.*?</style>\s*|(?<=<table)[^>]*', '', text, flags=re.DOTALL)   # the site's own tables
     stem = Path(path).stem
@@ -52,11 +53,8 @@ def from_notebook(path: str) -> tuple: # Markdown, name → picture
 def parameters(path: str) -> list: # rows of name, default, comment
     cells = nbformat.read(ROOT/path, as_version=4).cells
     source = next(c.source for c in cells if 'parameters' in c.metadata.get('tags', []))
-    rows = []
-    for node in ast.parse(source).body:
-        comment = re.search(r'#\s+(.+)$', source.splitlines()[node.lineno - 1].partition(ast.unparse(node.value)[-1:])[2])
-        rows.append((f'`{node.targets[0].id}`', f'`{ast.unparse(node.value)}`', comment[1] if comment else ''))
-    return rows
+    comments = [''.join(re.findall(r'\s#\s+(.+)$', line)) for line in source.splitlines()]
+    return [(f'`{node.targets[0].id}`', f'`{ast.unparse(node.value)}`', comments[node.lineno - 1]) for node in ast.parse(source).body]
 
 
 def templates_page() -> str:

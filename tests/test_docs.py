@@ -63,6 +63,7 @@ def test_formulas_are_mathml(pages):
 MEASURE = """<!DOCTYPE html><body><script>
 const load = ([url, width]) => new Promise(done => {
   const frame = document.createElement('iframe');
+  frame.sandbox = 'allow-same-origin';          // without scripts, as a page is before they run
   frame.style.cssText = `border:0;height:800px;width:${width}px`;
   frame.onload = () => {
     const page = frame.contentDocument;

@@ -86,10 +86,15 @@ def on_files(files, config):
         origin[page] = source
         return page
 
-    def add_notebook(path, head='', **kw):
+    def add_notebook(path, change=str, **kw):
         text, pictures = from_notebook(path)
         for name, data in pictures.items(): add(join(dirname(path), name), data, join(dirname(path), name))
-        return add(str(Path(path).with_suffix('.md')), head + text, path, **kw)
+        return add(str(Path(path).with_suffix('.md')), change(text), path, **kw)
+
+    def add_run(path, profile):
+        about = rf'# {Path(path).stem}\n\n\1, a run of the profile [{profile}](.).'
+        head = '---\nsearch:\n  exclude: true\n---\n'
+        add_notebook(path, lambda text: head + re.sub('^# (.+)', about, text.lstrip(), count=1), inclusion=InclusionLevel.NOT_IN_NAV)
 
     origin.update({f.src_uri: f'docs/{f.src_uri}' for f in files if f.src_uri.endswith('.md')})
     for path in repo('figures/*/*.png') + repo('figures/*/*.svg'):
@@ -101,11 +106,10 @@ def on_files(files, config):
     templates = [add_notebook(path) for path in repo('nbs/experiments/*.ipynb')]
     modules = {w: [add(f'reference/{w}/{Path(p).stem}.md', f'# {w}.{Path(p).stem}\n\n::: codegpt_nbc.{w}.{Path(p).stem}\n', p)
                    for p in repo(f'codegpt_nbc/{w}/[!_]*.py')] for w in WINGS}
-    profiles = [name for name in sorted(p.name for p in (ROOT/'papermill_runs').iterdir()) if not SCRATCH.match(name)]
+    profiles = [Path(path).name for path in repo('papermill_runs/*') if not SCRATCH.match(Path(path).name)]
     runs = {name: repo(f'papermill_runs/{name}/*.ipynb') for name in profiles}
-    for path in sum(runs.values(), []):
-        head = f'---\ntitle: {Path(path).stem}\nsearch:\n  exclude: true\n---\n'
-        add_notebook(path, head, inclusion=InclusionLevel.NOT_IN_NAV)
+    for name, paths in runs.items():
+        for path in paths: add_run(path, name)
     lists = [add(f'papermill_runs/{name}/index.md', profile_page(name, runs[name]), f'papermill_runs/{name}') for name in profiles]
     add('nbs/index.md', notebooks_page(), 'nbs')
     add('templates.md', templates_page(), 'nbs/experiments')
@@ -122,8 +126,7 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     "Lead links to files of the repository to their pages."
     here = page.file.src_uri
-    # generated lists name files from the root of the repository
-    base = '' if here in ('nbs/index.md', 'templates.md') or here.startswith('papermill_runs/') and here.endswith('index.md') else dirname(origin[here])
+    base = dirname(origin[here]) if (ROOT/origin[here]).is_file() else ''      # a generated list names files from the root
 
     def relink(m):
         target, anchor = m[1], m[2] or ''

@@ -5,6 +5,7 @@ import pytest
 from codegpt_nbc.runs.grid import NOT_PROFILES, check_parameters, read_profile, template_of
 from codegpt_nbc.core.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
 from codegpt_nbc.core.record import load_results
+from codegpt_nbc.runs.notebooks import is_stale, notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
@@ -29,6 +30,18 @@ def test_notebook_is_small_and_without_errors(path):
     assert not any(o['output_type'] == 'error' for c in cells(path) for o in c.get('outputs', []))
 
 
+@pytest.mark.parametrize('path', TEMPLATES, ids=lambda p: p.stem)
+def test_template_is_committed_without_outputs(path):
+    assert not any(c.get('outputs') for c in cells(path)), 'papermill executes templates: clear the outputs'
+
+
+@pytest.mark.parametrize('path', notebooks(ROOT), ids=lambda p: p.stem)
+def test_notebook_is_committed_executed(path):
+    outputs = [o for c in cells(path) for o in c.get('outputs', [])]
+    assert outputs and not is_stale(path), f'{path.name}: call make export'
+    assert [o for o in outputs if o.get('name') == 'stderr'] == [], 'a reader needs no warnings'
+
+
 @pytest.mark.parametrize('profile', PROFILES)
 def test_profile_asks_only_for_what_templates_have(profile):
     for run in read_profile(profile).values(): check_parameters(template_of(run.method), run.params)
@@ -36,7 +49,7 @@ def test_profile_asks_only_for_what_templates_have(profile):
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     copy = tmp_path/'repo'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__'))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__', '_site'))
     for p in (copy/'codegpt_nbc').rglob('*.py'): p.unlink() if not p.name.startswith('__') else None
     subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=copy, check=True, capture_output=True)
     for p in sorted((ROOT/'codegpt_nbc').rglob('*.py')):

@@ -35,5 +35,6 @@ class Docments(griffe.Extension):
             default = f'default `{a.value}`' if a.value else ''
             rows.append(f'    {a.name}{kind}: {"; ".join(filter(None, [comment(lines, a.lineno), default]))}')
         for a in fields: cls.del_member(a.name)
-        text = cls.docstring.value if cls.docstring else ''
-        if rows: cls.docstring = griffe.Docstring('\n\nAttributes:\n'.join([text, '\n'.join(rows)]).strip(), parent=cls, lineno=node.lineno, **OPTIONS)
+        if not rows: return
+        text = (cls.docstring.value if cls.docstring else '') + '\n\nAttributes:\n' + '\n'.join(rows)
+        cls.docstring = griffe.Docstring(text.strip(), parent=cls, lineno=node.lineno, **OPTIONS)

@@ -13,5 +13,6 @@ setuptools.setup(
     python_requires=f">={s['min_python']}", install_requires=s['requirements'].split(),
     extras_require={name: s[f'{key}_requirements'].split() for name, key in EXTRAS.items()},
     packages=setuptools.find_packages(include=['codegpt_nbc', 'codegpt_nbc.*']), include_package_data=True,
-    package_data={'codegpt_nbc': ['assets/**/*', '**/*.md', '**/*.yaml', '**/*.ipynb']}, entry_points={'console_scripts': s['console_scripts'].split()},
+    package_data={'codegpt_nbc': ['assets/**/*', '**/*.md', '**/*.yaml', '**/*.ipynb']},
+    entry_points={'console_scripts': s['console_scripts'].split()},
 )

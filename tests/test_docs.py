@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp('site')
-    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', out], cwd=ROOT, capture_output=True,
-                          text=True, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'})
+    command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet', '--site-dir', out]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, 'NO_MKDOCS_2_WARNING': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
 
@@ -22,8 +22,9 @@ def pages(site):
 
 
 def test_every_notebook_run_and_module_has_a_page(pages):
-    sources = [*(ROOT/'nbs').rglob('*.ipynb'), *(ROOT/'papermill_runs'/'full').glob('*.ipynb'), *(ROOT/'docs').glob('*.md')]
-    wanted = {p.relative_to(ROOT).with_suffix('.html').as_posix().removeprefix('docs/') for p in sources if p.parts[-2:] != ('nbs', 'index.ipynb')}
+    notebooks = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p != ROOT/'nbs'/'index.ipynb']      # that one makes README.md
+    sources = [*notebooks, *(ROOT/'papermill_runs'/'full').glob('*.ipynb'), *(ROOT/'docs').glob('*.md')]
+    wanted = {p.relative_to(ROOT).with_suffix('.html').as_posix().removeprefix('docs/') for p in sources}
     modules = [p.relative_to(ROOT/'codegpt_nbc') for p in (ROOT/'codegpt_nbc').glob('*/*.py') if not p.name.startswith('_')]
     wanted |= {f'reference/{p.with_suffix(".html").as_posix()}' for p in modules}
     assert wanted - set(pages) == set()
@@ -88,13 +89,15 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 def test_pages_fit_wide_and_narrow_windows(site, pages):
     chromium = next((c for c in ('chromium', 'chromium-browser', 'google-chrome') if shutil.which(c)), None)
     if not chromium: pytest.skip('no Chromium here (Debian: apt-get install chromium)')
-    few = [name for name in sorted(pages) if not name.startswith('papermill_runs/') or name.endswith(('index.html', 'report.html', 'baseline.html'))]
+    some_runs = ('index.html', 'report.html', 'baseline.html')
+    few = [name for name in sorted(pages) if not name.startswith('papermill_runs/') or name.endswith(some_runs)]
     todo = [(name, width) for name in few for width in (1280, 390)]
     (site/'measure.html').write_text(MEASURE.replace('TODO', json.dumps(todo)), encoding='utf-8')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=600000', '--dump-dom']
-        try: dom = subprocess.run([*command, f'http://127.0.0.1:{server.server_port}/measure.html'], capture_output=True, text=True, timeout=300).stdout
+        command = [chromium, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=600000', '--dump-dom',
+                   f'http://127.0.0.1:{server.server_port}/measure.html']
+        try: dom = subprocess.run(command, capture_output=True, text=True, timeout=300).stdout
         finally:
             server.shutdown()
             (site/'measure.html').unlink()

@@ -49,9 +49,11 @@ def test_profile_asks_only_for_what_templates_have(profile):
 
 def test_package_is_what_the_notebooks_export(tmp_path):
     copy = tmp_path/'repo'
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__', '_site'))
+    left_out = ('.venv*', '.git', 'build', 'assets', 'papermill_runs', 'figures', '.snakemake', '__pycache__', '_site')
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*left_out))
     for p in (copy/'codegpt_nbc').rglob('*.py'): p.unlink() if not p.name.startswith('__') else None
-    subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=copy, check=True, capture_output=True)
+    command = [sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()']
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
     for p in sorted((ROOT/'codegpt_nbc').rglob('*.py')):
         name = p.relative_to(ROOT)
         if p.name != '_modidx.py': assert (copy/name).read_text() == p.read_text(), f'{name}: call make export'

@@ -47,7 +47,7 @@ def _named(dotted: str):
     module, _, name = dotted.rpartition('.')
     return resolve_name(f'codegpt_nbc.{module}:{name}')
 
-# %% ../../nbs/runs/71_steps.ipynb #b9d079fb
+# %% ../../nbs/runs/71_steps.ipynb #3e1af75c
 def describe_step(step: dict) -> str:
     "A step in words: the method, and what makes it this step."
     own = ', '.join(f'{k} {v}' for k, v in step.items() if k != 'method')
@@ -65,9 +65,12 @@ def digest_of(folder, *settings) -> str: # 16 hexadecimal digits
 def _fitted(c: RunConfig) -> RunConfig:
     "A configuration for the model at hand. Whatever a recipe says relative to a model is resolved here."
     from codegpt_nbc.model.folder import read_config, shape_of_config
-    if 'length' not in type(c).model_fields: return c
-    context = shape_of_config(read_config(c.model_folder))[0].context
-    return c.model_copy(update={'length': min(c.length, context)})
+    fields, own = type(c).model_fields, {}
+    if 'length' in fields:
+        context = shape_of_config(read_config(c.model_folder))[0].context
+        own['length'] = min(c.length, context)
+    if 'curve_samples' in fields: own['curve_samples'] = 0   # nobody looks at a step's learning curve
+    return c.model_copy(update=own)
 
 def _key(method: str, c: RunConfig) -> str:
     "One name for all that a step's result depends on."

@@ -6,6 +6,7 @@
 __all__ = ['resolve_model', 'resolve_data', 'RunConfig']
 
 # %% ../../nbs/data/17_inputs.ipynb #58a0b057
+from fastcore.basics import patch
 from functools import cached_property
 from pathlib import Path
 from pydantic import Field
@@ -15,58 +16,77 @@ from .hub import find
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
 def resolve_model(name: str, profile: str) -> Path:
-    "The folder of the embedded model, of a run of this profile, or what else `find` knows."
+    "The folder of the embedded model, of a run of this profile, or of whatever `find` knows. Raises `ValueError` if none has it."
     if name == BASE_MODEL.name: return BASE_MODEL
     run = models_dir(profile)/name
-    p = run if (run/'config.json').is_file() else find(name)
-    if p and (p/'config.json').is_file(): return p
-    raise ValueError(f'there is no model {name!r}: give {BASE_MODEL.name!r}, a run of the profile {profile!r} that has finished, a model folder, or owner/name@revision on the hub.')
+    folder = run if (run/'config.json').is_file() else find(name)
+    if folder and (folder/'config.json').is_file(): return folder
+    raise ValueError(f'there is no model {name!r}: give {BASE_MODEL.name!r}, a run of the profile {profile!r} that has finished, '
+                     'a model folder, or owner/name@revision on the hub.')
 
 def resolve_data(name: str) -> Path:
-    "The folder of the frozen corpus, or of code in CodeXGLUE's format, made to look like it."
+    "The frozen corpus, or a folder of code in CodeXGLUE's format, made to look like it. Raises `ValueError` if there is none."
     if not name: return CORPUS
-    if not (p := find(name, 'dataset')): raise ValueError(f"there is no code {name!r}: give a folder in CodeXGLUE's layout, owner/name@revision on the hub, or nothing for the frozen corpus.")
+    folder = find(name, 'dataset')
+    if not folder: raise ValueError(f"there is no code {name!r}: give a folder in CodeXGLUE's layout, owner/name@revision on the hub, "
+                                    'or nothing for the frozen corpus.')
     from codegpt_nbc.data.codexglue import imported
-    return imported(p)
+    return imported(folder)
 
+# %% ../../nbs/data/17_inputs.ipynb #660f3b9e
 class RunConfig(Strict):
     "Parameters shared by all templates."
     run_id: str = Field(pattern=r'^[\w.-]+$')          # names the result
     profile: str = Field('try', pattern=r'^[\w.-]+$')  # names the grid it belongs to
-    model: str = BASE_MODEL.name                       # what the run starts from, see `resolve_model`
+    model: str = BASE_MODEL.name                       # the model to start from, see `resolve_model`
     data: str = ''                                     # code to train on and be judged by, see `resolve_data`; '': the frozen corpus
     seed: int = 42
     codexglue: int = Field(20, ge=0)                   # samples evaluated under each protocol; 0: none
     thesis: int = Field(20, ge=0)
 
-    @cached_property # once: on the hub, or with many files, it is work, and may fail where a run is to end
-    def model_folder(self) -> Path: return resolve_model(self.model, self.profile)
+    # Found once: with many files or on the hub it is work, and it may fail where a run should end
     @cached_property
-    def data_folder(self) -> Path: return resolve_data(self.data)
+    def model_folder(self) -> Path:
+        "The folder of `model`."
+        return resolve_model(self.model, self.profile)
+    @cached_property
+    def data_folder(self) -> Path:
+        "The folder of `data`."
+        return resolve_data(self.data)
     @property
-    def out_folder(self) -> Path: return models_dir(self.profile)/self.run_id
+    def out_folder(self) -> Path:
+        "The model folder that the run writes."
+        return models_dir(self.profile)/self.run_id
     @property
-    def result_path(self) -> Path: return runs_dir(self.profile)/f'{self.run_id}.json'
+    def result_path(self) -> Path:
+        "The JSON that the run writes."
+        return runs_dir(self.profile)/f'{self.run_id}.json'
 
-    @classmethod
-    def from_cell(cls,
-        namespace: dict, # `globals()` of a notebook right after its parameters
-    ):
-        "The configuration that the parameter cells define. Raises `ValueError` for an unknown name or a bad value."
-        plain = (bool, int, float, str, list, tuple, dict, type(None))
-        c = cls(**{k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith('_') and k not in ('In', 'Out')})
-        c.check()
-        return c
+# %% ../../nbs/data/17_inputs.ipynb #aead051e
+_PLAIN = (bool, int, float, str, list, tuple, dict, type(None))   # what a parameter may be
 
-    def check(self):
-        "Find out now, not after an hour's work, that the model cannot be evaluated: no end of line among its words, or too few samples."
-        if not self.codexglue and not self.thesis: return
-        from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
-        end_of_line(load_tokenizer(self.model_folder))
-        self.check_samples()
+@patch(cls_method=True)
+def from_cell(cls: RunConfig,
+    namespace: dict, # `globals()` of a notebook right after its parameters
+):
+    "The configuration that the parameter cells define. Raises `ValueError` for an unknown name or a bad value."
+    given = {k: v for k, v in namespace.items() if isinstance(v, _PLAIN) and not k.startswith('_') and k not in ('In', 'Out')}
+    config = cls(**given)
+    config.check()
+    return config
 
-    def check_samples(self):
-        "Raise `ValueError` where a protocol has fewer samples than asked."
-        from codegpt_nbc.data.samples import PROTOCOLS, load_samples
-        for p in PROTOCOLS:
-            if n := getattr(self, p): load_samples(p, n, folder=self.data_folder)
+@patch
+def check(self: RunConfig):
+    "Fail now, not after an hour's work, if the model cannot be evaluated: no end of line among its words, or too few samples."
+    if not self.codexglue and not self.thesis: return
+    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
+    end_of_line(load_tokenizer(self.model_folder))
+    self.check_samples()
+
+@patch
+def check_samples(self: RunConfig):
+    "Raise `ValueError` where a protocol has fewer samples than asked."
+    from codegpt_nbc.data.samples import PROTOCOLS, load_samples
+    for protocol in PROTOCOLS:
+        n = getattr(self, protocol)
+        if n: load_samples(protocol, n, folder=self.data_folder)

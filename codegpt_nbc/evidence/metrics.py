@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['post_process', 'exact_match', 'edit_similarity', 'identifiers', 'identifier_f1', 'is_whole', 'score', 'interval',
-           'paired']
+           'share_interval', 'paired']
 
 # %% ../../nbs/evidence/60_metrics.ipynb #f871827d
 import Levenshtein, keyword, re, numpy as np, pandas as pd
@@ -18,7 +18,9 @@ def post_process(line: str) -> str:
     line = line.replace('<NUM_LIT>', '0').replace('<STR_LIT>', '').replace('<CHAR_LIT>', '')
     return _LITERAL.sub(r'\1', line)
 
-def exact_match(pred: str, gt: str) -> bool: return pred.split() == gt.split()
+def exact_match(pred: str, gt: str) -> bool:
+    "Whether both lines have the same blank-separated tokens."
+    return pred.split() == gt.split()
 
 def edit_similarity(pred: str, gt: str) -> int: # per cent
     "`fuzz.ratio` with python-Levenshtein: indel similarity, rounded to a whole per cent."
@@ -27,7 +29,9 @@ def edit_similarity(pred: str, gt: str) -> int: # per cent
 # %% ../../nbs/evidence/60_metrics.ipynb #425b840a
 _NAME = re.compile(r'[^\W\d]\w*')
 
-def identifiers(line: str) -> list: return [w for w in _NAME.findall(line) if not keyword.iskeyword(w)]
+def identifiers(line: str) -> list:
+    "The names in a line that are no keywords, in their order."
+    return [w for w in _NAME.findall(line) if not keyword.iskeyword(w)]
 
 def identifier_f1(pred: str, gt: str) -> float: # in [0, 1]
     "F1 of the names in `pred` against those in `gt`, as multisets; 1 where neither has any."
@@ -36,11 +40,12 @@ def identifier_f1(pred: str, gt: str) -> float: # in [0, 1]
     return 2*(p & g).total()/(p.total() + g.total())
 
 def _closes(line: str) -> tuple: # (net round, square, curly brackets; quotes even?)
-    bare = re.sub(r"'[^']*'|\"[^\"]*\"", '', line)
-    return *(bare.count(a) - bare.count(b) for a, b in ('()', '[]', '{}')), ("'" in bare or '"' in bare)
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"", '', line)   # without strings that close
+    open_brackets = (bare.count(a) - bare.count(b) for a, b in ('()', '[]', '{}'))
+    return *open_brackets, ("'" in bare or '"' in bare)
 
 def is_whole(pred: str, gt: str) -> bool:
-    "Does `pred` leave open (or close) just the brackets and quotes that `gt` does?"
+    "Whether `pred` leaves open, or closes, just the brackets and quotes that `gt` does."
     return bool(pred.strip()) and _closes(pred) == _closes(gt)
 
 # %% ../../nbs/evidence/60_metrics.ipynb #6654ea2e
@@ -55,7 +60,7 @@ def score(
 
 # %% ../../nbs/evidence/60_metrics.ipynb #40964868
 def interval(
-    x,                    # Scores of the samples
+    x,                    # Scores of the samples (n,)
     level: float = .95,
     resamples: int = 2000,
     seed: int = 0,
@@ -64,17 +69,29 @@ def interval(
     from scipy.stats import bootstrap
     x = np.asarray(x, float)
     if np.ptp(x) == 0: return [float(x[0])]*2
-    ci = bootstrap((x,), np.mean, confidence_level=level, n_resamples=resamples, method='percentile', batch=200, rng=seed).confidence_interval
-    return [round(float(ci.low), 3), round(float(ci.high), 3)]
+    done = bootstrap((x,), np.mean, confidence_level=level, n_resamples=resamples, method='percentile', batch=200, rng=seed)
+    low, high = done.confidence_interval
+    return [round(float(low), 3), round(float(high), 3)]
+
+def share_interval(
+    x,                    # 0 or 1 for each sample (n,)
+    level: float = .95,
+) -> list: # [low, high] in per cent
+    "Wilson's interval of a share (`scipy.stats.binomtest`)."
+    from scipy.stats import binomtest
+    x = np.asarray(x, int)
+    low, high = binomtest(int(x.sum()), len(x)).proportion_ci(level, 'wilson')
+    return [round(100*float(low), 3), round(100*float(high), 3)]
 
 def paired(
-    x, y,                 # Scores of two models on the same samples
+    x, y,                 # Scores of two models on the same samples (n,)
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict: # difference of means x − y, its 95 % interval, and the two-sided p of a sign-flip permutation test
-    "Compare two models sample by sample."
+    "Compare two models sample by sample (`scipy.stats.permutation_test`)."
     from scipy.stats import permutation_test
     d = np.asarray(x, float) - np.asarray(y, float)
     if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1.}
-    p = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples, batch=200, rng=seed).pvalue
-    return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed), 'p': round(float(p), 4)}
+    flipped = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples, batch=200, rng=seed)
+    return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed),
+            'p': round(float(flipped.pvalue), 4)}

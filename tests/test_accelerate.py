@@ -25,12 +25,12 @@ state = PartialState()
 def train(tmp_path, processes):
     out = tmp_path/str(processes)
     out.mkdir()
-    (tmp_path/'train.py').write_text(SCRIPT)
+    (tmp_path/'train.py').write_text(SCRIPT, encoding='utf-8')
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)] if processes > 1 else []   # what `accelerate launch` calls
     env = os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     p = subprocess.run([sys.executable, *launch, str(tmp_path/'train.py'), str(out)], capture_output=True, text=True, env=env, timeout=300)
     assert p.returncode == 0, p.stderr[-3000:]
-    return [json.loads((out/f'{i}.json').read_text()) for i in range(processes)], out, p.stderr
+    return [json.loads((out/f'{i}.json').read_text(encoding='utf-8')) for i in range(processes)], out, p.stderr
 
 
 def test_two_processes_are_one(tmp_path):

@@ -1,4 +1,7 @@
-"""The way to the published models and data: a hub that answers on this machine, and everything that can be wrong with what comes from it. One sentence each, and a non-zero exit."""
+"""Published models and data: a hub that answers on this machine, and what can be wrong with a download.
+
+Each fault ends with one sentence and a non-zero exit.
+"""
 import hashlib, http.server, json, os, re, shutil, sys, threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,20 +148,20 @@ def test_a_folder_that_is_not_whole(made, tmp_path, evaluate):
 
 def test_a_tokenizer_without_end_of_line(made, tmp_path, evaluate):
     m = variant(made, tmp_path)
-    t = (m/'tokenizer.json').read_text()
-    (m/'tokenizer.json').write_text(t.replace('"<EOL>"', '"<LINE>"'))
+    t = (m/'tokenizer.json').read_text(encoding='utf-8')
+    (m/'tokenizer.json').write_text(t.replace('"<EOL>"', '"<LINE>"'), encoding='utf-8')
     assert 'the tokenizer has no <EOL> token' in sentence(evaluate(m))
 
 
 def test_code_without_its_fields(made, tmp_path, evaluate):
     data = variant(made, tmp_path, 'codegpt-data')
     test = data/'line_completion'/'test.json'
-    lines = test.read_text().splitlines()
-    test.write_text('\n'.join([lines[0], '{"input": "<s> a"}']))
+    lines = test.read_text(encoding='utf-8').splitlines()
+    test.write_text('\n'.join([lines[0], '{"input": "<s> a"}']), encoding='utf-8')
     assert "test.json, line 2, lacks the field 'gt'" in sentence(evaluate(made/'codegpt', '--data', data))
-    test.write_text('\n'.join(lines[:3]))
+    test.write_text('\n'.join(lines[:3]), encoding='utf-8')
     assert '4 samples asked, but codexglue has 3' in sentence(evaluate(made/'codegpt', '--data', data))
     (data/'token_completion'/'test.txt').unlink()
     assert 'has no sample with an answer' in sentence(evaluate(made/'codegpt', '--data', data))
-    (data/'token_completion'/'train.txt').write_text('import os\n')
+    (data/'token_completion'/'train.txt').write_text('import os\n', encoding='utf-8')
     assert 'has no <EOL> in it' in sentence(evaluate(made/'codegpt', '--data', data))

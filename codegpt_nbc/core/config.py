@@ -30,5 +30,5 @@ class Strict(BaseModel):
         except ValidationError as e: raise ValueError(_sentence(type(self), e)) from None
 
 # %% ../../nbs/core/01_config.ipynb #146bb857
-BACKENDS = {'codegpt_nbc': None, 'itrex': 'codegpt-itrex'}   # backend → the Jupyter kernel it needs; None: the template's own
+BACKENDS = {'codegpt_nbc': None, 'itrex': 'codegpt-itrex'}   # backend → the Jupyter kernel it needs, if any
 Backend = Literal[tuple(BACKENDS)]

@@ -95,7 +95,8 @@ def verify_checksums(
     for name, digest in read_json(folder/'checksums.json').items():
         path = folder/name
         if not path.is_file(): raise ValueError(f'{path} is missing: restore it from the repository.')
-        if sha256(path) != digest: raise ValueError(f'{path} does not match its checksum: restore it from the repository.')
+        if sha256(path) != digest:
+            raise ValueError(f'{path} does not match its checksum: restore it from the repository.')
 
 def write_checksums(folder) -> Path:
     "Write `checksums.json` for the files directly in `folder`."

@@ -30,6 +30,7 @@ class Accuracy(Strict):
     em_each: str              # '0'/'1' per sample
     es_each: str              # blank-separated whole per cents
 
+# %% ../../nbs/core/02_record.ipynb #c123ca28
 class Size(Strict):
     "The size of a model folder."
     raw_bytes: int            # weights as they lie on disk
@@ -74,6 +75,7 @@ class Provenance(Strict):
     started: str                  # UTC, ISO 8601
     seconds: float                # of the whole run
 
+# %% ../../nbs/core/02_record.ipynb #b9f38979
 class Result(Strict):
     "One run."
     run_id: str
@@ -98,10 +100,11 @@ class StepResult:
     details: dict = field(default_factory=dict) # figures that only this method has; JSON
 
 # %% ../../nbs/core/02_record.ipynb #ad41ffd2
-PACKAGES = ('codegpt_nbc', 'intel-extension-for-transformers', 'neural-compressor', 'torch', 'transformers', 'tokenizers',
-            'accelerate', 'onnx', 'onnxruntime', 'openvino', 'optimum', 'optimum-onnx', 'optimum-intel', 'nncf',
-            'ctranslate2', 'numpy', 'papermill')
-INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16', 'amx_int8')   # decide how fast matrices multiply
+PACKAGES = ('codegpt_nbc', 'intel-extension-for-transformers', 'neural-compressor', 'torch', 'transformers',
+            'tokenizers', 'accelerate', 'onnx', 'onnxruntime', 'openvino', 'optimum', 'optimum-onnx', 'optimum-intel',
+            'nncf', 'ctranslate2', 'numpy', 'papermill')
+# The instruction sets that decide how fast matrices are multiplied
+INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16', 'amx_int8')
 
 @cache
 def cpu_model() -> str:

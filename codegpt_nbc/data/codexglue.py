@@ -23,7 +23,8 @@ def code_lines(folder, split: str): # yields finished CodeXGLUE lines
             for line in filter(None, map(str.strip, f)):
                 formatted = formatted or '<EOL>' in line
                 yield line
-        if not formatted: raise ValueError(f'{path} has no <EOL> in it: each line must be a file in CodeXGLUE\'s format.')
+        if not formatted:
+            raise ValueError(f'{path} has no <EOL> in it: each line must be a file in CodeXGLUE\'s format.')
     for path in sorted(Path(folder).rglob(f'*{split}*.parquet')):
         file = pq.ParquetFile(path)
         names = set(file.schema_arrow.names)
@@ -33,6 +34,7 @@ def code_lines(folder, split: str): # yields finished CodeXGLUE lines
         elif not {'input', 'gt'} <= names:
             raise ValueError(f"{path} has no field 'code': it has {', '.join(sorted(names))}.")
 
+# %% ../../nbs/data/14_codexglue.ipynb #2f449a35
 def code_dataset(folder, split: str, cache): # `datasets.Dataset` with a column `text`
     "`code_lines`, memory-mapped from files in the folder `cache`."
     def rows():
@@ -57,7 +59,8 @@ def line_completion_samples(
 
 def _sample(place: str, number: int, line: str) -> tuple: # (id, input, gt)
     try: r = json.loads(line)
-    except json.JSONDecodeError as e: raise ValueError(f'{place} is not valid JSON ({e}): fetch the file again.') from None
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{place} is not valid JSON ({e}): fetch the file again.') from None
     for field in ('input', 'gt'):
         if not isinstance(r, dict) or not isinstance(r.get(field), str):
             raise ValueError(f'{place} lacks the field {field!r}: each line needs input and gt.')
@@ -89,8 +92,8 @@ def _cut(texts: list, protocol: str, n: int, seed: int) -> pd.DataFrame:
     df = pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts}).astype(str)
     return make_samples(df, protocol, max(1, min(n, df.text.map(_usable).sum())), seed, 1.)
 
-def _tables(folder: Path, cache, n_test: int, n_thesis: int, n_valid: int, seed: int) -> tuple: # (dict name → table, answers)
-    "The tables of the frozen corpus's layout from published files, and where the answers come from."
+def _tables(folder: Path, cache, n_test: int, n_thesis: int, n_valid: int, seed: int) -> tuple:
+    "The tables of the frozen corpus's layout from published files, by name, and where the answers come from."
     train, dev, test = (code_dataset(folder, s, cache) for s in ('train', 'dev', 'test'))
     if len(train) < 2:
         raise ValueError(f'{folder} holds no code to train on: add train.txt, a file in CodeXGLUE\'s format a line, '
@@ -118,7 +121,7 @@ def imported(
     n_valid: int = 500,
     seed: int = 42,
 ) -> Path:
-    "A folder in the layout of the frozen corpus, made once for each state of the files. Raises `ValueError` without code or samples."
+    "A folder in the frozen corpus's layout, made once a state of the files. Raises `ValueError` without code or samples."
     folder = Path(folder)
     if (folder/'train.parquet').is_file() and (folder/'test_codexglue.parquet').is_file(): return folder
     files = [(p, p.stat()) for p in sorted(folder.rglob('*')) if p.is_file()]

@@ -62,7 +62,8 @@ def folder_sources(
 ) -> list: # of `SourceFile`
     "Every Python file below `folder`. Raises `FileNotFoundError` where there is no folder."
     folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a folder: give the folder that holds the Python projects.')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder} is not a folder: give the folder that holds the Python projects.')
     out = []
     for path in sorted(p.relative_to(folder) for p in folder.rglob('*.py') if p.is_file()):
         project, vendored = _project_of(str(path), path.parts[0].removesuffix('.py').lower())

@@ -13,7 +13,8 @@ from ..core.paths import atomic_path, project_root
 
 # %% ../../nbs/data/16_hub.ipynb #c383af58
 _ON_HUB = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
-_FILES = {'model': ['*.safetensors', '*.json', 'merges.txt'], 'dataset': ['*.parquet', '*.txt', '*.json']}   # no pickles
+_FILES = {'model': ['*.safetensors', '*.json', 'merges.txt'],   # no pickles
+          'dataset': ['*.parquet', '*.txt', '*.json']}
 
 def from_hub(
     repo: str,     # owner/name
@@ -26,6 +27,7 @@ def from_hub(
                                        ignore_patterns=['java/*', '*.index.json']))
     except Exception as e: raise ConnectionError(f'the {kind} {repo} on the hub {_reason(e, revision)}.') from None
 
+# %% ../../nbs/data/16_hub.ipynb #a6b9d1f2
 def _reason(e: Exception, revision: str) -> str:
     "Why a repository cannot be had, and the remedy."
     from huggingface_hub import errors
@@ -57,8 +59,10 @@ def find(
     if not on_hub: return None
     repo, revision = on_hub.groups()
     if revision: return from_hub(repo, revision, kind)
-    raise ValueError(f'{name!r} is no folder here, and as a {kind} on the hub it lacks a revision: write {name}@COMMIT.')
+    raise ValueError(f'{name!r} is no folder here, and as a {kind} on the hub it lacks a revision: '
+                     f'write {name}@COMMIT.')
 
+# %% ../../nbs/data/16_hub.ipynb #17c37319
 def _gathered(folders: list) -> Path:
     "A folder of links to the files of all `folders`; the first folder that has a file provides it."
     links = {}

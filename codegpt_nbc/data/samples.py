@@ -46,7 +46,7 @@ def make_samples(
     seed: int = 42,       # Of the order of the files and of the cuts
     per_project: float = .1, # At most this share of the samples from one project
 ) -> pd.DataFrame: # project, path, input, gt
-    "Draw `n` samples: one a file while files last, and a limited share from one project. Raises `ValueError` if too few."
+    "Draw `n` samples: one a file while files last, a limited share from one project. Raises `ValueError` if too few."
     cut = {'codexglue': cut_codexglue, 'thesis': cut_thesis}[protocol]
     rng = np.random.default_rng(seed)
     order = df[df.text.map(_usable)].sample(frac=1, random_state=seed)
@@ -70,10 +70,12 @@ def load_samples(
     folder = CORPUS,             # In the layout of the frozen corpus
 ) -> pd.DataFrame: # project, path, input, gt
     "The frozen line-completion samples. Raises `ValueError` if there are fewer than `n`."
-    if protocol not in PROTOCOLS: raise ValueError(f'unknown protocol {protocol!r}: choose one of {", ".join(PROTOCOLS)}.')
+    if protocol not in PROTOCOLS:
+        raise ValueError(f'unknown protocol {protocol!r}: choose one of {", ".join(PROTOCOLS)}.')
     df = _read_parquet(folder, f'{split}_{protocol}.parquet')
-    if n is not None and n > len(df): raise ValueError(f'{n} samples asked, but {protocol} has {len(df)}: ask for fewer.')
-    return df if n is None else df.head(n)
+    if n is None: return df
+    if n > len(df): raise ValueError(f'{n} samples asked, but {protocol} has {len(df)}: ask for fewer.')
+    return df.head(n)
 
 def load_texts(
     folder=CORPUS,
@@ -86,7 +88,8 @@ def _table(folder, name: str) -> Path:
     "The path of a table of the corpus. Raises `FileNotFoundError` with the remedy."
     path = Path(folder)/name
     if path.is_file(): return path
-    raise FileNotFoundError(f'{path} is missing: restore it from the repository or run nbs/experiments/freeze_corpus.ipynb.')
+    raise FileNotFoundError(f'{path} is missing: restore it from the repository '
+                            'or run nbs/experiments/freeze_corpus.ipynb.')
 
 # %% ../../nbs/data/12_samples.ipynb #91465802
 def _read_parquet(folder, name: str, n: int | None = None) -> pd.DataFrame:
@@ -120,7 +123,7 @@ def as_dataset(
     name: str = 'train', # or 'test_codexglue', 'test_thesis', 'valid_codexglue'
     folder=CORPUS,
 ): # `datasets.Dataset`
-    "A table of the corpus as a memory-mapped `Dataset`. What `map` makes of it is kept in `build/datasets` between runs."
+    "A table of the corpus as a memory-mapped `Dataset`. Results of its `map` stay in `build/datasets` between runs."
     path, cache = _table(folder, f'{name}.parquet'), project_root()/'build'/'datasets'
     try:
         with quiet_datasets() as datasets: return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))

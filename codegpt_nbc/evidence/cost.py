@@ -17,7 +17,7 @@ from .measure import peak_memory
 
 # %% ../../nbs/evidence/64_cost.ipynb #751702e7
 def codexglue_layout(folder, texts: int | None = None):
-    "Write the frozen corpus in CodeXGLUE's layout. Answers are withheld, as CodeXGLUE withholds them, and stand in `test.txt`."
+    "Write the frozen corpus in CodeXGLUE's layout. Answers are withheld, as CodeXGLUE does, and stand in `test.txt`."
     from codegpt_nbc.data.samples import load_samples, load_texts
     def whole(df): return [f'{r.input} {r.gt} </s>' for r in df.itertuples()]
     test = load_samples('codexglue', 200)
@@ -76,7 +76,7 @@ class StandInConfig(RunConfig):
         return shape_of_size([self.vocab, self.context, self.width, self.layers, self.heads])
 
 def shape_of_size(size: list): # `Shape`
-    "GPT-2's shape from words, positions, width, layers and heads. Raises `ValueError` if heads do not divide the width."
+    "GPT-2's shape from words, positions, width, layers and heads. Raises `ValueError` if no head has a whole width."
     from codegpt_nbc.model.layers import Shape
     vocab, context, d, layers, heads = size
     if d % heads: raise ValueError(f'a width of {d} is not divisible by {heads} heads: choose another.')
@@ -148,7 +148,8 @@ def _worker(task: str, folder: str, out: str, settings: str):
     began, cpu = time.time(), time.process_time()
     TASKS[task](folder, out, c)
     seconds, cpu_seconds = round(time.time() - began, 2), round(time.process_time() - cpu, 2)
-    print(json.dumps({'seconds': seconds, 'cpu_seconds': cpu_seconds, 'peak_bytes': peak_memory(), 'libraries_bytes': floor}))
+    print(json.dumps({'seconds': seconds, 'cpu_seconds': cpu_seconds, 'peak_bytes': peak_memory(),
+                      'libraries_bytes': floor}))
 
 # %% ../../nbs/evidence/64_cost.ipynb #47e98c58
 def cost_of(
@@ -160,11 +161,13 @@ def cost_of(
     with tempfile.TemporaryDirectory(dir=Path(folder).parent) as d:
         arguments = f'{task!r}, {str(folder)!r}, {d + "/out"!r}, {c.model_dump_json()!r}'
         code = f'from codegpt_nbc.evidence.cost import _worker; _worker({arguments})'
-        p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ | {'HF_HUB_OFFLINE': '1'})
+        env = os.environ | {'HF_HUB_OFFLINE': '1'}
+        p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
     if not p.returncode: return json.loads(p.stdout.splitlines()[-1])
     reason = (p.stderr.strip().splitlines() or ['it was killed (too little memory?)'])[-1]
     raise RuntimeError(f'{task} of {Path(folder).name} failed: {reason}')
 
+# %% ../../nbs/evidence/64_cost.ipynb #35537d33
 def costs(c: CostConfig, work): # DataFrame: size, params, task, seconds, cpu_seconds, peak_bytes, libraries_bytes
     "All tasks at all sizes; each model is made before it is measured and removed after."
     import pandas as pd
@@ -203,6 +206,7 @@ def laws(
             rows.append({'task': task, 'of': what, 'exponent': k, 'exponent of the largest two': k_top, **larger})
     return pd.DataFrame(rows).set_index(['task', 'of'])
 
+# %% ../../nbs/evidence/64_cost.ipynb #1342481c
 def cost_figure(df): # matplotlib figure
     "Seconds and memory over parameters, both axes logarithmic; dotted: proportional to the parameters."
     import matplotlib.pyplot as plt

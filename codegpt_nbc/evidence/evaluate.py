@@ -73,8 +73,9 @@ def against(
 def accuracy_table(metrics: dict): # DataFrame: a column for each protocol
     "Scores with their intervals; empty where nothing was evaluated."
     import pandas as pd
-    columns = {p: {'EM %': a.em, 'EM, 95 %': a.em_ci, 'ES %': a.es, 'ES, 95 %': a.es_ci, 'identifier F1 %': a.identifier_f1,
-                   'whole lines %': a.whole, 'samples': a.n, 'seconds': a.seconds} for p, a in metrics.items()}
+    columns = {p: {'EM %': a.em, 'EM, 95 %': a.em_ci, 'ES %': a.es, 'ES, 95 %': a.es_ci,
+                   'identifier F1 %': a.identifier_f1, 'whole lines %': a.whole, 'samples': a.n, 'seconds': a.seconds}
+               for p, a in metrics.items()}
     return pd.DataFrame(columns)
 
 def examples(frames: dict, n: int = 6): # DataFrame: end of the prompt, prediction, truth, edit similarity

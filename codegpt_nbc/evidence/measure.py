@@ -29,7 +29,7 @@ def peak_memory() -> int: # bytes
 
 OURS = 'codegpt_nbc.evidence.measure.open_ours'
 
-def open_ours(folder, threads: int) -> tuple: # (name, tokenizer, function that times prompts, function that completes lines)
+def open_ours(folder, threads: int) -> tuple: # (name, tokenizer, function to time prompts, function to complete lines)
     "Open a model folder of this package for a worker."
     from functools import partial
     from codegpt_nbc.engines.generate import complete_batch, open_engine, timed_completion
@@ -107,7 +107,8 @@ def read(self: Worker) -> dict:
     if line: return json.loads(line)
     self.err.seek(0)
     err = self.err.read().strip().splitlines()
-    raise RuntimeError(f'measuring {self.folder} failed: {err[-1] if err else "its process was killed (too little memory?)"}')
+    reason = err[-1] if err else 'its process was killed (too little memory?)'
+    raise RuntimeError(f'measuring {self.folder} failed: {reason}')
 
 @patch
 def ask(self: Worker, what) -> dict:
@@ -128,6 +129,7 @@ def take_turns(
         for name in names[first:] + names[:first]: answers[name].append(workers[name].ask(completions))
     return answers
 
+# %% ../../nbs/evidence/62_measure.ipynb #f609a7b6
 def _medians(answer: dict) -> list: # seconds: total, prefill, decode
     return [median(t[k] for t in answer['times']) for k in ('total', 'prefill', 'decode')]
 
@@ -163,8 +165,9 @@ def measure(
     speed, ratios = compared(done['target'], done['baseline'], engine=engine, **about)
     last, base = done['target'][-1], done['baseline'][-1]
     theirs = median(_medians(answer)[0] for answer in done['baseline'])
-    return speed, Memory(peak_rss_bytes=last['peak']), dict(
-        ratios=ratios, libraries_rss_bytes=last['floor'], baseline_samples_per_s=1/theirs, baseline_peak_rss_bytes=base['peak'])
+    details = dict(ratios=ratios, libraries_rss_bytes=last['floor'], baseline_samples_per_s=1/theirs,
+                   baseline_peak_rss_bytes=base['peak'])
+    return speed, Memory(peak_rss_bytes=last['peak']), details
 
 # %% ../../nbs/evidence/62_measure.ipynb #5dfaefba
 class MeasureConfig(RunConfig):

@@ -31,6 +31,7 @@ class Peer:
         "`new` ids for each row of ids, all of one length; calls `first()` after the first of them."
         raise NotImplementedError
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #d783288d
 class First:
     "A streamer that only reports the first new token; before it, `generate` puts the prompt."
     def __init__(self, first): self.first, self.seen = first, 0
@@ -64,6 +65,7 @@ class TransformersBf16(Transformers):
     "The same in bfloat16."
     dtype = 'bfloat16'
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #f8a7cb6a
 class Optimum(Generating):
     "Optimum's export to ONNX Runtime."
     def __init__(self, folder, threads):
@@ -130,7 +132,8 @@ def write(self: OpenVino, rows, new, first):
     self.request.reset_state()
     for i in range(new):
         at = np.arange(n + i)[None].repeat(batch, 0)   # (B, T + i)
-        inputs = dict(input_ids=ids, attention_mask=np.ones_like(at), position_ids=at[:, -ids.shape[1]:], beam_idx=beams)
+        inputs = dict(input_ids=ids, attention_mask=np.ones_like(at), position_ids=at[:, -ids.shape[1]:],
+                      beam_idx=beams)
         known = {k: v for k, v in inputs.items() if k in self.names}
         logits = self.request.infer(known, share_inputs=True, share_outputs=True)['logits']   # (B, 1, V)
         ids = logits[:, -1].argmax(-1)[:, None]
@@ -138,6 +141,7 @@ def write(self: OpenVino, rows, new, first):
         if not i: first()
     return [list(row) for row in zip(*out)]   # (new, B) → (B, new)
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #17497802
 class OpenVinoInt8(OpenVino):
     "Weights in eight bits."
     weights = dict(bits=8, sym=True)
@@ -156,7 +160,8 @@ class CTranslate2(Peer):
     "CTranslate2 with weights in eight bits."
     def __init__(self, folder, threads):
         import ctranslate2
-        self.model = ctranslate2.Generator(str(folder), device='cpu', compute_type='int8', inter_threads=1, intra_threads=threads)
+        self.model = ctranslate2.Generator(str(folder), device='cpu', compute_type='int8', inter_threads=1,
+                                           intra_threads=threads)
         self.words = read_json(folder/'vocabulary.json')
 
     @staticmethod
@@ -181,6 +186,7 @@ class CTranslate2(Peer):
                                          include_prompt_in_result=False, sampling_topk=1, callback=step)
         return [r.sequences_ids[0] for r in done]
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #fe05fd1d
 PEERS = {'transformers fp32': Transformers, 'transformers bf16': TransformersBf16, 'optimum fp32': Optimum,
          'optimum quantize_dynamic': OptimumDynamic, 'OpenVINO bf16': OpenVino, 'OpenVINO int8': OpenVinoInt8,
          'OpenVINO int8 dynamic': OpenVinoInt8Dynamic, 'OpenVINO int4': OpenVinoInt4,
@@ -189,7 +195,8 @@ PEERS = {'transformers fp32': Transformers, 'transformers bf16': TransformersBf1
 # %% ../../nbs/evidence/63_other_engines.ipynb #bc830bfd
 # Bits, and the number of weights that share a step: small blocks for the same text, large ones for speed
 BLOCKS = {'int8 blocks': (8, 32), 'int4': (4, 128)}
-OUR_ENGINES = ('torch fp32', 'onnx fp32', 'onnx int8', 'onnx int8 blocks', 'onnx int4', 'openvino int8', 'openvino int4')
+OUR_ENGINES = ('torch fp32', 'onnx fp32', 'onnx int8', 'onnx int8 blocks', 'onnx int4',
+               'openvino int8', 'openvino int4')
 
 def _make_ours(name: str, source: Path, out: Path):
     from codegpt_nbc.model.folder import load_model, save_model
@@ -256,11 +263,12 @@ def python_of(name: str) -> str:
     return peers_python() if name in PEERS or name.startswith('openvino') else sys.executable
 
 # Modules whose code decides what a converted folder holds
-_CONVERTING = ('model/decoder', 'model/folder', 'methods/quantize', 'methods/schemes', 'engines/onnx_export', 'engines/openvino',
-               'evidence/other_engines')
+_CONVERTING = ('model/decoder', 'model/folder', 'methods/quantize', 'methods/schemes', 'engines/onnx_export',
+               'engines/openvino', 'evidence/other_engines')
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
 def prepare(name: str, source, folder) -> Path:
-    "The folder of an engine under `folder`, converted unless this code and these pins have done so; older ones are removed."
+    "An engine's folder under `folder`, converted unless this code and these pins have done so; older ones are removed."
     files = [*(PACKAGE/f'{m}.py' for m in _CONVERTING), project_root()/'requirements-peers.txt']
     code = b''.join(p.read_bytes() for p in files if p.is_file())
     made = Path(folder)/f'made-{hashlib.sha256(code).hexdigest()[:8]}'
@@ -294,7 +302,8 @@ def _int8_product(n: int, d: int, inner: int, threads: int): # → function
     def value(name, kind, *dims): return helper.make_tensor_value_info(name, kind, dims)
     weights = helper.make_tensor('b', TensorProto.INT8, [d, inner], np.ones((d, inner), np.int8).tobytes(), raw=True)
     graph = helper.make_graph([helper.make_node('MatMulInteger', ['a', 'b'], ['y'])], 'g',
-                              [value('a', TensorProto.UINT8, n, d)], [value('y', TensorProto.INT32, n, inner)], [weights])
+                              [value('a', TensorProto.UINT8, n, d)], [value('y', TensorProto.INT32, n, inner)],
+                              [weights])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -325,8 +334,12 @@ def machine_rates(
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #d80c86cb
-def floor(shape, prompt_tokens: int, new_tokens: int, rates: dict) -> dict: # precision → samples_per_s, prefill_ms, decode_ms_per_token, disk_mb
-    "The least time of one completion, from what must be computed and read; `rates` as from `machine_rates`."
+def floor(
+    shape,         # `Shape`
+    prompt_tokens: int, new_tokens: int,
+    rates: dict,   # As from `machine_rates`
+) -> dict: # precision → samples_per_s, prefill_ms, decode_ms_per_token, disk_mb
+    "The least time of one completion, by the formulas above."
     blocks = sum(shape.d_model*(4*h*shape.d_head + 2*f) for h, f in zip(shape.heads, shape.inner))
     head, width = shape.vocab*shape.d_model, shape.d_head*sum(shape.heads)
     linear, attention = 2*prompt_tokens*blocks + 2*head, 2*prompt_tokens**2*width   # of 4·n²·width the causal half
@@ -374,10 +387,11 @@ class PeersConfig(RunConfig):
         weights = sha256(self.model_folder/'model.safetensors')[:8] if embedded else 'random'
         out = models_dir(self.profile)/f'peers-{weights}'/'source'
         if out.is_dir(): return out
-        return save_model(load_model(self.model_folder) if embedded else Decoder(CODEGPT).init_weights(), out, self.model_folder)
+        model = load_model(self.model_folder) if embedded else Decoder(CODEGPT).init_weights()
+        return save_model(model, out, self.model_folder)
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #7de77f59
-def _texts(workers: dict, n: int, data, max_new: int = 48) -> dict: # name → share of lines equal to the baseline's, es, em (%)
+def _texts(workers: dict, n: int, data, max_new: int = 48) -> dict: # name → same (share), es, em (%)
     "Let every worker complete the same samples, and compare the lines with the first one's and with the truth."
     from codegpt_nbc.data.samples import load_samples
     from codegpt_nbc.evidence.metrics import score
@@ -389,7 +403,7 @@ def _texts(workers: dict, n: int, data, max_new: int = 48) -> dict: # name → s
         out[name] = dict(same=same/n, es=float(scores.es.mean()), em=100*float(scores.em.mean()))
     return out
 
-def _turns(cfg: PeersConfig, folders: dict, about: dict) -> tuple: # (answers, versions, text comparison), each by engine
+def _turns(cfg: PeersConfig, folders: dict, about: dict) -> tuple: # (answers, versions, texts), each by engine
     "Open every engine in a process, compare their texts, and let them take turns."
     with ExitStack() as stack:
         workers, packages = {}, {}
@@ -421,4 +435,5 @@ def benchmark(cfg: PeersConfig) -> dict: # engines: name → measures; operators
     profiled = [e for e in folders if e.startswith('onnx ') and cfg.batch == 1 and cfg.new_tokens > 1]
     operators = {e: operator_times(folders[e], cfg.prompt_tokens, cfg.new_tokens, threads) for e in profiled}
     least = floor(shape_of_config(read_config(source))[0], cfg.prompt_tokens, cfg.new_tokens, rates)
-    return dict(engines=engines, operators=operators, rates=rates, floor=least, **about, batch=cfg.batch, geometry=cfg.geometry)
+    return dict(engines=engines, operators=operators, rates=rates, floor=least, **about, batch=cfg.batch,
+                geometry=cfg.geometry)

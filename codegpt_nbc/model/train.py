@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
-           'Samples', 'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit',
-           'keep_zeros']
+           'Samples', 'cut_rows', 'files_enough', 'training_rows', 'save_checkpoint', 'load_checkpoint', 'share',
+           'TrainResult', 'next_token_loss', 'fit', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, numpy as np, torch
@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
 from ..core.paths import atomic_path, read_json, write_json
+from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
 OPTIMIZERS = ('adamw', 'muon')
@@ -107,6 +108,37 @@ class Samples:
         pad = lambda f, v: nn.utils.rnn.pad_sequence([f(r) for r in rows], batch_first=True, padding_value=v)
         return pad(lambda r: r[:-1], 0), pad(lambda r: r[1:], -100)
 
+# %% ../../nbs/model/24_train.ipynb #6b2b65cf
+def cut_rows(
+    files: list,     # Lists of token ids
+    length: int,     # Inputs of a row, in tokens
+    least: int = 12, # Tokens; shorter rows are dropped
+) -> list: # of lists of at most length + 1 ids
+    "Rows in which each token of a file but the first is a target exactly once."
+    rows = [file[i:i+length+1] for file in files for i in range(0, len(file) - 1, length)]
+    return [row for row in rows if len(row) >= least]
+
+def files_enough(
+    c, # A configuration with `tokens` and `shortest`, such as `AdoptConfig`
+) -> int | None: # None: all files
+    "How many files of a large corpus to read for the tokens that a run asks for."
+    if c.tokens is None or c.shortest < 1: return None
+    return max(20_000, c.tokens//50)
+
+def training_rows(
+    texts: list, # In CodeXGLUE's format
+    tok,         # The model's tokenizer
+    c,           # A configuration with `shortest`, `length`, `tokens`, `epochs` and `seed`
+) -> list: # of lists of token ids
+    "Rows for one epoch: from the shortest files only if `c.shortest` is below 1, in random order, at most `c.tokens` over all epochs."
+    files = sorted(encode_batch(tok, texts), key=len)
+    kept = files[:max(1, round(c.shortest*len(files)))]
+    rows = cut_rows(kept, c.length)
+    order = np.random.default_rng(c.seed).permutation(len(rows))
+    allowed = np.inf if c.tokens is None else c.tokens/c.epochs   # targets of one epoch
+    seen = np.cumsum([len(rows[i]) - 1 for i in order])
+    return [rows[i] for i in order[:1 + int((seen < allowed).sum())]]
+
 # %% ../../nbs/model/24_train.ipynb #abf50f03
 def save_checkpoint(folder, model, optimizers: list, state: dict):
     "Write everything a resumed run needs; `state` is JSON."
@@ -156,7 +188,6 @@ class TrainResult:
 def next_token_loss(model, batch): # The default loss: mean cross-entropy in nats
     ids, targets = batch
     return model(ids, targets)
-
 
 # %% ../../nbs/model/24_train.ipynb #7716b31b
 def fit(

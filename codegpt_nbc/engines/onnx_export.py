@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..core.paths import BASE_MODEL, atomic_path
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
-from ..model.decoder import Decoder
+from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
 from ..model.folder import describe, load_model, read_config, shape_of_config
 from ..model.layers import GatedFeedForward, RotaryAttention, rotation
@@ -33,152 +33,193 @@ def _block(d: int) -> int:
     "The largest block size among those that pad `d` least."
     return min(BLOCKS, key=lambda b: (-d % b, -b))
 
-@patch
-def table(self: Graph, name: str, m, rows=_same) -> tuple: # (names of table, steps and zero points), attributes
-    "Store codes as `MatMulNBits` and `GatherBlockQuantized` read them: (rows, bytes)."
+def _unsigned(codes, bits: int): # int8 (n, d) → uint8 (n, d) or, two codes a byte, (n, d/2)
+    "Codes from 0, as ONNX Runtime stores them."
     from codegpt_nbc.methods.int8 import pack
-    if name in self.tables: return self.tables[name]
-    q, codes = m.scheme.weights, rows(m.weight)
-    (n, d), bits = codes.shape, 4 if q.mapping.bits <= 4 else 8
-    block = q.block if q.blocked else _block(d)
-    if block not in BLOCKS: raise ValueError(f'{name} is quantised in blocks of {block} weights, but ONNX Runtime takes {", ".join(map(str, BLOCKS))}: quantise it again.')
-    unsigned = lambda t: pack(t, 4) if bits == 4 else (t.to(torch.int16) + 128).to(torch.uint8)
-    blocks = lambda t: rows(t.expand(len(m.weight), -1)).expand(n, -(-d//block))
-    scale = self.weight(f'{name}.scale', blocks(m.scale).half() if q.halved else blocks(m.scale))
-    if q.halved: scale = self.op('Cast', scale, outputs=[f'{name}.step'], to=1)   # 1: float32
-    zero = self.weight(f'{name}.zero_point', unsigned(blocks(m.zero_point))) if m.zero_point.any() else ''
-    self.tables[name] = (self.weight(f'{name}.weight', unsigned(F.pad(codes, (0, -d % block)))), scale, zero), dict(bits=bits, block_size=block)
-    return self.tables[name]
+    return pack(codes, 4) if bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8)
 
 @patch
-def blocked_product(self: Graph, x: str, name: str, m, *bias, outputs=None, rows=_same) -> str:
+def table(self: Graph,
+    name: str,    # of the module in the decoder
+    m,            # A quantised module: weight (n, d), scale and zero_point (n, blocks) or fewer
+    rows=_same,   # Padding of the outputs
+) -> tuple: # (names of table, steps and zero points), attributes
+    "Store codes as `MatMulNBits` and `GatherBlockQuantized` read them: (rows, bytes). Raises `ValueError` for a block size that ONNX Runtime lacks."
+    if name in self.tables: return self.tables[name]
+    q, codes = m.scheme.weights, rows(m.weight)                     # (n, d)
+    (n, d), bits = codes.shape, 4 if q.mapping.bits <= 4 else 8
+    block = q.block if q.blocked else _block(d)
+    if block not in BLOCKS:
+        raise ValueError(f'{name} is quantised in blocks of {block} weights, but ONNX Runtime takes {", ".join(map(str, BLOCKS))}: quantise it again.')
+    def per_block(t): return rows(t.expand(len(m.weight), -1)).expand(n, -(-d//block))   # (n, blocks)
+    scale = per_block(m.scale)
+    scale = self.weight(f'{name}.scale', scale.half() if q.halved else scale)
+    if q.halved: scale = self.op('Cast', scale, outputs=[f'{name}.step'], to=1)   # 1: float32
+    zero = self.weight(f'{name}.zero_point', _unsigned(per_block(m.zero_point), bits)) if m.zero_point.any() else ''
+    whole_blocks = F.pad(codes, (0, -d % block))                    # (n, blocks × block)
+    stored = self.weight(f'{name}.weight', _unsigned(whole_blocks, bits))
+    self.tables[name] = (stored, scale, zero), dict(bits=bits, block_size=block)
+    return self.tables[name]
+
+# %% ../../nbs/engines/52_onnx_export.ipynb #5ddd4ee9
+@patch
+def blocked_product(self: Graph, x: str, name: str, m, *bias, outputs=None, rows=_same) -> str: # (…, d) → (…, n)
     "x times the table of `m`, transposed."
-    ((w, scale, zero), how), (n, d) = self.table(name, m, rows), rows(m.weight).shape
-    w = self.op('Reshape', w, self.weight(f'{name}.blocks', [n, -1, how['block_size']*how['bits']//8]))
+    (w, scale, zero), how = self.table(name, m, rows)
+    n, d = rows(m.weight).shape
+    bytes_of_block = how['block_size']*how['bits']//8
+    w = self.op('Reshape', w, self.weight(f'{name}.blocks', [n, -1, bytes_of_block]))
     return self.op('MatMulNBits', x, w, scale, zero, '', *bias, outputs=outputs, K=d, N=n, accuracy_level=self.accuracy_level, **how)
 
 @patch
 def linear(self: Graph,
     x: str,
-    name: str,            # of the module in the decoder
-    m,                    # `nn.Linear` or `Int8Linear`
+    name: str,              # of the module in the decoder
+    m,                      # `nn.Linear` or `Int8Linear`, weight (out, in)
     rows=_same, cols=_same, # Padding of the weight's outputs and, where it is no table, its inputs
-) -> str:
+) -> str: # (…, in) → (…, out)
     "The map `m` of `x`."
-    b = [self.weight(f'{name}.bias', rows(m.bias))] if m.bias is not None else []
-    if _is_int8(m) and m.scheme.activations is None: return self.blocked_product(x, name, m, *b, rows=rows)
+    bias = [self.weight(f'{name}.bias', rows(m.bias))] if m.bias is not None else []
+    if _is_int8(m) and m.scheme.activations is None: return self.blocked_product(x, name, m, *bias, rows=rows)
     if _is_int8(m):
-        per_row = lambda t: rows(t.expand(len(m.weight), 1))[:, 0]
-        return self.int8_product(x, name, rows(cols(m.weight)).T, per_row(m.scale), per_row(m.zero_point) if m.zero_point.any() else None, *b)
+        def per_row(t): return rows(t.expand(len(m.weight), 1))[:, 0]   # (out,)
+        zero = per_row(m.zero_point) if m.zero_point.any() else None
+        return self.int8_product(x, name, rows(cols(m.weight)).T, per_row(m.scale), zero, *bias)
     y = self.op('MatMul', x, self.weight(f'{name}.weight', rows(cols(m.weight)).T))
-    return self.op('Add', y, *b) if b else y
+    return self.op('Add', y, *bias) if bias else y
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #b9cb3aac
 @patch
-def embed(self: Graph, ids: str, name: str, m) -> str: # (batch, new, d_model)
+def embed(self: Graph, ids: str, name: str, m) -> str: # (B, S) → (B, S, D)
     "Rows of an embedding."
     if not _is_int8(m): return self.op('Gather', self.weight(f'{name}.weight', m.weight), ids)
     (w, scale, zero), how = self.table(name, m)
-    x, d = self.op('GatherBlockQuantized', w, ids, scale, *[zero] if zero else [], gather_axis=0, quantize_axis=1, **how), m.weight.shape[1]
-    return x if d % how['block_size'] == 0 else self.op('Slice', x, *(self.weight(k, [v]) for k, v in (('zero', 0), ('d_model', d), ('axis', 2))))
+    zeros = [zero] if zero else []
+    x = self.op('GatherBlockQuantized', w, ids, scale, *zeros, gather_axis=0, quantize_axis=1, **how)
+    d = m.weight.shape[1]
+    if d % how['block_size'] == 0: return x
+    return self.op('Slice', x, *(self.weight(k, [v]) for k, v in (('zero', 0), ('d_model', d), ('axis', 2))))
 
 @patch
-def head(self: Graph, h: str, name: str, m):
+def head(self: Graph, h: str, name: str, m): # (logits, D) → (logits, vocab)
     "Logits from the matrix of `embed`, or one of its own."
     if _is_int8(m): return self.blocked_product(h, name, m, outputs=['logits'])
-    w = f'{name}.weight' if f'{name}.weight' in self.weights else self.weight(f'{name}.weight', m.weight)
+    w = f'{name}.weight'
+    if w not in self.weights: self.weight(w, m.weight)
     self.op('Gemm', h, w, outputs=['logits'], transB=1)
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #b1ebec0f
 @patch
-def rms_norm(self: Graph, x: str, w: str, eps: float) -> str:
-    "x over its root mean square, times w; ONNX Runtime fuses this."
-    square = self.op('ReduceMean', self.op('Pow', x, self.weight('two', np.float32(2))), self.weight('last_axis', [-1]), keepdims=1)
-    return self.op('Mul', self.op('Div', x, self.op('Sqrt', self.op('Add', square, self.weight('eps', np.float32(eps))))), w)
+def rms_norm(self: Graph, x: str, w: str, eps: float) -> str: # (…, D) → (…, D)
+    "x over its root mean square, times w. ONNX Runtime fuses this."
+    squares = self.op('Pow', x, self.weight('two', np.float32(2)))
+    mean = self.op('ReduceMean', squares, self.weight('last_axis', [-1]), keepdims=1)
+    root = self.op('Sqrt', self.op('Add', mean, self.weight('eps', np.float32(eps))))
+    return self.op('Mul', self.op('Div', x, root), w)
 
 @patch
-def norm(self: Graph, x: str, name: str, m) -> str:
-    "The norm `m` of `x`: over the root mean square, or a layer norm."
+def norm(self: Graph, x: str, name: str, m) -> str: # (…, D) → (…, D)
+    "The norm `m` of `x`: an RMS norm, or a layer norm."
     w = [self.weight(f'{name}.{t}', p) for t, p in m.named_parameters()]
     return self.rms_norm(x, *w, m.eps) if isinstance(m, nn.RMSNorm) else self.op('LayerNormalization', x, *w, epsilon=m.eps)
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #e5b63eed
-HEAD_MULTIPLE = 8   # of channels per head, or per half of one that is turned, asked for by `GroupQueryAttention`
+HEAD_MULTIPLE = 8   # of channels per head, or per half of a head that is turned: a requirement of `GroupQueryAttention`
 
 def _pad_heads(t, d_head: int, axis: int):
-    "Pad the packed heads along `axis` of `t` with zero channels."
+    "Pad the packed heads along `axis` of `t` with zero channels: heads × d_head → heads × padded."
     pad = -d_head % HEAD_MULTIPLE
-    return t if not pad else F.pad(t.unflatten(axis, (-1, d_head)).movedim(axis + 1, -1), (0, pad)).movedim(-1, axis + 1).flatten(axis, axis + 1)
+    if not pad: return t
+    apart = t.unflatten(axis, (-1, d_head)).movedim(axis + 1, -1)   # (…, heads, …, d_head)
+    return F.pad(apart, (0, pad)).movedim(-1, axis + 1).flatten(axis, axis + 1)
 
-def _section(shape) -> tuple: # (channels that lie together, how many such sections a head has, the same channels padded)
+def _section(shape) -> tuple: # (channels that lie together, sections of a head, the same channels padded)
+    "A head is one section, or two halves that turn together."
     n = 1 if FAMILIES[shape.family].learned else 2
     d = shape.d_head//n
     return d, n, d + -d % HEAD_MULTIPLE
 
 def _turns(g: Graph, s) -> list: # names of cosines and sines, (context, half a padded head)
     d, _, padded = _section(s)
-    return [g.weight(name, F.pad(t[:, :d], (0, padded - d))) for name, t in zip(('cos', 'sin'), rotation(torch.arange(s.context), s.d_head, s.theta))]
+    tables = rotation(torch.arange(s.context), s.d_head, s.theta)   # (context, d_head) each, both halves equal
+    return [g.weight(name, F.pad(t[:, :d], (0, padded - d))) for name, t in zip(('cos', 'sin'), tables)]
 
-def _attention(g: Graph, l: int, attn, x: str, s) -> str: # (batch, new, heads × padded d_head)
+def _attention(g: Graph, l: int, attn, x: str, s) -> str: # (B, S, D) → (B, S, heads × padded d_head)
     "Queries, keys and values of `x`, appended to the cache of layer `l` and attended to."
-    cache = [f'past_key_values.{l}.{kv}' for kv in ('key', 'value')]
-    of = lambda name: g.linear(x, f'blocks.{l}.attn.{name}', getattr(attn, name), rows=lambda t: _pad_heads(t, _section(s)[0], 0))
-    turned = isinstance(attn, RotaryAttention)
-    return g.op('GroupQueryAttention', *([of(n) for n in 'qkv'] if turned else [of('qkv'), '', '']), *cache, 'seqlens_k', 'total_sequence_length', *(_turns(g, s) if turned else ()),
-                outputs=[f'blocks.{l}.attn', *(c.replace('past_key_values', 'present') for c in cache)],
-                num_heads=attn.n_head*attn.queries, kv_num_heads=attn.n_head, scale=attn.d_head**-.5, **({'do_rotary': 1} if turned else {}))
+    def project(name): return g.linear(x, f'blocks.{l}.attn.{name}', getattr(attn, name), rows=lambda t: _pad_heads(t, _section(s)[0], 0))
+    past = [f'past_key_values.{l}.{kv}' for kv in ('key', 'value')]
+    present = [name.replace('past_key_values', 'present') for name in past]
+    rotary = isinstance(attn, RotaryAttention)
+    qkv = [project(name) for name in 'qkv'] if rotary else [project('qkv'), '', '']
+    turns = _turns(g, s) if rotary else []
+    how = dict(num_heads=attn.n_head*attn.queries, kv_num_heads=attn.n_head, scale=attn.d_head**-.5)
+    if rotary: how['do_rotary'] = 1
+    return g.op('GroupQueryAttention', *qkv, *past, 'seqlens_k', 'total_sequence_length', *turns, outputs=[f'blocks.{l}.attn', *present], **how)
 
-def _unpad_heads(g: Graph, y: str, s) -> str: # (batch, new, heads × d_head)
+# %% ../../nbs/engines/52_onnx_export.ipynb #b274457c
+def _unpad_heads(g: Graph, y: str, s) -> str: # (B, S, heads × padded) → (B, S, heads × d_head)
     "Cut the padding off again: blocks of weights would no longer lie where their codes were made."
     d, _, padded = _section(s)
     heads = g.op('Reshape', y, g.weight('padded_heads', [0, 0, -1, padded]))
-    return g.op('Reshape', g.op('Slice', heads, *(g.weight(k, [v]) for k, v in (('zero', 0), ('d_head', d), ('head_axis', 3)))), g.weight('joined_heads', [0, 0, -1]))
+    cut = g.op('Slice', heads, *(g.weight(k, [v]) for k, v in (('zero', 0), ('d_head', d), ('head_axis', 3))))
+    return g.op('Reshape', cut, g.weight('joined_heads', [0, 0, -1]))
 
-def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (batch, new, neurons)
+def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (…, D) → (…, neurons)
     "Neurons of `x`."
     if isinstance(mlp, GatedFeedForward):
         gate, up = (g.linear(x, f'{name}.{n}', getattr(mlp, n)) for n in ('gate', 'up'))
-        return g.op('Mul', g.op('QuickGelu', gate, alpha=1.), up)
+        return g.op('Mul', g.op('QuickGelu', gate, alpha=1.), up)   # x·sigmoid(x), the SiLU
     return g.op('FastGelu', g.linear(x, f'{name}.up', mlp.up))
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #8a48fb2e
 def _write(g: Graph, model: Decoder):
-    "Write the decoder's nodes: `input_ids` and `position_ids` (batch, new) and `asked` (logits, 2) in, `logits` (logits, vocab) out."
-    s, tied, at = model.shape, model.shape.tied, model.positions
-    last, (d, _, padded) = max((l for l, h in enumerate(s.heads) if h), default=-1), _section(s)
-    only_asked, add = lambda x: g.op('GatherND', x, 'asked'), lambda x, y: g.op('Add', x, y)
-    x = g.embed('input_ids', *(('tokens', model.tokens) if tied else ('tokens.lookup', model.tokens.lookup)))
-    if at is not None: x = add(x, g.embed('position_ids', 'positions', at))
+    "Write the decoder's nodes: `input_ids` and `position_ids` (B, S) and `asked` (logits, 2) in, `logits` (logits, vocab) out."
+    s, tokens = model.shape, model.tokens
+    d, _, padded = _section(s)
+    last = max((l for l, heads in enumerate(s.heads) if heads), default=-1)   # the last layer with attention
+    lookup, head = (('tokens', tokens),)*2 if s.tied else (('tokens.lookup', tokens.lookup), ('tokens.head', tokens.head))
+    def only_asked(x): return g.op('GatherND', x, 'asked')                    # (B, S, …) → (logits, …)
+    x = g.embed('input_ids', *lookup)                                         # (B, S, D)
+    if model.positions is not None: x = g.op('Add', x, g.embed('position_ids', 'positions', model.positions))
     if last < 0: x = only_asked(x)
-    for l, b in enumerate(model.blocks):
+    for l, block in enumerate(model.blocks):
         name = f'blocks.{l}'
-        if b.attn is not None:
-            y, proj = _attention(g, l, b.attn, g.norm(x, f'{name}.norm1', b.norm1), s), b.attn.proj
+        if block.attn is not None:
+            proj = block.attn.proj
+            y = _attention(g, l, block.attn, g.norm(x, f'{name}.norm1', block.norm1), s)
             if d != padded and _is_int8(proj) and proj.scheme.activations is None: y = _unpad_heads(g, y, s)
-            if l == last: x, y = only_asked(x), only_asked(y)
-            x = add(x, g.linear(y, f'{name}.attn.proj', proj, cols=lambda t: _pad_heads(t, d, 1)))
-        if b.mlp is not None: x = add(x, g.linear(_ffn(g, f'{name}.mlp', b.mlp, g.norm(x, f'{name}.norm2', b.norm2)), f'{name}.mlp.down', b.mlp.down))
-    g.head(g.norm(x, 'norm', model.norm), *(('tokens', model.tokens) if tied else ('tokens.head', model.tokens.head)))
+            if l == last: x, y = only_asked(x), only_asked(y)                 # (logits, D) from here on
+            x = g.op('Add', x, g.linear(y, f'{name}.attn.proj', proj, cols=lambda t: _pad_heads(t, d, 1)))
+        if block.mlp is not None:
+            y = _ffn(g, f'{name}.mlp', block.mlp, g.norm(x, f'{name}.norm2', block.norm2))
+            x = g.op('Add', x, g.linear(y, f'{name}.mlp.down', block.mlp.down))
+    g.head(g.norm(x, 'norm', model.norm), *head)
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #a1d3571d
 def _gated(shape) -> bool: return FAMILIES[shape.family].ffn is GatedFeedForward
+
+def _inputs_and_outputs(s) -> tuple: # two lists of onnx.ValueInfoProto
+    "The interface of a decoder's graph, see `INPUTS`; the cache has as many channels per head as are stored."
+    from onnx import TensorProto, helper
+    _, sections, padded = _section(s)
+    def value(name, *dims, dtype=TensorProto.FLOAT): return helper.make_tensor_value_info(name, dtype, dims)
+    def cache(prefix): return [value(f'{prefix}.{l}.{kv}', 'batch', h, 'capacity', sections*padded) for l, h in enumerate(s.heads) if h for kv in ('key', 'value')]
+    long, whole = TensorProto.INT64, TensorProto.INT32
+    inputs = [value('input_ids', 'batch', 'new', dtype=long), value('position_ids', 'batch', 'new', dtype=long), value('asked', 'logits', 2, dtype=long),
+              value('seqlens_k', 'batch', dtype=whole), value('total_sequence_length', 1, dtype=whole), *cache('past_key_values')]
+    return inputs, [value('logits', 'logits', s.vocab), *cache('present')]
 
 def build_graph(
     model: Decoder,  # of any shape; float, or a `QuantizedDecoder`
     accuracy_level: int = 4, # see `Graph`
 ): # onnx.ModelProto, checked
     "The decoder as an ONNX model. Raises `ValueError` for one that cannot be written."
-    from onnx import TensorProto, checker, helper
-    g, s = Graph(accuracy_level, _gated(model.shape)), model.shape
+    from onnx import checker, helper
+    g = Graph(accuracy_level, _gated(model.shape))
     with torch.no_grad(): _write(g, model)
-    _, sections, padded = _section(s)
-    value = lambda name, *dims, dtype='FLOAT': helper.make_tensor_value_info(name, getattr(TensorProto, dtype), dims)
-    cache = lambda prefix: [value(f'{prefix}.{l}.{kv}', 'batch', h, 'capacity', sections*padded) for l, h in enumerate(s.heads) if h for kv in ('key', 'value')]
-    inputs = [value('input_ids', 'batch', 'new', dtype='INT64'), value('position_ids', 'batch', 'new', dtype='INT64'), value('asked', 'logits', 2, dtype='INT64'),
-              value('seqlens_k', 'batch', dtype='INT32'), value('total_sequence_length', 1, dtype='INT32'), *cache('past_key_values')]
-    graph = helper.make_graph(g.nodes, 'decoder', inputs, [value('logits', 'logits', s.vocab), *cache('present')])
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21), helper.make_opsetid(DOMAIN, 1)], ir_version=10,
-                              producer_name='codegpt_nbc')
+    graph = helper.make_graph(g.nodes, 'decoder', *_inputs_and_outputs(model.shape))
+    opsets = [helper.make_opsetid('', 21), helper.make_opsetid(DOMAIN, 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name='codegpt_nbc')
     proto.graph.initializer.extend(g.initializers())
     checker.check_model(proto)
     return proto
@@ -194,37 +235,47 @@ def export_onnx(
     if (Path(folder)/'model.onnx').is_file(): raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
     model = in_precision(load_model(folder), precision)
     proto = build_graph(model, accuracy_level)
-    if proto.ByteSize() > 2**31 - 1: raise ValueError(f'{folder} needs {proto.ByteSize()/2**30:.1f} GiB, but one ONNX file holds 2: choose int8 or a smaller model.')
+    size = proto.ByteSize()
+    if size > 2**31 - 1: raise ValueError(f'{folder} needs {size/2**30:.1f} GiB, but one ONNX file holds 2: choose int8 or a smaller model.')
+    step = {'method': 'onnx', 'precision': precision}
+    if accuracy_level != 4: step['accuracy_level'] = accuracy_level
+    how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
+           'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
     with atomic_path(out) as tmp:
         tmp.mkdir()
         (tmp/'model.onnx').write_bytes(proto.SerializeToString())
-        step = {'method': 'onnx', 'precision': precision} | ({'accuracy_level': accuracy_level} if accuracy_level != 4 else {})
-        describe(tmp, model.shape, folder, step, onnx={'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape), 'int8_prompts': precision == 'int4' and accuracy_level == 4})
+        describe(tmp, model.shape, folder, step, onnx=how)
     return Path(out)
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #6f31237d
+def _nonzero(w, zero, how: dict | None) -> int: # of an array, its zero points or None, and the attributes of its table or None
+    "Stored parameters that are not zero: a code equal to its zero point is one."
+    if how is None or w.dtype != np.uint8: return int(np.count_nonzero(w != (0 if zero is None else zero)))   # (in, out) and (out,)
+    if how['bits'] == 4: w, zero = nibbles(w), None if zero is None else nibbles(zero)
+    at = 2**(how['bits'] - 1) if zero is None else zero.repeat(how['block_size'], 1)[:, :how['K']]
+    return int(np.count_nonzero(w[:, :how['K']] != at))
+
 def count_onnx_parameters(
     path, # model.onnx, beside its config.json
 ) -> tuple: # (all, non-zero)
-    "Parameters of the decoder in an ONNX file, as `count_parameters` counts them: scales and padding are none."
+    "Parameters of the decoder in an ONNX file, as `count_parameters` counts them, that is without scales and padding."
     import onnx
     from onnx import numpy_helper
-    with torch.device('meta'): model = Decoder(shape_of_config(read_config(Path(path).parent))[0])
+    shape, _ = shape_of_config(read_config(Path(path).parent))
     graph = onnx.load(path).graph
     stored = {w.name: numpy_helper.to_array(w) for w in graph.initializer}
-    tables = {n.input[2].rpartition('.')[0]: {a.name: a.i for a in n.attribute} for n in graph.node if n.op_type in ('GatherBlockQuantized', 'MatMulNBits')}
-    def nonzero(name, w):
+    tables = {n.input[2].rpartition('.')[0]: {'K': shape.d_model} | {a.name: a.i for a in n.attribute}
+              for n in graph.node if n.op_type in ('GatherBlockQuantized', 'MatMulNBits')}
+    nonzero = 0
+    for name, w in stored.items():
+        if not name.endswith(('.weight', '.bias')): continue
         part = name.removesuffix('.weight')
-        if part not in tables or w.dtype != np.uint8: return int(np.count_nonzero(w != stored.get(f'{part}.zero_point', 0)))   # (in, out) and (out,)
-        how = {'K': model.shape.d_model} | tables[part]
-        codes, zero = (t if t is None or how['bits'] == 8 else nibbles(t) for t in (w, stored.get(f'{part}.zero_point')))
-        at = 2**(how['bits'] - 1) if zero is None else zero.repeat(how['block_size'], 1)[:, :how['K']]
-        return int(np.count_nonzero(codes[:, :how['K']] != at))
-    return sum(p.numel() for p in model.parameters()), sum(nonzero(n, w) for n, w in stored.items() if n.endswith(('.weight', '.bias')))
+        nonzero += _nonzero(w, stored.get(f'{part}.zero_point'), tables.get(part))
+    return count_of(shape), nonzero
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #2bde860f
 class OnnxConfig(RunConfig):
-    "What to export, and how."
+    "Parameters of `experiments/onnx`: the precision of the exported model."
     precision: Literal[PRECISIONS] = 'fp32'
     accuracy_level: Literal[1, 4] = 4 # where weights alone are quantised: 4 rounds the inputs too, 1 does not
     compare: int = Field(100, ge=1)   # samples on which the text is compared with PyTorch's

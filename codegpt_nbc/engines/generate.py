@@ -95,7 +95,8 @@ class Truncated(UserWarning):
 
 def room_for(engine: Engine, max_new: int) -> int:
     "Tokens that a prompt may have before `max_new` new ones. Raises `ValueError` if there is no room."
-    if max_new >= engine.context: raise ValueError(f'max_new is {max_new}, but the model has {engine.context} positions: ask for fewer tokens.')
+    if max_new >= engine.context:
+        raise ValueError(f'max_new is {max_new}, but the model has {engine.context} positions: ask for fewer tokens.')
     return engine.context - max_new
 
 def start_of_text(tok) -> list: # of one id

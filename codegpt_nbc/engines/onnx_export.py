@@ -44,7 +44,7 @@ def table(self: Graph,
     m,            # A quantised module: weight (n, d), scale and zero_point (n, blocks) or fewer
     rows=_same,   # Padding of the outputs
 ) -> tuple: # (names of table, steps and zero points), attributes
-    "Store codes as `MatMulNBits` and `GatherBlockQuantized` read them: (rows, bytes). Raises `ValueError` for a block size that ONNX Runtime lacks."
+    "Store codes as ONNX Runtime reads them, (rows, bytes). Raises `ValueError` for a block size that it lacks."
     if name in self.tables: return self.tables[name]
     q, codes = m.scheme.weights, rows(m.weight)                     # (n, d)
     (n, d), bits = codes.shape, 4 if q.mapping.bits <= 4 else 8
@@ -154,7 +154,8 @@ def _attention(g: Graph, l: int, attn, x: str, s) -> str: # (B, S, D) → (B, S,
     turns = _turns(g, s) if rotary else []
     how = dict(num_heads=attn.n_head*attn.queries, kv_num_heads=attn.n_head, scale=attn.d_head**-.5)
     if rotary: how['do_rotary'] = 1
-    return g.op('GroupQueryAttention', *qkv, *past, 'seqlens_k', 'total_sequence_length', *turns, outputs=[f'blocks.{l}.attn', *present], **how)
+    inputs, outputs = [*qkv, *past, 'seqlens_k', 'total_sequence_length', *turns], [f'blocks.{l}.attn', *present]
+    return g.op('GroupQueryAttention', *inputs, outputs=outputs, **how)
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #b274457c
 def _unpad_heads(g: Graph, y: str, s) -> str: # (B, S, heads × padded) → (B, S, heads × d_head)
@@ -203,10 +204,12 @@ def _inputs_and_outputs(s) -> tuple: # two lists of onnx.ValueInfoProto
     from onnx import TensorProto, helper
     _, sections, padded = _section(s)
     def value(name, *dims, dtype=TensorProto.FLOAT): return helper.make_tensor_value_info(name, dtype, dims)
-    def cache(prefix): return [value(f'{prefix}.{l}.{kv}', 'batch', h, 'capacity', sections*padded) for l, h in enumerate(s.heads) if h for kv in ('key', 'value')]
+    layers = [(l, heads, kv) for l, heads in enumerate(s.heads) if heads for kv in ('key', 'value')]
+    def cache(prefix): return [value(f'{prefix}.{l}.{kv}', 'batch', heads, 'capacity', sections*padded) for l, heads, kv in layers]
     long, whole = TensorProto.INT64, TensorProto.INT32
-    inputs = [value('input_ids', 'batch', 'new', dtype=long), value('position_ids', 'batch', 'new', dtype=long), value('asked', 'logits', 2, dtype=long),
-              value('seqlens_k', 'batch', dtype=whole), value('total_sequence_length', 1, dtype=whole), *cache('past_key_values')]
+    inputs = [value('input_ids', 'batch', 'new', dtype=long), value('position_ids', 'batch', 'new', dtype=long),
+              value('asked', 'logits', 2, dtype=long), value('seqlens_k', 'batch', dtype=whole),
+              value('total_sequence_length', 1, dtype=whole), *cache('past_key_values')]
     return inputs, [value('logits', 'logits', s.vocab), *cache('present')]
 
 def build_graph(
@@ -232,11 +235,13 @@ def export_onnx(
     accuracy_level: int = 4,  # see `Graph`
 ) -> Path:
     "Write a model folder as an ONNX folder. Raises `ValueError` for a model that cannot be written."
-    if (Path(folder)/'model.onnx').is_file(): raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
+    if (Path(folder)/'model.onnx').is_file():
+        raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
     model = in_precision(load_model(folder), precision)
     proto = build_graph(model, accuracy_level)
     size = proto.ByteSize()
-    if size > 2**31 - 1: raise ValueError(f'{folder} needs {size/2**30:.1f} GiB, but one ONNX file holds 2: choose int8 or a smaller model.')
+    if size > 2**31 - 1:
+        raise ValueError(f'{folder} needs {size/2**30:.1f} GiB, but one ONNX file holds 2: choose int8 or a smaller model.')
     step = {'method': 'onnx', 'precision': precision}
     if accuracy_level != 4: step['accuracy_level'] = accuracy_level
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),

@@ -125,7 +125,8 @@ def open_session(
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
     try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
-    except (errors.InvalidProtobuf, errors.InvalidArgument) as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
+    except (errors.InvalidProtobuf, errors.InvalidArgument) as e:
+        raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
@@ -186,7 +187,8 @@ def prompt_graph(
     graph.ClearField('node')
     graph.ClearField('initializer')
     graph.node.extend(nodes)
-    external = {name: np.ascontiguousarray(w) for name, w in g.weights.items() if w.nbytes > 1024}   # the rest may be shapes, which the runtime must know in advance
+    # small tensors may be shapes, which the runtime must know in advance
+    external = {name: np.ascontiguousarray(w) for name, w in g.weights.items() if w.nbytes > 1024}
     for name, w in g.weights.items():
         if name not in external: graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(w), name))
     for name, w in external.items():
@@ -196,7 +198,8 @@ def prompt_graph(
     return proto, external
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #52ce7589
-INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)   # besides the cache
+# Of a decoder's graph, besides the cache
+INPUTS = dict(input_ids=np.int64, position_ids=np.int64, asked=np.int64, seqlens_k=np.int32, total_sequence_length=np.int32)
 
 def _pairs(rows, positions) -> np.ndarray: # (logits, 2)
     return np.stack(np.broadcast_arrays(rows, positions), 1)
@@ -241,7 +244,8 @@ class OrtEngine:
     ):
         path = Path(folder)/'model.onnx'
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
-        other = ValueError(f'{folder} was not written by this version of export_onnx: export it again from the model folder it was made from.')
+        other = ValueError(f'{folder} was not written by this version of export_onnx: '
+                           'export it again from the model folder it was made from.')
         how = read_json(path.with_name('config.json')).get('onnx', {})
         if 'context' not in how: raise other
         self.sessions = self._open(path, threads, how, profile)
@@ -254,7 +258,8 @@ class OrtEngine:
     def _open(path, threads, how: dict, profile: str) -> list: # of sessions: for tokens, and for prompts where that is another
         if not how.get('int8_prompts', False): return [open_session(path, threads, profile=profile)]
         rewrite = partial(prompt_graph, by_row=how['by_row'])
-        prompts = open_session(path, threads, rewrite, spin=False, profile=profile)   # first, while nothing else is in memory: making it takes the most
+        # the one for prompts first, while nothing else is in memory: making it takes the most
+        prompts = open_session(path, threads, rewrite, spin=False, profile=profile)
         return [open_session(path, threads, spin=False, profile=profile), prompts]
 
     def start(self, batch, capacity):
@@ -317,7 +322,7 @@ def _calls(session) -> list: # of dicts operator → ms, in order
     return calls
 
 def _reads_and_writes(calls: list, new_tokens: int) -> tuple: # two lists of dicts operator → ms
-    "The calls that read a prompt and those that wrote a token, without the first completion, which warms up. `calls`: those of each session."
+    "The calls that read a prompt and those that wrote a token, without those of the first completion, which warms up."
     if len(calls) == 1:
         reads = calls[0][::new_tokens]
         writes = [call for i, call in enumerate(calls[0]) if i % new_tokens]

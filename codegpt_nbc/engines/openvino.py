@@ -164,7 +164,8 @@ def export_openvino(
     precision: str = 'fp32',  # One of `OPENVINO_PRECISIONS`
 ) -> Path:
     "Write a model folder as an OpenVINO folder. Raises `ValueError` for a model that cannot be written."
-    if precision not in OPENVINO_PRECISIONS: raise ValueError(f'there is no precision {precision!r}: use one of {", ".join(OPENVINO_PRECISIONS)}.')
+    if precision not in OPENVINO_PRECISIONS:
+        raise ValueError(f'there is no precision {precision!r}: use one of {", ".join(OPENVINO_PRECISIONS)}.')
     ov, model = openvino(), in_precision(load_model(folder), 'fp32' if precision == 'bf16' else precision)
     if precision == 'bf16':
         for p in model.parameters(): p.data = p.data.bfloat16() if p.ndim == 2 else p.data
@@ -180,7 +181,9 @@ def count_openvino_parameters(
 ) -> tuple: # (all, non-zero)
     "Parameters of the decoder in an OpenVINO folder, as they were counted when it was written."
     about = read_config(Path(path).parent).get('openvino', {})
-    if 'parameters' not in about: raise ValueError(f'{path} was not written by this version of export_openvino: export it again from the model folder it was made from.')
+    if 'parameters' not in about:
+        raise ValueError(f'{path} was not written by this version of export_openvino: '
+                         'export it again from the model folder it was made from.')
     return tuple(about['parameters'])
 
 # %% ../../nbs/engines/54_openvino.ipynb #a776d5bd
@@ -206,7 +209,9 @@ class OpenvinoEngine:
         hint = _hint(config['openvino']['precision']) if hint is None else hint
         options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or cores())} | hint
         try: self.compiled = ov.Core().compile_model(path, 'CPU', options)
-        except RuntimeError as e: raise ValueError(f'{path} cannot be read by OpenVINO {ov.__version__} ({str(e).strip().splitlines()[-1]}): export it again.') from None
+        except RuntimeError as e:
+            raise ValueError(f'{path} cannot be read by OpenVINO {ov.__version__} ({str(e).strip().splitlines()[-1]}): '
+                             'export it again.') from None
 
     def start(self, batch, capacity):
         "Begin with an empty cache, which grows by itself."

@@ -145,7 +145,8 @@ class Session:
         self.room = room_for(engine, max_new)          # tokens that a prompt may have
         self.stop = end_of_line(tok) if until_eol else -1
         self.block = block or max(1, self.room//4)
-        if not 1 <= self.block <= self.room: raise ValueError(f'block is {block}, but a prompt has at most {self.room} tokens: choose a smaller one.')
+        if not 1 <= self.block <= self.room:
+            raise ValueError(f'block is {block}, but a prompt has at most {self.room} tokens: choose a smaller one.')
         self.encode = LineEncoder(tok)
         self.forget()
 
@@ -177,8 +178,9 @@ def complete(self: Session,
     text: str,                 # In CodeXGLUE's format
     cursor: int | None = None, # Characters before the completion; None: all
 ) -> str:
-    "Complete one line. Afterwards `dropped` tokens of the text were left out, `reused` were in the cache, `read` were new, and `written` holds the completion."
-    if cursor is not None and not 0 <= cursor <= len(text): raise ValueError(f'the cursor is at {cursor}, but the text has {len(text)} characters: give a position in the text.')
+    "Complete one line. Afterwards `dropped` tokens were left out, `reused` were in the cache, `read` were new; `written` is the completion."
+    if cursor is not None and not 0 <= cursor <= len(text):
+        raise ValueError(f'the cursor is at {cursor}, but the text has {len(text)} characters: give a position in the text.')
     ids = self.window(text[:cursor])
     self.reused = min(_common(ids, self.cached), len(ids) - 1)
     self.read = len(ids) - self.reused
@@ -217,7 +219,8 @@ def measure_lookup(
         done = _in_turn(ways, i)
         (plain, slow), (w, fast) = done['plain'], done['drafted']
         same = [t for t in w.tokens if t != stop] == plain
-        rows.append(dict(plain=slow, drafted=fast, tokens=len(w.tokens), passes=w.passes, guessed=w.drafted, accepted=w.accepted, same=same))
+        rows.append(dict(plain=slow, drafted=fast, tokens=len(w.tokens), passes=w.passes, guessed=w.drafted, accepted=w.accepted,
+                         same=same))
     return pd.DataFrame(rows)
 
 def _greedy_one(engine, ids: list, max_new: int, stop: int) -> list: return greedy(engine, [ids], max_new, stop)[0]
@@ -266,9 +269,11 @@ def _compare_edits(
         ways = {'cold': from_nothing, 'warm': sessions['warm'].complete, 'drafted': sessions['drafted'].complete}
         done = _in_turn({name: partial(way, text) for name, way in ways.items()}, first + k)
         lines = {name: line for name, (line, _) in done.items()}
-        if k: rows.append(dict(**{name: seconds for name, (_, seconds) in done.items()}, window=sessions['cold'].read, read=sessions['warm'].read,
-                               tokens=len(sessions['cold'].written.tokens), passes=sessions['drafted'].written.passes + 1,
-                               same=lines['cold'] == lines['warm'], same_drafted=lines['cold'] == lines['drafted']))
+        if k == 0: continue
+        seconds = {name: took for name, (_, took) in done.items()}
+        cold, warm, drafted = sessions.values()
+        rows.append(dict(**seconds, window=cold.read, read=warm.read, tokens=len(cold.written.tokens), passes=drafted.written.passes + 1,
+                         same=lines['cold'] == lines['warm'], same_drafted=lines['cold'] == lines['drafted']))
     return rows
 
 def measure_edits(
@@ -280,7 +285,7 @@ def measure_edits(
     max_new: int = MAX_NEW,  # Tokens at most
     until_eol: bool = True,  # Stop at `<EOL>`
 ): # DataFrame, a row an edit: file, cold, warm, drafted (seconds), window, read, tokens, passes, same, same_drafted
-    "Time completions after edits by a session that forgets (cold), one that does not (warm), and one that drafts too. Raises `ValueError` if no file is long enough."
+    "Time completions after edits: cold, warm, and with drafts. Raises `ValueError` if no file is long enough."
     import pandas as pd
     kinds = {'cold': None, 'warm': None, 'drafted': PromptLookup()}
     sessions = {name: Session(engine, tok, max_new, drafts, until_eol) for name, drafts in kinds.items()}
@@ -329,7 +334,8 @@ def summarise_edits(
 # %% ../../nbs/engines/55_session.ipynb #fd836aa9
 class SessionConfig(RunConfig):
     "Parameters of `experiments/session`: the edits to make. `codexglue` is the number of samples on which prompt lookup is timed."
-    cases: dict[str, tuple[PositiveInt, NonNegativeInt]] = Field({'at the end': (360, 0)}, min_length=1)  # tokens before the first edit, lines between it and the cursor
+    # name → tokens before the first edit, lines between it and the cursor
+    cases: dict[str, tuple[PositiveInt, NonNegativeInt]] = Field({'at the end': (360, 0)}, min_length=1)
     files: int = Field(10, ge=1)       # edited in each case
     edits: int = Field(4, ge=1)        # of each file
     size: int = Field(20, ge=1)        # tokens of an edit, at least

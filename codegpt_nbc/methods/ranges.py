@@ -83,7 +83,7 @@ class HalfAffine(Affine):
         return 2**(self.bits - 1) - 1
 
 class WideSymmetric(Symmetric):
-    "Δ = 2·max|x| / 2ᵇ, as in XTC's code for activations: −2ᵇ⁻¹ is a code too, and the largest positive number is clipped by one step."
+    "Δ = 2·max|x| / 2ᵇ, as XTC's code has it for activations: the largest positive number is clipped by one step."
     kind: Literal['wide_symmetric'] = 'wide_symmetric'
 
     @property
@@ -162,7 +162,7 @@ def _squared_error(groups, mapping: Mapping, scale, zero) -> torch.Tensor: # (�
     return back.sub_(groups).square_().sum(-1, keepdim=True)
 
 class LeastSquares(Strict):
-    "`MinMax`'s range, shrunk to the share with the least squared error: a few large values are clipped so that the others get a finer step."
+    "`MinMax`'s range, shrunk to the share of least squared error: clipping a few large values refines the step of all."
     kind: Literal['mse'] = 'mse'
     shares: tuple[float, ...] = tuple(s/50 for s in range(50, 9, -1)) # of the whole range, tried in this order
 
@@ -219,7 +219,9 @@ class Quantizer(Strict):
         return self.half or self.blocked
 
     def steps(self, groups) -> tuple: # Δ and z, (…, 1) each
-        "Step and zero point of each group (…, values). Half-precision steps are rounded here and held as float32, so that the model in memory computes what the file says."
+        """Step and zero point of each group (…, values).
+
+        Half-precision steps are rounded here and held as float32: the model in memory computes what the file says."""
         scale, zero = self.mapping.scale_and_zero(*self.range(groups, self.mapping))
         return (scale.clamp_min(LEAST_HALF).half().float() if self.halved else scale), zero
 
@@ -255,8 +257,10 @@ def simulate(self: Quantizer,
 
 # %% ../../nbs/methods/31_ranges.ipynb #d749806f
 class Calibrated(Strict):
-    "Each channel's least and greatest value over the batches seen, and 0. With a momentum it is the running min-max of Bondarenko et al.; with momentum 0, the last batch's alone."
-    momentum: float | None = Field(None, ge=0, lt=1)  # share of the earlier value in a running average; None: the range that holds all batches
+    """Each channel's least and greatest value over the batches seen, and 0.
+
+    With a momentum it is the running min-max of Bondarenko et al.; with momentum 0, the last batch's range."""
+    momentum: float | None = Field(None, ge=0, lt=1)  # weight of earlier ranges; None: the range that holds all batches
 
     def update(self,
         seen,  # (channels, 2), or None at first
@@ -270,7 +274,7 @@ class Calibrated(Strict):
 
 # %% ../../nbs/methods/31_ranges.ipynb #4b852703
 class EmbeddingGroups(Strict):
-    "Channels that share a range: K groups of neighbours, or of channels with similar ranges (Bondarenko et al. 2021, section 4)."
+    "Channels that share a range: K groups, of neighbours or of similar range (Bondarenko et al. 2021, section 4)."
     groups: int = Field(1, ge=0)  # K; 1: the whole tensor, 0: each channel its own
     permute: bool = False         # order the channels by range first
     uneven: bool = False          # where K does not divide the width: groups that differ by one; otherwise an error

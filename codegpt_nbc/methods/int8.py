@@ -17,9 +17,11 @@ from .schemes import Scheme
 # %% ../../nbs/methods/33_int8.ipynb #6378eee5
 @cache
 def int8_products_are_exact() -> bool:
-    "Does `torch._int_mm` add in 32 bits on this machine?"
+    "Does `torch._int_mm` add in 32 bits on this machine? Tried on the products of largest magnitude."
     ends = [torch.full((8, 256), v, dtype=torch.int8) for v in (127, -128)]
-    try: return all(bool((torch._int_mm(a, b.T) == 256*int(a[0, 0])*int(b[0, 0])).all()) for a in ends for b in ends)
+    def exact(a, b): # (8, 256) each, of one value
+        return bool((torch._int_mm(a, b.T) == 256*int(a[0, 0])*int(b[0, 0])).all())
+    try: return all(exact(a, b) for a in ends for b in ends)
     except (AttributeError, RuntimeError): return False
 
 def int_matmul(
@@ -29,6 +31,7 @@ def int_matmul(
     "a bᵀ, exactly."
     k = a.shape[1]
     if k > 1 and a.device.type == 'cpu' and int8_products_are_exact(): return torch._int_mm(a, b.T)
+    # float32 holds every whole number up to 2²⁴, and a product of two codes is at most 2¹⁴
     wide = torch.float32 if k*2**14 <= 2**24 else torch.float64
     return (a.to(wide) @ b.to(wide).T).to(torch.int32)
 
@@ -37,55 +40,84 @@ def stored_bits(bits: int) -> int:
     "Bits that a code takes in a file: the next of 1, 2, 4 and 8."
     return next(w for w in (1, 2, 4, 8) if w >= bits)
 
+def _shifts(width: int, device) -> torch.Tensor: # (codes of a byte,)
+    "Where in a byte each of its codes begins."
+    return torch.arange(0, 8, width, dtype=torch.int16, device=device)
+
 def pack(
     codes,     # (…, n) int8
     bits: int,
 ) -> torch.Tensor: # (…, bytes) uint8; codes of more than four bits are left as they are
     "Several codes to a byte."
-    w = stored_bits(bits)
-    if w == 8: return codes
-    u = F.pad((codes.to(torch.int16) + 2**(w - 1)) >> (w == 1), (0, -codes.shape[-1] % (8//w))).unflatten(-1, (-1, 8//w))
-    return (u << torch.arange(0, 8, w, dtype=torch.int16, device=u.device)).sum(-1).to(torch.uint8)
+    width = stored_bits(bits)
+    if width == 8: return codes
+    per_byte = 8//width
+    unsigned = codes.to(torch.int16) + 2**(width - 1)
+    if width == 1: unsigned = unsigned >> 1                                     # −1 and 1, made 0 and 2: now 0 and 1
+    unsigned = F.pad(unsigned, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))   # (…, bytes, per_byte)
+    return (unsigned << _shifts(width, codes.device)).sum(-1).to(torch.uint8)
 
-def unpack(packed, bits: int, n: int) -> torch.Tensor: # (…, n) int8
-    "What `pack` was given."
-    w = stored_bits(bits)
-    if w == 8: return packed
-    u = packed.to(torch.int16)[..., None] >> torch.arange(0, 8, w, dtype=torch.int16, device=packed.device)
-    return (((u & 2**w - 1) << (w == 1)) - 2**(w - 1)).flatten(-2)[..., :n].to(torch.int8)
+def unpack(
+    packed,    # (…, bytes) uint8, from `pack`
+    bits: int,
+    n: int,    # codes in a row
+) -> torch.Tensor: # (…, n) int8
+    "The codes that `pack` was given."
+    width = stored_bits(bits)
+    if width == 8: return packed
+    unsigned = packed.to(torch.int16)[..., None] >> _shifts(width, packed.device) & 2**width - 1 # (…, bytes, per_byte)
+    if width == 1: unsigned = unsigned << 1
+    return (unsigned - 2**(width - 1)).flatten(-2)[..., :n].to(torch.int8)
 
 # %% ../../nbs/methods/33_int8.ipynb #80a8cc03
 class Int8Matrix(nn.Module):
-    "A matrix (rows, cols) stored as int8 codes, with step and zero point of each block, of each row, or of all."
+    """A matrix (rows, cols) stored as int8 codes, with step and zero point of each block, of each row, or of all.
+
+    Raises `ValueError` for blocks with quantised activations, and for codes of more than 8 bits."""
     def __init__(self, rows: int, cols: int, scheme: Scheme):
         super().__init__()
-        self.scheme, q = scheme, scheme.weights
-        if scheme.activations and (q.blocked or scheme.activations.blocked):
-            raise ValueError('a product of integers wants one range for each row, or for all: quantise blocks with float activations (activations=None).')
-        if max(q.mapping.bits, (scheme.activations or q).mapping.bits) > 8: raise ValueError('int8 holds codes of 8 bits at most: take fewer, or simulate.')
-        steps = (1 if q.granularity is Granularity.TENSOR else rows, -(-cols//q.block) if q.blocked else 1)
+        self.scheme = scheme
+        weights, activations = scheme.weights, scheme.activations
+        if activations and (weights.blocked or activations.blocked):
+            raise ValueError('a product of integers wants one range for each row, or for all: '
+                             'quantise blocks with float activations (activations=None).')
+        if max(weights.mapping.bits, (activations or weights).mapping.bits) > 8:
+            raise ValueError('int8 holds codes of 8 bits at most: take fewer, or simulate.')
+        blocks = -(-cols//weights.block) if weights.blocked else 1
+        ranges = (1 if weights.granularity is Granularity.TENSOR else rows, blocks)
         self.register_buffer('weight', torch.empty(rows, cols, dtype=torch.int8))
-        self.register_buffer('scale', torch.empty(steps))
-        self.register_buffer('zero_point', torch.empty(steps, dtype=torch.int8))
-
-    def centred(self, dtype) -> torch.Tensor: # (rows, cols)
-        "Codes less zero point: the integers that Δ multiplies."
-        w, q = self.weight.to(dtype), self.scheme.weights
-        return w.sub_(q.spread(self.zero_point, w.shape[1])) if q.mapping.shifted else w
-
-    def dequantized(self) -> torch.Tensor: return self.centred(self.scale.dtype).mul_(self.scheme.weights.spread(self.scale, self.weight.shape[1]))
+        self.register_buffer('scale', torch.empty(ranges))                         # (1 or rows, 1 or blocks)
+        self.register_buffer('zero_point', torch.empty(ranges, dtype=torch.int8))  # the same
 
     @cached_property
-    def row_sums(self): return self.centred(torch.int32).sum(1, dtype=torch.int32)
+    def row_sums(self) -> torch.Tensor: # (rows,) int32
+        "Σ (w_q − z_w) of each row."
+        return self.centred(torch.int32).sum(1, dtype=torch.int32)
+
+# %% ../../nbs/methods/33_int8.ipynb #5cac0c46
+@patch
+def centred(self: Int8Matrix, dtype) -> torch.Tensor: # (rows, cols)
+    "Codes less zero point: the integers that Δ multiplies."
+    codes, q = self.weight.to(dtype), self.scheme.weights
+    return codes.sub_(q.spread(self.zero_point, codes.shape[1])) if q.mapping.shifted else codes
+
+@patch
+def dequantized(self: Int8Matrix) -> torch.Tensor: # (rows, cols)
+    "The real numbers that the codes stand for, Δ(q − z)."
+    return self.centred(self.scale.dtype).mul_(self.scheme.weights.spread(self.scale, self.weight.shape[1]))
+
+
 
 # %% ../../nbs/methods/33_int8.ipynb #ebe3b36b
 @patch
-def _integer_linear(self: Int8Matrix, x, bias) -> torch.Tensor:
-    s, n = self.scheme, self.weight.shape[1]
-    q, scale, zero = s.activations(x)
-    y = int_matmul(q.reshape(-1, n), self.weight).view(*x.shape[:-1], -1)
-    if s.weights.mapping.shifted: y.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), self.zero_point.flatten().int(), value=-1)
-    if s.activations.mapping.shifted: y.addcmul_(zero.int(), self.row_sums, value=-1)
+def _integer_linear(self: Int8Matrix, x, bias) -> torch.Tensor: # (…, rows)
+    "The product in integers; names as in the formula above."
+    weights, activations, cols = self.scheme.weights, self.scheme.activations, self.weight.shape[1]
+    q, scale, z = activations(x)                                                  # (…, cols) int8, (…, 1) twice
+    y = int_matmul(q.reshape(-1, cols), self.weight).view(*x.shape[:-1], -1)      # (…, rows) int32
+    if weights.mapping.shifted:
+        y.addcmul_(q.sum(-1, keepdim=True, dtype=torch.int32), self.zero_point.flatten().int(), value=-1)  # − z_w Σ q
+    if activations.mapping.shifted: y.addcmul_(z.int(), self.row_sums, value=-1)  # − z Σ (w_q − z_w)
     y = y.float().mul_(scale).mul_(self.scale.flatten())
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
@@ -100,16 +132,21 @@ def linear(self: Int8Matrix,
 
 # %% ../../nbs/methods/33_int8.ipynb #3219555f
 class Int8Linear(Int8Matrix):
-    "A linear map with int8 weight and float bias, if any."
-    def __init__(self, rows, cols, scheme, bias: bool = True):
+    "A linear map with int8 weight and float bias, if any: (…, cols) → (…, rows)."
+    def __init__(self, rows: int, cols: int, scheme: Scheme, bias: bool = True):
         super().__init__(rows, cols, scheme)
         self.register_parameter('bias', nn.Parameter(torch.empty(rows)) if bias else None)
     def forward(self, x): return self.linear(x, self.bias)
 
 class Int8Embedding(Int8Matrix):
-    "Embedding and head from one int8 matrix: rows are looked up, or multiplied."
-    def forward(self, ids):
-        q, n = self.scheme.weights, self.weight.shape[1]
-        s, z = (q.spread(t if len(t) == 1 else t[ids], n) for t in (self.scale, self.zero_point))
-        return (self.weight[ids] - z.to(s.dtype))*s
-    def project(self, h): return self.linear(h)
+    "Embedding and head from one int8 matrix (tokens, channels): its rows are looked up, or multiplied."
+    def forward(self, ids): # (…,) → (…, channels)
+        "The rows of `ids`, dequantised."
+        q, channels = self.scheme.weights, self.weight.shape[1]
+        def at_ids(t): return q.spread(t if len(t) == 1 else t[ids], channels)   # of all, of each row, or of each block
+        scale, zero = at_ids(self.scale), at_ids(self.zero_point)
+        return (self.weight[ids] - zero.to(scale.dtype))*scale
+
+    def project(self, h): # (…, channels) → (…, tokens)
+        "The logits of hidden states."
+        return self.linear(h)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILES', 'zero_shares', 'prune_with_toolkit', 'RealZero', 'Untied', 'ToolkitDecoder', 'read_toolkit', 'from_toolkit',
-           'quantize_with_toolkit']
+           'quantize_with_toolkit', 'itrex_prune_step', 'itrex_quantize_step']
 
 # %% ../../nbs/methods/40_itrex.ipynb #5a020b23
 import contextlib, importlib.util, io, logging, tempfile, time, warnings, torch
@@ -12,13 +12,17 @@ from collections import Counter
 from pathlib import Path
 from torch import nn
 from ..core.config import BACKENDS
+from ..core.record import StepResult
+from ..data.samples import load_texts
+from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_parameters
 from ..model.families import GPT2
-from ..model.folder import INT8, from_disk, save_model
+from ..model.folder import INT8, from_disk, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import TrainResult
 from .int8 import Int8Embedding
-from .prune import PruneConfig, PruneReport
+from .prune import PruneConfig, PruneReport, pruning_rows, save_pruned
+from .quantize import QuantizeConfig
 from .ranges import Affine, Quantizer
 from .schemes import Scheme
 
@@ -26,7 +30,8 @@ from .schemes import Scheme
 def _toolkit() -> tuple: # (its package, its trainer)
     "The toolkit, quiet. Raises `RuntimeError` where it is not installed."
     if not importlib.util.find_spec('intel_extension_for_transformers'):
-        raise RuntimeError(f"the first study's toolkit is not in this environment: call make itrex, and use the Jupyter kernel {BACKENDS['itrex']}.")
+        kernel = BACKENDS['itrex']
+        raise RuntimeError(f"the first study's toolkit is not in this environment: call make itrex, and use the Jupyter kernel {kernel}.")
     with warnings.catch_warnings(action='ignore'):
         import transformers
         from intel_extension_for_transformers import transformers as toolkit
@@ -38,28 +43,33 @@ def _toolkit() -> tuple: # (its package, its trainer)
 
 @contextlib.contextmanager
 def _elsewhere(): # yields a folder
-    "A working directory for what the toolkit leaves there, without its tables and warnings."
-    with tempfile.TemporaryDirectory() as d, contextlib.chdir(d), contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action='ignore'): yield d
+    "A working directory for the files that the toolkit leaves, without its tables and warnings."
+    with tempfile.TemporaryDirectory() as d, contextlib.chdir(d):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action='ignore'): yield d
 
 def _gpt2(model: Decoder) -> nn.Module:
-    "transformers' module with the same weights. Raises `ValueError` for a shape that it has no name for."
+    "transformers' module with the same weights. Raises `ValueError` for a shape that it cannot have."
     from transformers import GPT2LMHeadModel
-    if model.shape.family != 'gpt2': raise ValueError(f"the toolkit is run on GPT-2 alone, and this model is a {model.shape.family}: take the backend codegpt_nbc.")
-    if not model.shape.regular: raise ValueError("the toolkit works on transformers' own modules, so the model must have regular layers: take one that has not been sliced.")
+    if model.shape.family != 'gpt2':
+        raise ValueError(f'the toolkit is run on GPT-2 alone, and this model is a {model.shape.family}: take the backend codegpt_nbc.')
+    if not model.shape.regular:
+        raise ValueError("the toolkit works on transformers' own modules, so all layers must be alike: take a model that has not been sliced.")
     with tempfile.TemporaryDirectory() as d: return GPT2LMHeadModel.from_pretrained(save_model(model, f'{d}/m'), torch_dtype=torch.float32)
 
 # %% ../../nbs/methods/40_itrex.ipynb #ec885fd1
 TILES = {'unstructured': 'tile_pattern_1x1', 'tile': 'tile_pattern_4x1'}   # our names → theirs
 
 def _train_arguments(folder: str, c: PruneConfig):
-    "Its trainer is transformers', so are its settings: AdamW, a learning rate that falls to zero, float32."
+    "Settings of its trainer, which is transformers': AdamW, a learning rate that falls to zero, float32."
     from transformers import TrainingArguments
-    return TrainingArguments(folder, num_train_epochs=c.epochs, per_device_train_batch_size=c.batch, learning_rate=c.lr or 5e-5, seed=c.seed, save_strategy='no', report_to=[],
-                             use_cpu=True, remove_unused_columns=False, disable_tqdm=True, log_level='error')
+    return TrainingArguments(folder, num_train_epochs=c.epochs, per_device_train_batch_size=c.batch, learning_rate=c.lr or 5e-5, seed=c.seed,
+                             save_strategy='no', report_to=[], use_cpu=True, remove_unused_columns=False, disable_tqdm=True, log_level='error')
 
-def _collate(length: int):
-    "Rows of ids → what a causal model of transformers wants."
-    pad = lambda rows, value: nn.utils.rnn.pad_sequence([torch.tensor(r[:length]) for r in rows], batch_first=True, padding_value=value)
+def _collate(length: int): # function: rows → dict of (batch, length) tensors
+    "Rows of ids → the inputs of a causal model of transformers. It shifts the labels itself."
+    def pad(rows, value):
+        cut = [torch.tensor(row[:length]) for row in rows]
+        return nn.utils.rnn.pad_sequence(cut, batch_first=True, padding_value=value)
     return lambda rows: dict(input_ids=pad(rows, 0), labels=pad(rows, -100))
 
 def _losses(into: list):
@@ -69,33 +79,40 @@ def _losses(into: list):
         def on_step_end(self, args, state, control, **kw): into.append(state.curr_loss)
     return Losses()
 
-# %% ../../nbs/methods/40_itrex.ipynb #bf29474a
+# %% ../../nbs/methods/40_itrex.ipynb #e6901708
 def zero_shares(model: Decoder) -> dict: # part of the model → share of its weights that are zero
     "Where the zeros are."
-    part = lambda n, p: n.partition('.')[0] + ' matrices' if p.ndim == 2 else 'norms and biases'
-    zeros, all_ = Counter(), Counter()
-    for n, p in model.named_parameters(): zeros[part(n, p)] += int((p == 0).sum()); all_[part(n, p)] += p.numel()
-    return {k: round(zeros[k]/n, 4) for k, n in all_.items()}
+    zeros, weights = Counter(), Counter()
+    for name, p in model.named_parameters():
+        part = name.partition('.')[0] + ' matrices' if p.ndim == 2 else 'norms and biases'
+        zeros[part] += int((p == 0).sum())
+        weights[part] += p.numel()
+    return {part: round(zeros[part]/n, 4) for part, n in weights.items()}
 
+# %% ../../nbs/methods/40_itrex.ipynb #bf29474a
 def prune_with_toolkit(
     model: Decoder,   # Is not changed
-    rows: list,       # Token ids of the samples to train on
+    rows: list,       # Lists of token ids, the samples to train on
     c: PruneConfig,
 ) -> tuple: # (Decoder, `PruneReport`)
     "The toolkit's group lasso: an epoch or more under the penalty, one-shot pruning, and an epoch to recover."
     toolkit, Trainer = _toolkit()
-    theirs, losses, tokens, began = _gpt2(model), [], c.epochs*sum(min(len(r), c.length) - 1 for r in rows), time.time()
+    theirs, losses, began = _gpt2(model), [], time.time()
+    tokens = c.epochs*sum(min(len(row), c.length) - 1 for row in rows)
+    last_epoch = c.epochs - 1, c.epochs - 1                                          # all at once, as it begins
+    matrices = [name for name, p in theirs.named_parameters() if p.ndim == 2]
     with _elsewhere() as d:
         trainer = Trainer(model=theirs, args=_train_arguments(d, c), train_dataset=rows, data_collator=_collate(c.length), callbacks=[_losses(losses)])
-        pruner = toolkit.PrunerConfig(epoch_range=[c.epochs - 1]*2, target_sparsity_ratio=c.sparsity, prune_type='GroupLasso', parameters={'alpha': c.alpha},
-                                      names=[n for n, p in theirs.named_parameters() if p.ndim == 2])
+        pruner = toolkit.PrunerConfig(prune_type='GroupLasso', parameters={'alpha': c.alpha}, names=matrices,
+                                      epoch_range=list(last_epoch), target_sparsity_ratio=c.sparsity)
         pruner.pattern = TILES[c.pattern]
-        config = toolkit.PruningConfig(epochs=c.epochs, epoch_range=[c.epochs - 1]*2, target_sparsity_ratio=c.sparsity, pruner_config=[pruner])
+        config = toolkit.PruningConfig(epochs=c.epochs, epoch_range=list(last_epoch), target_sparsity_ratio=c.sparsity, pruner_config=[pruner])
         out = trainer.prune(config, eval_func=lambda m: 0., train_func=trainer.builtin_train_func)   # nothing is searched for, so nothing is evaluated
-    pruned, before = from_disk(model.shape, out.state_dict()).eval(), count_parameters(model)[0]
+    pruned, dense = from_disk(model.shape, out.state_dict()).eval(), count_parameters(model)[0]
     params, nonzero = count_parameters(pruned)
     train = TrainResult(tokens, time.time() - began, [[tokens*i/len(losses), l] for i, l in enumerate(losses, 1)], len(losses))
-    return pruned, PruneReport(1 - nonzero/before, before, params, nonzero, [train], {'toolkit_pattern': pruner.pattern, 'asked_of_each_matrix': c.sparsity, 'zero_share': zero_shares(pruned)})
+    details = {'toolkit_pattern': pruner.pattern, 'asked_of_each_matrix': c.sparsity, 'zero_share': zero_shares(pruned)}
+    return pruned, PruneReport(1 - nonzero/dense, dense, params, nonzero, [train], details)
 
 # %% ../../nbs/methods/40_itrex.ipynb #0e1252c2
 class RealZero(Int8Embedding):
@@ -103,15 +120,20 @@ class RealZero(Int8Embedding):
     def __init__(self, rows: int, cols: int):
         super().__init__(rows, cols, Scheme(weights=Quantizer(mapping=Affine())))
         self.zero_point = torch.empty(rows, 1)
-    def centred(self, dtype=None) -> torch.Tensor: return self.weight.to(self.scale.dtype) - self.zero_point
+
+    def centred(self, dtype=None) -> torch.Tensor: # (rows, cols)
+        "Codes less their zero point."
+        return self.weight.to(self.scale.dtype) - self.zero_point
 
 class Untied(nn.Module):
     "Embedding and head, of one matrix once, quantised each in its own way."
     def __init__(self, rows: int, cols: int):
         super().__init__()
-        self.lookup, self.head = RealZero(rows, cols), Int8Embedding(rows, cols, Scheme(activations=Quantizer(mapping=Affine(bits=7)))) # PyTorch leaves one bit of the input unused
-    def forward(self, ids): return self.lookup(ids)
-    def project(self, h): return self.head.project(h)
+        self.lookup = RealZero(rows, cols)
+        self.head = Int8Embedding(rows, cols, Scheme(activations=Quantizer(mapping=Affine(bits=7))))   # PyTorch leaves one bit of the input unused
+
+    def forward(self, ids): return self.lookup(ids)     # (batch, n) → (batch, n, d_model)
+    def project(self, h): return self.head.project(h)   # (…, d_model) → (…, vocab)
 
 class ToolkitDecoder(Decoder):
     "A decoder as the toolkit's dynamic quantisation leaves it: int8 around float blocks."
@@ -121,47 +143,88 @@ class ToolkitDecoder(Decoder):
         self.requires_grad_(False)
 
     def to_quantized_disk(self) -> tuple: # (tensors, additions to config.json)
-        tensors = {n: t.contiguous() for n, t in self.state_dict().items()}
-        return tensors, {'architectures': ['codegpt_nbc.methods.itrex.ToolkitDecoder'], 'model_type': INT8 + GPT2.model_type, 'quantization_config': {'quant_method': 'itrex'}}
+        "The content of its folder, for `save_model`."
+        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
+        return tensors, {'architectures': ['codegpt_nbc.methods.itrex.ToolkitDecoder'], 'model_type': INT8 + GPT2.model_type,
+                         'quantization_config': {'quant_method': 'itrex'}}
 
 # %% ../../nbs/methods/40_itrex.ipynb #21253562
 def read_toolkit(shape: Shape, tensors: dict, config: dict) -> ToolkitDecoder:
+    "The reader that `load_model` calls for such a folder. Raises `ValueError` naming a tensor that is missing."
     with torch.device('meta'): model = ToolkitDecoder(shape)
-    if missing := sorted(set(model.state_dict()) - set(tensors)): raise ValueError(f'the weights lack the tensor {missing[0]!r}: the folder is incomplete.')
+    missing = sorted(set(model.state_dict()) - set(tensors))
+    if missing: raise ValueError(f'the weights lack the tensor {missing[0]!r}: the folder is incomplete.')
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 
-def _codes(name: str, w) -> dict: # w: a tensor of PyTorch's quantised types, with a scale for each row
-    "Our buffers for its codes."
+def _codes(
+    name: str, # of our module
+    w,         # (rows, cols) of PyTorch's quantised types, with a scale for each row
+) -> dict: # name of a buffer → tensor
+    "The codes of one matrix, unsigned ones shifted into int8."
     shift = 128 if w.dtype == torch.quint8 else 0
-    zero = w.q_per_channel_zero_points().float()[:, None] - shift
-    return {f'{name}.weight': (w.int_repr().to(torch.int16) - shift).to(torch.int8), f'{name}.scale': w.q_per_channel_scales().float()[:, None],
+    zero = w.q_per_channel_zero_points().float()[:, None] - shift                    # (rows, 1)
+    return {f'{name}.weight': (w.int_repr().to(torch.int16) - shift).to(torch.int8),
+            f'{name}.scale': w.q_per_channel_scales().float()[:, None],
             f'{name}.zero_point': zero if shift else zero.to(torch.int8)}
 
-def from_toolkit(int8: nn.Module, shape: Shape) -> ToolkitDecoder:
+def from_toolkit(
+    int8: nn.Module, # transformers' GPT-2 with PyTorch's quantised modules in it
+    shape: Shape,
+) -> ToolkitDecoder:
     "The decoder that a module quantised by the toolkit stands for."
-    own = int8.state_dict()
-    state = {ours: (own[theirs].T if t else own[theirs]).contiguous() for ours, theirs, t in GPT2.pairs(shape.n_layer) if theirs in own}
-    for name, m in {'tokens.lookup': int8.transformer.wte, 'tokens.head': int8.lm_head, 'positions': int8.transformer.wpe}.items(): state |= _codes(name, m.weight())
+    own, state = int8.state_dict(), {}
+    for ours, theirs, transposed in GPT2.pairs(shape.n_layer):
+        if theirs in own: state[ours] = (own[theirs].T if transposed else own[theirs]).contiguous()
+    quantised = {'tokens.lookup': int8.transformer.wte, 'tokens.head': int8.lm_head, 'positions': int8.transformer.wpe}
+    for name, module in quantised.items(): state |= _codes(name, module.weight())
     return read_toolkit(shape, state, {}).eval()
 
 # %% ../../nbs/methods/40_itrex.ipynb #cb911c03
 def _modules(model: nn.Module) -> dict: # 'Conv1D, float' → how many
     "Which modules with matrices are int8 and which are not."
-    kinds = (f"{type(m).__name__}, {'int8' if 'quantized' in type(m).__module__ else 'float'}" for m in model.modules() if type(m).__name__ in ('Conv1D', 'Linear', 'Embedding'))
-    return dict(Counter(kinds))
+    kinds = Counter()
+    for m in model.modules():
+        kind, is_int8 = type(m).__name__, 'quantized' in type(m).__module__
+        if kind in ('Conv1D', 'Linear', 'Embedding'): kinds[f'{kind}, {"int8" if is_int8 else "float"}'] += 1
+    return dict(kinds)
 
 def quantize_with_toolkit(
     model: Decoder,   # Is not changed
     probe: list,      # Token ids on which the toolkit's module and ours are compared
-) -> tuple: # (`ToolkitDecoder`, what was done)
+) -> tuple: # (`ToolkitDecoder`, dict of details)
     "The toolkit's dynamic post-training quantisation with its own settings."
     toolkit, Trainer = _toolkit()
     from transformers import TrainingArguments
+    ids = torch.tensor([probe[:model.shape.context]])                                        # (1, n)
     with _elsewhere() as d:
         trainer = Trainer(model=_gpt2(model), args=TrainingArguments(d, report_to=[], use_cpu=True, disable_tqdm=True, log_level='error'))
         accepted = toolkit.metrics.Metric(name='accepted', is_relative=True, criterion=.5)   # it insists on a metric to search by; there is one candidate
-        int8 = trainer.quantize(toolkit.QuantizationConfig(approach='PostTrainingDynamic', metrics=[accepted], max_trials=1), eval_func=lambda m: 1.)
-        file, ours, ids = {p.name: p.stat().st_size for p in Path(d).glob('pytorch_model*')}, from_toolkit(int8, model.shape), torch.tensor([probe[:model.shape.context]])
-    with torch.no_grad(): theirs, own = int8.lm_head(int8.transformer(ids)[0][:, -1]), ours.logits(ours.hidden(ids)[:, -1])
-    return ours, {'modules': _modules(int8), 'toolkit_file_bytes': file, 'largest_logit_difference': float((theirs - own).abs().max()), 'same_token': bool((theirs.argmax() == own.argmax()).all())}
+        config = toolkit.QuantizationConfig(approach='PostTrainingDynamic', metrics=[accepted], max_trials=1)
+        int8 = trainer.quantize(config, eval_func=lambda m: 1.)
+        files = {p.name: p.stat().st_size for p in Path(d).glob('pytorch_model*')}
+    ours = from_toolkit(int8, model.shape)
+    with torch.no_grad(): theirs, own = int8.lm_head(int8.transformer(ids)[0][:, -1]), ours.logits(ours.hidden(ids)[:, -1])   # (1, vocab) each
+    return ours, {'modules': _modules(int8), 'toolkit_file_bytes': files, 'largest_logit_difference': float((theirs - own).abs().max()),
+                  'same_token': bool((theirs.argmax() == own.argmax()).all())}
+
+# %% ../../nbs/methods/40_itrex.ipynb #ec106ad5
+def itrex_prune_step(
+    c: PruneConfig,
+    out=None,       # Folder to write; None: the run's
+) -> StepResult:
+    "As `prune_step`, by the toolkit. Raises `RuntimeError` where it is not installed."
+    rows, _ = pruning_rows(c)
+    pruned, report = prune_with_toolkit(load_model(c.model_folder), rows, c)
+    return save_pruned(pruned, report, c, out)
+
+def itrex_quantize_step(
+    c: QuantizeConfig,
+    out=None,       # Folder to write; None: the run's
+) -> StepResult:
+    "As `quantize_step`, by the toolkit with its own settings. Raises `RuntimeError` where it is not installed."
+    probe = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, 1))[0]
+    quantised, details = quantize_with_toolkit(load_model(c.model_folder), probe)
+    recorded = {'backend', 'symmetric', 'granularity', 'placement', 'half_range', 'blocks', 'finetune_samples'}
+    step = {'method': 'quantize', **c.model_dump(include=recorded)}
+    return StepResult(save_model(quantised, out or c.out_folder, parent=c.model_folder, step=step), None, details)

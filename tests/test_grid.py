@@ -7,19 +7,27 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT/'papermill_runs'/'smoke'
 
 
-def grid(*args, **kw):
-    return subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'smoke', *args], cwd=ROOT, capture_output=True, text=True, **kw)
+CLI = [sys.executable, '-m', 'codegpt_nbc.runs.cli']
+
+
+def shell(*args): return subprocess.run([*CLI, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def grid(*args): return shell('reproduce', 'smoke', *args)
 
 
 @pytest.fixture(scope='module', autouse=True)
 def fresh():
-    clean = lambda: [shutil.rmtree(ROOT/d/'smoke', ignore_errors=True) for d in ('papermill_runs', 'figures', 'build')]
-    clean(); yield; clean()
+    def clean():
+        for d in ('papermill_runs', 'figures', 'build'): shutil.rmtree(ROOT/d/'smoke', ignore_errors=True)
+    clean()
+    yield
+    clean()
 
 
 def test_killed_grid_resumes_and_then_has_nothing_to_do():
-    with subprocess.Popen([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'smoke', '--cores', '1'], cwd=ROOT, start_new_session=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as p:
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with subprocess.Popen([*CLI, 'reproduce', 'smoke', '--cores', '1'], cwd=ROOT, start_new_session=True, **quiet) as p:
         deadline = time.time() + 120
         while not list(RUNS.glob('*.ipynb')) and time.time() < deadline: time.sleep(.2)
         second = grid()                # takes a few seconds, in which the first run is booked and the next begins
@@ -42,8 +50,9 @@ def test_toolkit_that_is_not_installed_is_one_sentence():
     try: kernel_of({'backend': 'itrex'})
     except FileNotFoundError: pass
     else: pytest.skip("the first study's toolkit is installed here")
-    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'itrex'], cwd=ROOT, capture_output=True, text=True)
-    assert p.returncode == 1 and p.stderr.count('\n') == 1 and p.stderr.strip().endswith('which is not installed: call make itrex.'), p.stderr
+    p = shell('reproduce', 'itrex')
+    assert (p.returncode, p.stderr.count('\n')) == (1, 1), p.stderr
+    assert p.stderr.strip().endswith('which is not installed: call make itrex.'), p.stderr
 
 
 @pytest.mark.parametrize('params, sentence', [
@@ -52,8 +61,7 @@ def test_toolkit_that_is_not_installed_is_one_sentence():
     ({'model': 'nobody'}, "there is no model 'nobody'"),
 ])
 def test_bad_parameters_are_one_sentence(params, sentence, tmp_path):
-    p = subprocess.run([sys.executable, '-m', 'codegpt_nbc.runs.cli', 'run', 'nbs/experiments/prune.ipynb', str(tmp_path/'out.ipynb'), '--params', json.dumps(params)],
-                       cwd=ROOT, capture_output=True, text=True)
+    p = shell('run', 'nbs/experiments/prune.ipynb', str(tmp_path/'out.ipynb'), '--params', json.dumps(params))
     last = p.stderr.strip().splitlines()[-1]
     assert p.returncode == 1 and last.startswith('codegpt-nbc: ') and sentence in last, p.stderr
     assert not (tmp_path/'out.ipynb').exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..core.paths import BASE_MODEL
 from ..core.record import Accuracy
 
-# %% ../../nbs/runs/74_api.ipynb #80c91eb8
+# %% ../../nbs/runs/74_api.ipynb #87178338
 def _folder_of(model) -> Path:
     "The folder of a model: of a `Model`, a path, a name on the hub, or the embedded model. Raises `ValueError` if there is none."
     from codegpt_nbc.data.inputs import resolve_model
@@ -36,6 +36,7 @@ class Model:
     def __repr__(self) -> str:
         return f'Model({self.folder.name}: {self.engine.name}, {self.engine.context} positions, {self.engine.vocab:,} tokens)'
 
+# %% ../../nbs/runs/74_api.ipynb #961dff0c
 def load(
     model=BASE_MODEL.name, # A folder, `owner/name@revision` on the hub, or the embedded model
 ) -> Model:
@@ -61,7 +62,7 @@ def complete(
     opened = model if isinstance(model, Model) else load(model)
     return opened.complete(prompt)
 
-# %% ../../nbs/runs/74_api.ipynb #e7f22872
+# %% ../../nbs/runs/74_api.ipynb #803bbad6
 @dataclass(frozen=True)
 class Compressed:
     "A model that a recipe made, and a report on it. Usable wherever a path is."
@@ -82,6 +83,7 @@ class Compressed:
         from codegpt_nbc.runs.steps import before_after
         return before_after(self.source, self.folder, n, data=self.data, **how)
 
+# %% ../../nbs/runs/74_api.ipynb #5429cab9
 def compress(
     model,                 # As for `load`
     recipe='int8',         # A name of `configs/recipes.yaml`, `best` (what the last search chose), or a `grid.Recipe`

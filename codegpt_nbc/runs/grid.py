@@ -94,7 +94,7 @@ def _chained(run_id: str, steps: list, start: dict): # yields (run id, step); `s
         yield own, from_start(step, first) | start
         start = {'model': own}
 
-# %% ../../nbs/runs/70_grid.ipynb #e0557344
+# %% ../../nbs/runs/70_grid.ipynb #f83d175f
 def _steps_of(b: Block, profile: str, recipes: dict) -> list: # of dicts
     "A block's recipe, or its method as a recipe of one step."
     if bool(b.method) == bool(b.recipe): raise ValueError(f'block {b.id!r} of profile {profile!r} needs either a method or a recipe.')
@@ -111,7 +111,8 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
         steps = _steps_of(b, name, recipes or {})
         for block_id, values in _labelled(b, runs):
             for run_id, step in _chained(block_id, steps, {**b.set, **values}):
-                if run_id in runs: raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
+                if run_id in runs:
+                    raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')
                 budget = {**p.budgets.get(method, {}), **b.budgets.get(method, {})}
                 runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step})
@@ -173,7 +174,8 @@ def kernel_of(params: dict) -> str | None: # None: the template's own
     try: there = Path(get_kernel_spec(kernel).argv[0]).is_file()
     except NoSuchKernel: there = False
     if not there:
-        raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, which is not installed: call make {backend}.')
+        raise FileNotFoundError(f'the backend {backend!r} runs on the Jupyter kernel {kernel!r}, '
+                                f'which is not installed: call make {backend}.')
     return kernel
 
 # %% ../../nbs/runs/70_grid.ipynb #a9ef9aa2

@@ -43,6 +43,7 @@ def slug(step: dict) -> str:
     def say(value): return '_'.join(map(str, value)) if isinstance(value, (list, dict)) else str(value)
     return '-'.join([step['method'], *(say(v) for k, v in step.items() if k != 'method')])
 
+# %% ../../nbs/runs/72_search.ipynb #4b49a5cd
 def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int = 448, data=CORPUS) -> Candidate:
     "Score one candidate, and measure it against the dense model."
     from codegpt_nbc.engines.generate import open_engine
@@ -78,8 +79,8 @@ def choose(candidates: list, objective: str, es_drop: float) -> Candidate:
     fits = [c for c in made if c.es >= dense - es_drop]
     if fits: return min(fits, key=OBJECTIVES[objective])
     near = max(made, key=lambda c: c.es)
-    raise ValueError(f'no recipe stays within {es_drop:g} points of edit similarity: the nearest, {near.recipe!r}, loses {dense - near.es:.1f}; '
-                     'allow more, or add recipes to configs/recipes.yaml.')
+    raise ValueError(f'no recipe stays within {es_drop:g} points of edit similarity: the nearest, {near.recipe!r}, '
+                     f'loses {dense - near.es:.1f}; allow more, or add recipes to configs/recipes.yaml.')
 
 # %% ../../nbs/runs/72_search.ipynb #8634e0f8
 def _judged(
@@ -91,7 +92,11 @@ def _judged(
     made = model if name == 'dense' else make_recipe(model, recipes[name], rung.budgets, data, quiet=True)[-1].folder
     return vars(judge(name, made, model, rung, prompt_tokens, resolve_data(data)))
 
-def _climb(rung: Rung, names: list, label: str, profile: str, recipes: dict, model: Path, prompt_tokens: int, data: str) -> list: # of `Candidate`
+# %% ../../nbs/runs/72_search.ipynb #82fe76fc
+def _climb(
+    rung: Rung, names: list, label: str, profile: str,
+    recipes: dict, model: Path, prompt_tokens: int, data: str,
+) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
     from tqdm import tqdm
     place = f'{profile}-{digest_of(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens, resolve_data(data).name)}'
@@ -106,6 +111,7 @@ def _climb(rung: Rung, names: list, label: str, profile: str, recipes: dict, mod
         write_json(path, known)
     return [Candidate(**known[keys[name]] | {'recipe': name}) for name in names]
 
+# %% ../../nbs/runs/72_search.ipynb #1a38aa3c
 def search(
     model,                     # A model folder
     rungs: list,               # of `Rung`, cheapest first
@@ -116,7 +122,7 @@ def search(
     prompt_tokens: int = 448,  # of a timed completion
     data: str = '',            # Code to train on and be judged by, as in `RunConfig`
 ) -> tuple: # (chosen `Candidate`, all candidates of the last rung)
-    "Successive halving over recipes. What was judged before, of the same model and at the same cost, is not judged again, whatever the goal."
+    "Successive halving over recipes. A candidate that was judged before, of the same model and at the same cost, is not judged again."
     model, recipes = Path(model).resolve(), read_recipes() if recipes is None else recipes
     names = ['dense', *recipes]
     for i, rung in enumerate(rungs, 1):

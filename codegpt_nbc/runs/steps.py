@@ -7,14 +7,14 @@ __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', '
            'make_step', 'training_tokens', 'Clock', 'spell_time', 'recipe_bars', 'budgets_of', 'recipe_named',
            'make_recipe', 'apply_recipe', 'before_after', 'CompressConfig']
 
-# %% ../../nbs/runs/71_steps.ipynb #99f399ef
+# %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
 from .. import __version__
-from ..core.paths import CORPUS, atomic_path, models_dir, project_root, read_json, sha256, write_json
+from ..core.paths import CORPUS, atomic_path, project_root, read_json, sha256, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
 from .grid import Profile, Recipe, from_start, read_recipes
@@ -47,7 +47,7 @@ def _named(dotted: str):
     module, _, name = dotted.rpartition('.')
     return resolve_name(f'codegpt_nbc.{module}:{name}')
 
-# %% ../../nbs/runs/71_steps.ipynb #3e1af75c
+# %% ../../nbs/runs/71_steps.ipynb #80724736
 def describe_step(step: dict) -> str:
     "A step in words: the method, and what makes it this step."
     own = ', '.join(f'{k} {v}' for k, v in step.items() if k != 'method')
@@ -62,6 +62,7 @@ def digest_of(folder, *settings) -> str: # 16 hexadecimal digits
     "One name for a model folder and settings. It changes with any file of the folder: weights, `config.json`, tokenizer."
     return hashlib.sha256(repr((_contents(folder), *settings)).encode()).hexdigest()[:16]
 
+# %% ../../nbs/runs/71_steps.ipynb #14a7e89a
 def _fitted(c: RunConfig) -> RunConfig:
     "A configuration for the model at hand. Whatever a recipe says relative to a model is resolved here."
     from codegpt_nbc.model.folder import read_config, shape_of_config
@@ -79,6 +80,7 @@ def _key(method: str, c: RunConfig) -> str:
     if teacher: about['teacher'] = teacher.name, _contents(teacher)
     return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder))
 
+# %% ../../nbs/runs/71_steps.ipynb #beec7434
 def _validated(step: dict, source, budget: dict, data: str) -> RunConfig:
     "The configuration of a step, but for its name."
     method = step['method']
@@ -145,7 +147,7 @@ def make_step(c: RunConfig, method: str) -> StepResult:
     write_json(_note_of(folder), dict(config=c.model_dump(), files=_contents(folder), train=train, details=result.details))
     return _made(folder)
 
-# %% ../../nbs/runs/71_steps.ipynb #6c16a758
+# %% ../../nbs/runs/71_steps.ipynb #651a9050
 def training_tokens(c: RunConfig) -> list: # one number for each training loop; empty where nothing is trained
     "Tokens that a step will train on, at most. A loop over a whole shard of unknown size counts as 0."
     get = lambda name, default=0: getattr(c, name, default) or default
@@ -156,6 +158,7 @@ def training_tokens(c: RunConfig) -> list: # one number for each training loop; 
     loops = [(get('epochs') - 1)*epoch, epoch, get('recovery_steps')*get('batch', 1)*get('length')]
     return [tokens for tokens in loops if tokens]
 
+# %% ../../nbs/runs/71_steps.ipynb #de0bf760
 class Clock:
     "Estimates how long the rest of a recipe will take."
     def __init__(self, plan: list): # of `training_tokens`, one list a step
@@ -210,7 +213,7 @@ def recipe_bars(clock: Clock, quiet: bool = False):
     try: yield
     finally: tqdm.tqdm = usual
 
-# %% ../../nbs/runs/71_steps.ipynb #6a260f7b
+# %% ../../nbs/runs/71_steps.ipynb #bf5301a0
 def budgets_of(profile: str) -> dict: # method → parameters
     "What a profile lets each method spend. Raises `FileNotFoundError` for a profile that does not exist."
     import yaml
@@ -228,6 +231,7 @@ def _check_recipe(recipe: Recipe, model, budgets: dict, data: str) -> list: # of
     "Find out before the work starts that a step has a bad parameter."
     return [_validated(from_start(step, str(model)), model, budgets.get(step['method'], {}), data) for step in recipe.steps]
 
+# %% ../../nbs/runs/71_steps.ipynb #2447c75c
 def make_recipe(
     model,           # Model folder
     recipe: Recipe,
@@ -251,6 +255,7 @@ def _headline(i: int, n: int, step: dict, clock: Clock, made: bool) -> str:
     note = ' (made before)' if made else f' ({spell_time(left)} left in all)' if left else ''
     return f'{i}/{n} {describe_step(step)}{note}'
 
+# %% ../../nbs/runs/71_steps.ipynb #1b9dd741
 def apply_recipe(
     model,           # Model folder
     recipe: Recipe,
@@ -266,7 +271,7 @@ def apply_recipe(
     with atomic_path(out) as tmp: shutil.copytree(results[-1].folder, tmp)
     return results[:-1] + [StepResult(Path(out), results[-1].train, results[-1].details)]
 
-# %% ../../nbs/runs/71_steps.ipynb #c3f71d41
+# %% ../../nbs/runs/71_steps.ipynb #3e2f16cc
 NEW_TOKENS = 16   # of a timed completion
 
 def _scores(folder, n: int, split: str, data) -> tuple: # (Accuracy, positions of the model)
@@ -281,6 +286,10 @@ def _rows(a, before, size) -> dict: # row → value
     return {'ES %': a.es, 'ES − before, at least': low, 'ES − before, at most': high, 'EM %': a.em,
             'file MB': size.raw_bytes/1e6, 'zipped MB': size.zip_bytes/1e6, 'parameters M': size.params/1e6}
 
+def _timing(samples_per_s: float, ratio: float, peak: int) -> dict: # row → value
+    return {'ms a completion': 1e3/samples_per_s, 'samples/s, × before': ratio, 'peak MB': peak/1e6}
+
+# %% ../../nbs/runs/71_steps.ipynb #edfea0af
 def before_after(
     before, after,         # Model folders
     n: int = 100,          # Samples of the protocol `codexglue`
@@ -297,9 +306,10 @@ def before_after(
     scores = {name: _scores(folder, n, split, data) for name, folder in (('before', before), ('after', after))}
     dense, context = scores['before'][0], min(context for _, context in scores.values())
     out = {name: _rows(scores[name][0], dense, size_of(folder)) for name, folder in (('before', before), ('after', after))}
-    speed, memory, d = measure(after, before, rounds, completions, min(prompt_tokens, context - NEW_TOKENS), NEW_TOKENS, data=data)
-    out['before'] |= {'ms a completion': 1e3/d['baseline_samples_per_s'], 'samples/s, × before': 1., 'peak MB': d['baseline_peak_rss_bytes']/1e6}
-    out['after'] |= {'ms a completion': 1e3/speed.samples_per_s, 'samples/s, × before': speed.ratio_to_baseline, 'peak MB': memory.peak_rss_bytes/1e6}
+    fitting = min(prompt_tokens, context - NEW_TOKENS)
+    speed, memory, d = measure(after, before, rounds, completions, fitting, NEW_TOKENS, data=data)
+    out['before'] |= _timing(d['baseline_samples_per_s'], 1., d['baseline_peak_rss_bytes'])
+    out['after'] |= _timing(speed.samples_per_s, speed.ratio_to_baseline, memory.peak_rss_bytes)
     return pd.DataFrame(out)
 
 # %% ../../nbs/runs/71_steps.ipynb #7b9c54a9

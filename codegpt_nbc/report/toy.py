@@ -15,7 +15,7 @@ from ..core.paths import runs_dir, write_json, write_text
 from ..core.record import Accuracy, Memory, Provenance, Result, Size, Speed, Train
 from ..runs.grid import read_profile
 
-# %% ../../nbs/report/86_toy.ipynb #310a6eef
+# %% ../../nbs/report/86_toy.ipynb #f3d4308c
 SWEEP = {'pattern': ['unstructured', 'tile', 'structured'], 'sparsity': [.4, .5, .6, .7, .8, .9]}
 EIGHT = {'symmetric': {'sym': True, 'asym': False}, 'granularity': ['channel', 'tensor'], 'placement': ['all', 'weights']}
 ONNX_OF = {'dense': 'baseline', 'pruned': 'prune-unstructured-0.6', 'structured': 'prune-structured-0.6'}
@@ -31,7 +31,7 @@ def toy_plan() -> dict: # as a profile's YAML
     pruned = dict(pattern='structured', sparsity=.6)
     return {'about': 'Invented.', 'runs': [
         {'method': 'baseline', 'id': 'baseline'}, one('prune', 'control', pattern='structured', sparsity=0.),
-        {'method': 'prune', 'id': 'prune-{pattern}-{sparsity}', 'sweep': SWEEP, 'set': {'model': 'baseline'}},
+        {'method': 'prune', 'id': 'prune-{pattern}-{sparsity}', 'sweep': SWEEP, 'set': {'model': 'baseline', 'samples': 128}},
         *({'method': 'quantize', 'id': f'ptq-{name}-{{symmetric}}-{{granularity}}-{{placement}}', 'sweep': EIGHT, 'set': {'model': ONNX_OF[name]}} for name in ('dense', 'pruned')),
         *(one('onnx', f'onnx-{name}-{p}', model, precision=p) for name, model in ONNX_OF.items() for p in ('fp32', 'int8')),
         one('gptq', 'gptq-int4', block=32), one('onnx', 'onnx-gptq-int4', 'gptq-int4', precision='int4'),
@@ -119,7 +119,7 @@ def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
                 size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep), nonzero_params=int(11.7e6*i.keep*(1 - i.zeros))),
                 details=invented_details(run, i.level))
 
-# %% ../../nbs/report/86_toy.ipynb #5235fe47
+# %% ../../nbs/report/86_toy.ipynb #e4aaf064
 def invent_runs(
     profile: str,
     plan: dict,    # run id → `grid.Run`
@@ -143,12 +143,12 @@ def save_result(r: Result):
     write_json(runs_dir(r.profile)/f'{r.run_id}.json', r.model_dump(exclude_none=True))
 
 def toy_benchmark(geometry: str) -> dict: # as `experiments/peers` records it
-    "Three engines and the floor of int8."
+    "Five engines and the floors."
     def engine(ms, **more): return dict(samples_per_s=1e3/ms, prefill_ms=.7*ms, decode_ms_per_token=.02*ms, disk_mb=40., peak_mb=300., same=1., es=50., em=20., **more)
-    ratios = {'transformers fp32': 1., 'OpenVINO int8': 4.4, 'onnx int8': 4.8}
+    ratios = {'transformers fp32': 1., 'OpenVINO int8': 4.4, 'onnx int8': 4.8, 'OpenVINO int4': 4.5, 'onnx int4': 5.2}
     engines = {e: engine(400/r, ratio_to_baseline=r, ratio_spread=(.95*r, 1.04*r), ratios=[r, .95*r, 1.04*r]) for e, r in ratios.items()}
     return dict(geometry=geometry, batch=1, prompt_tokens=448, new_tokens=16, engines=engines,
-                floor={'fp32': engine(70), 'int8': engine(20)}, operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
+                floor={'fp32': engine(70), 'int8': engine(20), 'int4': engine(18)}, operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
 
 def other_profiles():
     "Write one result each for the profiles `peers`, `search` and `cost`."

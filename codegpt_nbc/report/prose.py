@@ -6,7 +6,7 @@
 __all__ = ['PROSE', 'SHORT_NAMES', 'MissingResult', 'RunView', 'figures_of', 'Profile', 'Placeholders', 'fixed', 'with_sign',
            'functions_of', 'render', 'paragraph']
 
-# %% ../../nbs/report/83_prose.ipynb #700cfb98
+# %% ../../nbs/report/83_prose.ipynb #b02a3eb5
 import pandas as pd
 from functools import cached_property
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, pass_context
@@ -15,7 +15,7 @@ from ..core.record import load_results
 from ..evidence.other_engines import PEERS
 from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, growth, hours_of, matching, measured_ms, precision_of,
                                       published, retained, uncommitted, versus)
-from .style import number, signed_change
+from .style import number, signed_change, times_text
 from .tables import TABLES, as_markdown
 
 # %% ../../nbs/report/83_prose.ipynb #96bd491f
@@ -92,7 +92,7 @@ class Profile:
             raise MissingResult(page, placeholder or f"run('{run}')", why, self.name, run)
         return RunView(page, self.name, run, figures | dict(config=result.config, details=result.details, cpu=result.provenance.cpu.split(' (')[0]))
 
-# %% ../../nbs/report/83_prose.ipynb #3da13c19
+# %% ../../nbs/report/83_prose.ipynb #aa7e305d
 class Placeholders:
     "The functions that a page may call. `context` is Jinja's own, and says which page is being rendered."
     def __init__(self,
@@ -137,13 +137,13 @@ class Placeholders:
     @pass_context
     def ratio(self, context, id: str) -> str:
         "Samples/s, times the dense model's of the same rounds: '2.35'."
-        return number(self._profile().view(context.name, id, f'ratio({id!r})').ratio, 3)
+        return times_text(self._profile().view(context.name, id, f'ratio({id!r})').ratio)
 
     @pass_context
     def spread(self, context, id: str) -> str:
         "Range of that ratio over the rounds: '2.28 to 2.50'."
         r = self._profile().view(context.name, id, f'spread({id!r})')
-        return f'{number(r.ratio_low, 3)} to {number(r.ratio_high, 3)}'
+        return f'{times_text(r.ratio_low)} to {times_text(r.ratio_high)}'
 
     @pass_context
     def delta(self, context, id: str, base: str = 'baseline') -> str:

@@ -7,7 +7,7 @@ __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACH
            'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_prune', 'label_int8',
            'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'label_distill', 'label_xtc',
            'label_static', 'label_dense', 'run_label', 'short_label', 'chain_of', 'compressor', 'family_of', 'number',
-           'with_interval', 'speedup', 'signed_change', 'change_interval']
+           'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
 from functools import wraps
@@ -201,7 +201,7 @@ def family_of(chain: list) -> str: # a key of `METHOD_STYLES`
     if len(strong) > 1: return 'chain'
     return (strong or found or ['baseline'])[0]
 
-# %% ../../nbs/report/80_style.ipynb #070b44a6
+# %% ../../nbs/report/80_style.ipynb #4a6daa37
 def number(
     v,                # a float, NaN or None
     digits: int = 1,  # significant ones
@@ -213,6 +213,10 @@ def number(
     decimals = max(0, digits - 1 - exponent)
     return f'{v:.{decimals}f}'
 
+def times_text(ratio: float) -> str: # '2.35', '14.5'
+    "A ratio of speeds: two decimals below ten, one above. – where there is none."
+    return '–' if isnan(ratio) else f'{ratio:.2f}' if ratio < 9.995 else f'{ratio:.1f}'
+
 def with_interval(row, column: str) -> str: # '54.6 [50.0, 59.3]'
     "A value of the frame with the 95 % interval beside it."
     v, low, high = (row[column + suffix] for suffix in ('', '_low', '_high'))
@@ -220,9 +224,8 @@ def with_interval(row, column: str) -> str: # '54.6 [50.0, 59.3]'
 
 def speedup(row) -> str: # '2.35 (2.28–2.50)'
     "Samples/s against the dense model of the same rounds, and the range of the rounds. The dense model's own is 1."
-    if isnan(row.ratio): return '–'
     if row.ratio == row.ratio_low == row.ratio_high == 1: return '1'
-    return f'{number(row.ratio, 3)} ({number(row.ratio_low, 3)}–{number(row.ratio_high, 3)})'
+    return '–' if isnan(row.ratio) else f'{times_text(row.ratio)} ({times_text(row.ratio_low)}–{times_text(row.ratio_high)})'
 
 def signed_change(
     d: dict | None,  # of `metrics.paired`

@@ -11,13 +11,13 @@ __all__ = ['PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER', 'SESSIO
            'tab_studies', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table',
            'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
-# %% ../../nbs/report/82_tables.ipynb #24afe450
+# %% ../../nbs/report/82_tables.ipynb #3358e66c
 import re, numpy as np, pandas as pd
 from ..core.record import load_results
 from ..evidence.other_engines import PEERS
 from .frame import (benchmark_alone, benchmarks, engine_frame, gains, headline, measured_ms, percent_of_dense, printed_pruning,
                                       published, retained, studies, systems, versus, without_steps)
-from .style import change_interval, label_int8, number, signed_change, speedup, with_interval
+from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
 # %% ../../nbs/report/82_tables.ipynb #8ea20d0e
 def as_table(rows: list) -> pd.DataFrame:
@@ -68,14 +68,14 @@ def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
                      '× faster': speedup(row), 'ES %': with_interval(row, 'codexglue_es'), 'Δ ES': change_interval(d.get('es')), 'cost': effort(row)})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #c73be4fd
+# %% ../../nbs/report/82_tables.ipynb #a355f128
 SHORT_COLUMNS = ('file MB', '× faster', 'ES %', 'Δ ES')   # also: 'peak MB', 'ms', 'parameters M', 'ES kept, %'
 
 def short_row(fr: pd.DataFrame, run: str) -> dict: # column → text
     "All that `tab_short` can show of a run."
     r, d = fr.loc[run], (versus(fr, run, 'baseline') or {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.codexglue_es['baseline']):.0f}"
-    return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else number(r.ratio, 3), 'ms': number(r.ms, 3),
+    return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else times_text(r.ratio), 'ms': number(r.ms, 3),
             'ES %': '–' if np.isnan(r.codexglue_es) else f'{r.codexglue_es:.1f}', 'Δ ES': signed_change(d), 'peak MB': number(r.peak_mb, 3),
             'parameters M': number(r.params_m, 3), 'ES kept, %': kept}
 
@@ -255,7 +255,7 @@ def tab_studies(fr=None) -> pd.DataFrame:
         rows.append({'author': s['author'], 'year': re.search(r'\d{4}', s['where'])[0], 'thesis': title, 'method': method, 'here': here})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #e8963719
+# %% ../../nbs/report/82_tables.ipynb #b68f2671
 SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model'}
 
 def engine_name(engine: str) -> str:
@@ -268,8 +268,7 @@ def benchmark_title(d: dict) -> str:
 
 def engine_cells(r, d: dict) -> dict: # column → text
     "One row of `engine_table`; `r`: of `engine_frame`. Random weights have no accuracy worth a column."
-    ratio = '–' if np.isnan(r.ratio) else '1' if r.ratio == r.ratio_low == r.ratio_high == 1 else f'{r.ratio:.2f} ({r.ratio_low:.2f}–{r.ratio_high:.2f})'
-    cells = {'samples/s': f'{1e3*d["batch"]/r.ms:.2f}', 'ms': f'{r.ms:.0f}', f'× {next(iter(d["engines"]))}': ratio, 'reads, ms': f'{r.reading:.0f}',
+    cells = {'samples/s': f'{1e3*d["batch"]/r.ms:.2f}', 'ms': f'{r.ms:.0f}', f'× {next(iter(d["engines"]))}': speedup(r), 'reads, ms': f'{r.reading:.0f}',
              'writes, ms/token': f'{r.writing:.1f}', 'disk MB': f'{r.disk_mb:.0f}', 'peak MB': '–' if np.isnan(r.peak_mb) else f'{r.peak_mb:.0f}'}
     if d['geometry'] != 'embedded' or np.isnan(r.same): return cells
     n = d.get('texts', '')
@@ -312,7 +311,7 @@ def tab_size(
     return as_table([{'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}', '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
                      for e, r in rows.iterrows()])
 
-# %% ../../nbs/report/82_tables.ipynb #5e8a2491
+# %% ../../nbs/report/82_tables.ipynb #db730fb3
 def search_row(r) -> dict: # column → text; r: `Result`
     "What one search chose."
     found = r.details['before_after']
@@ -320,7 +319,7 @@ def search_row(r) -> dict: # column → text; r: `Result`
     else: before, after = ({k: v[side] for k, v in found.items()} for side in ('before', 'after'))
     change = f"{after['ES %'] - before['ES %']:+.1f}".replace('-', '−')
     return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}", 'recipe': f"`{r.details['chosen']}`",
-            'file MB': number(after['file MB'], 3), '× faster': number(after['samples/s, × before'], 3), 'ES %': f"{after['ES %']:.1f}", 'Δ ES': change}
+            'file MB': number(after['file MB'], 3), '× faster': times_text(after['samples/s, × before']), 'ES %': f"{after['ES %']:.1f}", 'Δ ES': change}
 
 def tab_search(fr=None) -> pd.DataFrame:
     "What each search chose, on test samples."

@@ -21,14 +21,14 @@ from .prose import paragraph
 from .style import COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, method_color, number, short_label, styled
 from .tables import benchmark_title, engine_name
 
-# %% ../../nbs/report/84_figures.ipynb #c903d247
+# %% ../../nbs/report/84_figures.ipynb #c20b1c18
 def sample_scores(
     result,                      # a `Result`
     measure: str,                # 'es' or 'em'
     protocol: str = 'codexglue',
-) -> np.ndarray: # (n,) per cent
+) -> np.ndarray: # (n,) per cent; empty where the run was not evaluated so
     "The score of each sample."
-    a = result.metrics[protocol]
+    if not (a := result.metrics.get(protocol)): return np.empty(0)
     return np.array(a.es_each.split(), float) if measure == 'es' else 100*np.array(list(a.em_each), float)
 
 def round_ratios(row) -> list: # row: of the frame
@@ -131,7 +131,7 @@ def pruning_observations(fr: pd.DataFrame, column: str) -> pd.DataFrame: # spars
         frames.append(pd.DataFrame({'sparsity': 100*row.sparsity, 'pattern': row.pattern, 'value': values}))
     return observed(frames, ['sparsity', 'pattern', 'value'])
 
-# %% ../../nbs/report/84_figures.ipynb #fb9abf69
+# %% ../../nbs/report/84_figures.ipynb #0e79c0a5
 PATTERNS = ('unstructured', 'tile', 'structured')
 PATTERN_WIDTHS = {'unstructured': 2.4, 'tile': 1.7, 'structured': 1.}   # lines that coincide stay visible, one inside the other
 
@@ -145,7 +145,7 @@ def pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # (x, y, text, col
         sns.lineplot(seen, size='pattern', sizes=PATTERN_WIDTHS, marker='o', markersize=5, markeredgewidth=0, err_kws=dict(alpha=.13, lw=0), **spread, **style)
         if column.startswith('codexglue'):
             other = pruning_observations(fr, column.replace('codexglue', 'thesis'))
-            sns.lineplot(other, errorbar=None, linestyle=(0, (2, 2)), linewidth=.9, **style)
+            if len(other): sns.lineplot(other, errorbar=None, linestyle=(0, (2, 2)), linewidth=.9, **style)
     if 'control' in fr.index: ax.axhline(percent_of_dense(fr, column).value['control'], color=COLORS['control'], lw=1, ls=':')
     ax.axhline(100, color=COLORS['baseline'], lw=1)
     ax.set(xlabel='', ylabel='')
@@ -174,7 +174,7 @@ def fig_pruning(fr: pd.DataFrame):
     annotate_below(fig, paragraph('fig_pruning.md', fr), absent(fr, 'baseline', 'prune'))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #42634fa9
+# %% ../../nbs/report/84_figures.ipynb #0dbc198b
 UNITS = {'file size': '% of base', 'peak memory': '% of base', 'samples/s': '% of base', 'edit similarity': 'points against base', 'exact match': 'points against base'}
 EIGHT = [label_int8(dict(symmetric=s, granularity=g, placement=p)).removeprefix('int8 ') for s in (True, False) for g in ('channel', 'tensor') for p in ('all', 'weights')]
 
@@ -187,7 +187,9 @@ def quantized_values(fr: pd.DataFrame, run: str, title: str): # per sample, per 
     if title == 'peak memory': return [100*row.peak_ratio/base.peak_ratio]
     if title == 'samples/s': return [100*r/base.ratio for r in round_ratios(row)]
     measure = 'es' if title == 'edit similarity' else 'em'
-    return sample_scores(row.result, measure) - sample_scores(base.result, measure)
+    ours, theirs = sample_scores(row.result, measure), sample_scores(base.result, measure)
+    n = min(len(ours), len(theirs))
+    return ours[:n] - theirs[:n]
 
 def quantized_observations(fr: pd.DataFrame, title: str) -> pd.DataFrame: # base (label), configuration, value
     "The quantised runs of a profile under one panel's measure."

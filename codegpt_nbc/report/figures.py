@@ -12,16 +12,19 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'PATTERNS',
            'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
            'fig_xtc', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines', 'fig_peers']
 
-# %% ../../nbs/report/84_figures.ipynb #ab587787
+# %% ../../nbs/report/84_figures.ipynb #c22dc748
 import re, textwrap, numpy as np, pandas as pd
 from ..evidence.other_engines import PEERS
-from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline, measured_ms, pareto_front, percent_of_dense,
-                                      precision_of, printed_pruning, published, published_systems, retained, split_time, systems, versus, without_steps)
+from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
+                                      measured_ms, pareto_front, percent_of_dense,
+                                      precision_of, printed_pruning, published, published_systems, retained,
+                                      split_time, systems, versus, without_steps)
 from .prose import paragraph
-from .style import COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, method_color, number, short_label, styled
+from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, method_color, number,
+                                      short_label, styled)
 from .tables import benchmark_title, engine_name
 
-# %% ../../nbs/report/84_figures.ipynb #c20b1c18
+# %% ../../nbs/report/84_figures.ipynb #e2ca0615
 def sample_scores(
     result,                      # a `Result`
     measure: str,                # 'es' or 'em'
@@ -39,12 +42,13 @@ def round_ratios(row) -> list: # row: of the frame
 
 def observed(frames: list, columns: list) -> pd.DataFrame:
     "One frame of many, with these columns even where there is none."
-    return pd.concat([f for f in frames if len(f)], ignore_index=True) if any(len(f) for f in frames) else pd.DataFrame(columns=columns)
+    filled = [f for f in frames if len(f)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
 
 SAMPLES = dict(estimator='mean', errorbar=('ci', 95), n_boot=1000, seed=0)    # of samples: mean and its 95 % interval
 ROUNDS = dict(estimator='median', errorbar=('pi', 100))                       # of rounds: median and range
 
-# %% ../../nbs/report/84_figures.ipynb #0d25c51a
+# %% ../../nbs/report/84_figures.ipynb #c90edc7c
 def annotate_below(fig, *notes: str):
     "Write notes below a figure."
     lines = [line for note in notes for line in note.splitlines() if line]
@@ -67,13 +71,15 @@ def label_ends(
     ends = [e for e in ends if np.isfinite(e[1])]
     if not ends: return
     low, high = ax.get_ylim()
-    for (x, at, text, color), y in zip(ends, spread_out([e[1] for e in ends], gap*(high - low), low + .5*gap*(high - low))):
+    heights = spread_out([e[1] for e in ends], gap*(high - low), low + .5*gap*(high - low))
+    for (x, at, text, color), y in zip(ends, heights):
         moved = abs(y - at) > .02*(high - low)
         leader = dict(arrowstyle='-', lw=.5, color=color, shrinkA=0, shrinkB=3, relpos=(0, .5)) if moved else None
         offset = (16 if moved else 7, (y - at)*ax.bbox.height/(high - low)*72/ax.figure.dpi)
-        ax.annotate(text, (x, at), xytext=offset, textcoords='offset points', va='center', color=color, annotation_clip=False, arrowprops=leader)
+        ax.annotate(text, (x, at), xytext=offset, textcoords='offset points', va='center', color=color,
+                    annotation_clip=False, arrowprops=leader)
 
-# %% ../../nbs/report/84_figures.ipynb #923acc4c
+# %% ../../nbs/report/84_figures.ipynb #07d424f7
 DIRECTIONS = np.pi/8*np.array([2, 6, 4, 0, 8, 14, 10, 12, 1, 3, 5, 7, 9, 11, 13, 15])   # above before below
 DISTANCES = (7, 9, 12, 15, 19, 24, 30, 37, 45)                                          # points
 
@@ -92,10 +98,13 @@ def along(points: np.ndarray, step: float = 3) -> np.ndarray: # (m, 2)
     parts = [np.linspace(a, b, max(2, int(np.hypot(*(b - a))/step))) for a, b in zip(points, points[1:])]
     return np.concatenate(parts) if parts else np.empty((0, 2))
 
-def place_label(ax, at, text: str, taken: np.ndarray, **style) -> np.ndarray: # (n + 1, 4): `taken` and the label's box
-    "Label a point, `at` in data, where the label meets none of the boxes in `taken` (pixels); a thin line leads to one that is far."
+def place_label(ax, at, text: str, taken: np.ndarray,
+                **style) -> np.ndarray: # (n + 1, 4): `taken` and the label's box
+    """Label a point, `at` in data, where the label meets none of the boxes in `taken` (pixels). A thin line leads to a label that
+    is far."""
     scale, inside = ax.figure.dpi/72, ax.get_window_extent()
-    origin, label = ax.transData.transform(at), ax.annotate(text, at, xytext=(0, 0), textcoords='offset points', ha='center', va='center', **style)
+    origin = ax.transData.transform(at)
+    label = ax.annotate(text, at, xytext=(0, 0), textcoords='offset points', ha='center', va='center', **style)
     extent = label.get_window_extent()
     half = np.array([extent.width, extent.height])/2 + 1
     for distance in DISTANCES:
@@ -103,16 +112,21 @@ def place_label(ax, at, text: str, taken: np.ndarray, **style) -> np.ndarray: # 
             way = np.array([np.cos(angle), np.sin(angle)])
             centre = origin + way*(distance*scale + half*[1, .3]*abs(way))
             box = np.concatenate([centre - half, centre + half])
-            if meets(box, taken) or box[0] < inside.x0 or box[1] < inside.y0 or box[2] > inside.x1 or box[3] > inside.y1: continue
+            outside = (box[:2] < inside.min).any() or (box[2:] > inside.max).any()
+            if outside or meets(box, taken): continue
             label.set_position(tuple((centre - origin)/scale))
-            if distance > 12: ax.annotate('', at, xytext=(centre - way*half.min() - origin)/scale, textcoords='offset points', arrowprops=dict(arrowstyle='-', lw=.5, color='#999999', shrinkA=0, shrinkB=3))
+            if distance > 12:
+                ax.annotate('', at, xytext=(centre - way*half.min() - origin)/scale, textcoords='offset points',
+                            arrowprops=dict(arrowstyle='-', lw=.5, color='#999999', shrinkA=0, shrinkB=3))
             return np.vstack([taken, box])
     return taken
 
-# %% ../../nbs/report/84_figures.ipynb #ee405bcd
+# %% ../../nbs/report/84_figures.ipynb #acc1e474
 PANELS = { # title → column, unit, the study's column
-    'parameters not zero': ('nonzero_m', 'M', 'params_m'), 'zipped size': ('zip_mb', 'MB', 'zip_mb'), 'peak memory': ('peak_ratio', 'MB', 'peak_mb'),
-    'samples/s': ('ratio', '/s', 'samples_per_s'), 'exact match': ('codexglue_em', '%', 'em'), 'edit similarity': ('codexglue_es', '%', 'es'),
+    'parameters not zero': ('nonzero_m', 'M', 'params_m'), 'zipped size': ('zip_mb', 'MB', 'zip_mb'),
+    'peak memory': ('peak_ratio', 'MB', 'peak_mb'),
+    'samples/s': ('ratio', '/s', 'samples_per_s'), 'exact match': ('codexglue_em', '%', 'em'),
+    'edit similarity': ('codexglue_es', '%', 'es'),
 }
 
 def hundred(fr: pd.DataFrame, column: str) -> float:
@@ -125,15 +139,17 @@ def pruning_observations(fr: pd.DataFrame, column: str) -> pd.DataFrame: # spars
     runs, frames = without_steps(fr[(fr.method == 'prune') & (fr.sparsity > 0) & (fr.backend != 'itrex')]), []
     for i, row in runs.iterrows():
         protocol, _, measure = column.partition('_')
-        if protocol in ('codexglue', 'thesis'): values = 100*sample_scores(row.result, measure, protocol)/dense_value(fr, column)
+        if protocol in ('codexglue', 'thesis'):
+            values = 100*sample_scores(row.result, measure, protocol)/dense_value(fr, column)
         elif column == 'ratio': values = 100*np.array(round_ratios(row))
         else: values = [percent_of_dense(fr, column).value[i]]
         frames.append(pd.DataFrame({'sparsity': 100*row.sparsity, 'pattern': row.pattern, 'value': values}))
     return observed(frames, ['sparsity', 'pattern', 'value'])
 
-# %% ../../nbs/report/84_figures.ipynb #0e79c0a5
+# %% ../../nbs/report/84_figures.ipynb #e508413d
 PATTERNS = ('unstructured', 'tile', 'structured')
-PATTERN_WIDTHS = {'unstructured': 2.4, 'tile': 1.7, 'structured': 1.}   # lines that coincide stay visible, one inside the other
+# lines that coincide stay visible, one inside the other
+PATTERN_WIDTHS = {'unstructured': 2.4, 'tile': 1.7, 'structured': 1.}
 
 def pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # (x, y, text, colour) where its lines end
     "One measure of all patterns against sparsity."
@@ -142,17 +158,20 @@ def pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # (x, y, text, col
     spread = SAMPLES if column.startswith('codexglue') else ROUNDS
     style = dict(x='sparsity', y='value', hue='pattern', hue_order=PATTERNS, palette=COLORS, legend=False, ax=ax)
     if len(seen):
-        sns.lineplot(seen, size='pattern', sizes=PATTERN_WIDTHS, marker='o', markersize=5, markeredgewidth=0, err_kws=dict(alpha=.13, lw=0), **spread, **style)
+        sns.lineplot(seen, size='pattern', sizes=PATTERN_WIDTHS, marker='o', markersize=5, markeredgewidth=0,
+                     err_kws=dict(alpha=.13, lw=0), **spread, **style)
         if column.startswith('codexglue'):
             other = pruning_observations(fr, column.replace('codexglue', 'thesis'))
             if len(other): sns.lineplot(other, errorbar=None, linestyle=(0, (2, 2)), linewidth=.9, **style)
-    if 'control' in fr.index: ax.axhline(percent_of_dense(fr, column).value['control'], color=COLORS['control'], lw=1, ls=':')
+    if 'control' in fr.index:
+        ax.axhline(percent_of_dense(fr, column).value['control'], color=COLORS['control'], lw=1, ls=':')
     ax.axhline(100, color=COLORS['baseline'], lw=1)
     ax.set(xlabel='', ylabel='')
     means = seen.groupby(['pattern', 'sparsity'], sort=False).value.agg(spread['estimator'])
-    return [(means[p].index.max(), means[p][means[p].index.max()], p, COLORS[p]) for p in PATTERNS if p in means.index.levels[0]] if len(seen) else []
+    return [(means[p].index.max(), means[p][means[p].index.max()], p, COLORS[p])
+            for p in PATTERNS if p in means.index.levels[0]] if len(seen) else []
 
-# %% ../../nbs/report/84_figures.ipynb #f7e6b94e
+# %% ../../nbs/report/84_figures.ipynb #f416e529
 @styled
 def fig_pruning(fr: pd.DataFrame):
     "The study's Figure 3: six measures against sparsity, in per cent of the dense model."
@@ -164,19 +183,23 @@ def fig_pruning(fr: pd.DataFrame):
         ends = pruning_panel(ax, fr, column)
         ax.plot(60, 100*sparse[name]/base[name], **DIAMOND)
         ax.set_title(title, pad=16)
-        ax.annotate(f'100 = {number(hundred(fr, column), 3)} {unit} (published: {base[name]:.4g} {unit})', (0, 1), xytext=(0, 5), xycoords='axes fraction',
+        ax.annotate(f'100 = {number(hundred(fr, column), 3)} {unit} (published: {base[name]:.4g} {unit})', (0, 1),
+                    xytext=(0, 5), xycoords='axes fraction',
                     textcoords='offset points', fontsize=7, color='#666666')
         ax.set(ylim=(0, max(112, ax.get_ylim()[1])), xlim=(37, 93), xticks=range(40, 91, 10))
         if ax in axes[:, 2]: label_ends(ax, ends)
     for ax in axes[1]: ax.set_xlabel('sparsity (%)')
     for ax in axes[:, 0]: ax.set_ylabel('% of dense')
-    axes[0, 0].annotate('published\n(124 M)', (60, 100*sparse.params_m/base.params_m), xytext=(-12, -8), textcoords='offset points', ha='right', va='top', fontsize=7.5)
+    axes[0, 0].annotate('published\n(124 M)', (60, 100*sparse.params_m/base.params_m), xytext=(-12, -8),
+                        textcoords='offset points', ha='right', va='top', fontsize=7.5)
     annotate_below(fig, paragraph('fig_pruning.md', fr), absent(fr, 'baseline', 'prune'))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #0dbc198b
-UNITS = {'file size': '% of base', 'peak memory': '% of base', 'samples/s': '% of base', 'edit similarity': 'points against base', 'exact match': 'points against base'}
-EIGHT = [label_int8(dict(symmetric=s, granularity=g, placement=p)).removeprefix('int8 ') for s in (True, False) for g in ('channel', 'tensor') for p in ('all', 'weights')]
+# %% ../../nbs/report/84_figures.ipynb #052d6ff8
+UNITS = {'file size': '% of base', 'peak memory': '% of base', 'samples/s': '% of base',
+         'edit similarity': 'points against base', 'exact match': 'points against base'}
+EIGHT = [label_int8(dict(symmetric=s, granularity=g, placement=p)).removeprefix('int8 ') for s in (True, False)
+         for g in ('channel', 'tensor') for p in ('all', 'weights')]
 
 def quantized_values(fr: pd.DataFrame, run: str, title: str): # per sample, per round, or one
     "What a panel of `fig_quantization` observes of one run, against its base."
@@ -196,7 +219,8 @@ def quantized_observations(fr: pd.DataFrame, title: str) -> pd.DataFrame: # base
     runs, frames = without_steps(fr[(fr.method == 'quantize') & (fr.backend != 'itrex')]), []
     for i, row in runs.iterrows():
         values = quantized_values(fr, i, title)
-        frames.append(pd.DataFrame({'base': fr.label.get(row.model, row.model), 'configuration': label_int8(row).removeprefix('int8 '), 'value': values}))
+        frames.append(pd.DataFrame({'base': fr.label.get(row.model, row.model),
+                                    'configuration': label_int8(row).removeprefix('int8 '), 'value': values}))
     return observed(frames, ['base', 'configuration', 'value'])
 
 def quantized_panel(ax, fr: pd.DataFrame, title: str, colors: dict):
@@ -204,13 +228,15 @@ def quantized_panel(ax, fr: pd.DataFrame, title: str, colors: dict):
     import seaborn as sns
     seen, points = quantized_observations(fr, title), 'points' in UNITS[title]
     if len(seen):
-        sns.pointplot(seen, x='value', y='configuration', hue='base', order=EIGHT, hue_order=list(colors), palette=colors, dodge=.26 if len(colors) > 1 else False,
-                      linestyle='none', markersize=4.5, markeredgewidth=0, err_kws=dict(linewidth=1.4, alpha=.6), legend=False, ax=ax, **(SAMPLES if points else ROUNDS))
+        sns.pointplot(seen, x='value', y='configuration', hue='base', order=EIGHT, hue_order=list(colors),
+                      palette=colors, dodge=.26 if len(colors) > 1 else False,
+                      linestyle='none', markersize=4.5, markeredgewidth=0, err_kws=dict(linewidth=1.4, alpha=.6),
+                      legend=False, ax=ax, **(SAMPLES if points else ROUNDS))
     ax.axvline(0 if points else 100, color=COLORS['baseline'], lw=1, zorder=1)
     ax.set(title=title, xlabel=UNITS[title], ylabel='', yticks=range(8), yticklabels=EIGHT, ylim=(7.6, -.6))
     if not points: ax.set_xlim(0, max(110, ax.get_xlim()[1])); ax.locator_params(axis='x', nbins=3)
 
-# %% ../../nbs/report/84_figures.ipynb #6fd74d2f
+# %% ../../nbs/report/84_figures.ipynb #dfccfb4a
 @styled
 def fig_quantization(fr: pd.DataFrame):
     "The study's Figure 4: eight configurations of dynamic int8, on the dense and on the pruned model."
@@ -223,13 +249,14 @@ def fig_quantization(fr: pd.DataFrame):
     handles = [axes[0].plot([], [], 'o', color=c, ms=4.5, label=f'{label} → int8')[0] for label, c in colors.items()]
     if handles: fig.legend(handles=handles, loc='outside upper left', ncols=3, handletextpad=.2)
     best = published('sochirca', 'section 6, Quantization').iloc[0]
-    annotate_below(fig, paragraph('fig_quantization.md', fr, configuration=label_int8(best)), absent(fr, 'baseline', 'quantize'))
+    annotate_below(fig, paragraph('fig_quantization.md', fr, configuration=label_int8(best)),
+                   absent(fr, 'baseline', 'quantize'))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #8bdaf40e
+# %% ../../nbs/report/84_figures.ipynb #b45290e9
 def stacked_bars(ax, bars: pd.DataFrame, colors: dict):
-    """Horizontal bars, `bars` having a row a round: name, kind, total, reading (ms). Dark is reading, light writing, the thin line the range of the rounds;
-    `colors`: kind → colour."""
+    """Horizontal bars: dark is reading, light writing, the thin line the range of the rounds. `bars` has a row a round: name,
+    kind, total (ms), reading (ms); `colors`: kind → colour."""
     import seaborn as sns
     style = dict(y='name', hue='kind', palette=colors, dodge=False, saturation=1, legend=False, ax=ax, width=.7)
     sns.barplot(bars, x='total', alpha=.45, err_kws=dict(color='#222222', linewidth=.8), **ROUNDS, **style)
@@ -242,7 +269,8 @@ def rounds_in_ms(fr: pd.DataFrame, runs: list) -> pd.DataFrame: # name, kind, to
     for i in sorted(runs, key=lambda i: fr.ratio[i]):
         row = fr.loc[i]
         total = fr.ms['baseline']/np.array(round_ratios(row)) if 'baseline' in fr.index else []
-        frames.append(pd.DataFrame({'name': short_label(row.label), 'kind': row.family, 'total': total, 'reading': time.prefill[i]}))
+        frames.append(pd.DataFrame({'name': short_label(row.label), 'kind': row.family, 'total': total,
+                                    'reading': time.prefill[i]}))
     return observed(frames, ['name', 'kind', 'total', 'reading'])
 
 def latency_text(row) -> str:
@@ -250,7 +278,7 @@ def latency_text(row) -> str:
     if row.name == 'baseline': return f'{number(row.ms, 2)} ms'
     return f'{number(row.ms, 2)} ms · {row.ratio:.1f} × ({row.ratio_low:.1f}–{row.ratio_high:.1f})'
 
-# %% ../../nbs/report/84_figures.ipynb #2c42aacd
+# %% ../../nbs/report/84_figures.ipynb #465e2486
 @styled
 def fig_latency(fr: pd.DataFrame):
     "Prefill and decoding time of one completion, by method and engine."
@@ -262,29 +290,35 @@ def fig_latency(fr: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(WIDTH, 1.5 + .25*len(runs)))
     if runs: stacked_bars(ax, rounds_in_ms(fr, runs), COLORS)
     for y, (i, row) in enumerate(fr.loc[runs].iterrows()):
-        ax.annotate(latency_text(row), (row.ms*max(1, row.ratio/row.ratio_low), y), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7.5, color='#444444')
+        ax.annotate(latency_text(row), (row.ms*max(1, row.ratio/row.ratio_low), y), xytext=(6, 0),
+                    textcoords='offset points', va='center', fontsize=7.5, color='#444444')
     ax.margins(x=.38); ax.set_xlim(left=0); ax.set_xlabel('ms for one completion, batch 1')
     read, written = fr[['prompt_tokens', 'new_tokens']].median()
-    handles = [Patch(color='#555555', label=f'prefill ({number(read)} tokens)'), Patch(color='#555555', alpha=.45, label=f'decoding ({number(written)} tokens)')]
+    handles = [Patch(color='#555555', label=f'prefill ({number(read)} tokens)'),
+               Patch(color='#555555', alpha=.45, label=f'decoding ({number(written)} tokens)')]
     fig.legend(handles=handles, loc='outside upper left', ncols=2)
-    annotate_below(fig, paragraph('fig_latency.md', fr, slow=[(short_label(fr.label[i]), fr.ratio[i]) for i in slow]), absent(fr))
+    annotate_below(fig, paragraph('fig_latency.md', fr, slow=[(short_label(fr.label[i]), fr.ratio[i]) for i in slow]),
+                   absent(fr))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #aa823322
-PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled', **{f'distil-{n}': str(n) for n in (12, 10, 8, 6, 4)}}
+# %% ../../nbs/report/84_figures.ipynb #606e49b6
+PUBLISHED_NAMES = {'prune-0.6': 'group lasso', 'xtc-hybrid': 'XTC', 'mp-peg': 'MP & PEG', 'distil': 'distilled',
+                   **{f'distil-{n}': str(n) for n in (12, 10, 8, 6, 4)}}
 LEAST = 50   # % of the dense ES, below which nothing is drawn
 
 def pareto_points(fr: pd.DataFrame, name: str) -> pd.DataFrame: # index: run id; x, es, family, engine, label
     "The systems of one panel; `name` is a column of `gains`."
     runs = systems(fr)
-    points = pd.DataFrame(dict(x=gains(fr)[name], es=retained(fr).es, family=fr.family, label=fr.label)).loc[runs].astype({'x': float})
+    points = pd.DataFrame(dict(x=gains(fr)[name], es=retained(fr).es, family=fr.family,
+                               label=fr.label)).loc[runs].astype({'x': float})
     points['engine'] = np.where(fr.method[runs] == 'onnx', 'ONNX Runtime', 'PyTorch')
     return points[points.x.notna() & points.es.notna()]
 
 def draw_points(ax, points: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame: # the front
     "Our systems, theirs, and the front between ours."
     import seaborn as sns
-    style = dict(hue='family', palette=COLORS, style='engine', markers={'PyTorch': 'o', 'ONNX Runtime': '^'}, s=36, linewidth=.4, edgecolor='white', zorder=4, legend=False)
+    style = dict(hue='family', palette=COLORS, style='engine', markers={'PyTorch': 'o', 'ONNX Runtime': '^'}, s=36,
+                 linewidth=.4, edgecolor='white', zorder=4, legend=False)
     if len(points): sns.scatterplot(points, x='x', y='es', ax=ax, **style)
     ax.plot(theirs.x, theirs.es, **DIAMOND)
     front = points.iloc[pareto_front(points.x.to_numpy(), points.es.to_numpy())]
@@ -297,22 +331,30 @@ def name_points(ax, front: pd.DataFrame, ours: pd.DataFrame, theirs: pd.DataFram
     pixels = lambda t: ax.transData.transform(t[['x', 'es']].to_numpy(float)) if len(t) else np.empty((0, 2))
     scale = ax.figure.dpi/72
     line = ax.transData.transform([(x, 100) for x in ax.get_xlim()])
-    taken = np.vstack([boxes_around(pixels(ours), 3.5*scale), boxes_around(pixels(theirs), 4*scale), boxes_around(along(pixels(front)), .5*scale), boxes_around(along(line), .5)])
-    for n, (_, row) in enumerate(front.iterrows(), 1): taken = place_label(ax, (row.x, row.es), str(n), taken, fontsize=7.5, fontweight='bold', zorder=6)
-    for name, row in theirs.iterrows(): taken = place_label(ax, (row.x, row.es), PUBLISHED_NAMES[name], taken, fontsize=6.5, color='#555555')
+    taken = np.vstack([boxes_around(pixels(ours), 3.5*scale), boxes_around(pixels(theirs), 4*scale),
+                       boxes_around(along(pixels(front)), .5*scale), boxes_around(along(line), .5)])
+    for n, (_, row) in enumerate(front.iterrows(), 1):
+        taken = place_label(ax, (row.x, row.es), str(n), taken, fontsize=7.5, fontweight='bold', zorder=6)
+    for name, row in theirs.iterrows():
+        taken = place_label(ax, (row.x, row.es), PUBLISHED_NAMES[name], taken, fontsize=6.5, color='#555555')
 
-# %% ../../nbs/report/84_figures.ipynb #320ee878
+# %% ../../nbs/report/84_figures.ipynb #55ee68a3
 PARETO_TITLES = {'smaller': 'size of the file', 'faster': 'speed (samples/s)'}   # column of `gains` → what it is
 
-def pareto_panel(ax, fr: pd.DataFrame, name: str) -> tuple: # front, drawn points, published points: to be named once the layout stands
-    "ES retained against a column of `gains`, and the front's names at the side."
+def pareto_panel(ax, fr: pd.DataFrame, name: str) -> tuple: # front, drawn points, published points
+    """ES retained against a column of `gains`, and the front's names at the side. The points are named by `name_points` once the
+    layout stands."""
     points = pareto_points(fr, name)
     known = published_systems().rename(columns={name: 'x'})
-    ours, theirs = points[points.es >= LEAST], known.loc[[n for n in PUBLISHED_NAMES if n in known.index], ['x', 'es']].dropna()
+    ours = points[points.es >= LEAST]
+    theirs = known.loc[[n for n in PUBLISHED_NAMES if n in known.index], ['x', 'es']].dropna()
     front = draw_points(ax, ours, theirs)
     for n, (_, row) in enumerate(front.iterrows(), 1):
-        ax.annotate(f'{n}  {short_label(row.label)}', (1.02, 1.02 - .075*n), xycoords='axes fraction', va='center', fontsize=7.5, color=COLORS[row.family], annotation_clip=False)
-    if below := len(points) - len(ours): ax.annotate(f'{below} more below {LEAST} %', (.01, .02), xycoords='axes fraction', fontsize=7, color='#666666')
+        ax.annotate(f'{n}  {short_label(row.label)}', (1.02, 1.02 - .075*n), xycoords='axes fraction', va='center',
+                    fontsize=7.5, color=COLORS[row.family], annotation_clip=False)
+    if below := len(points) - len(ours):
+        ax.annotate(f'{below} more below {LEAST} %', (.01, .02), xycoords='axes fraction', fontsize=7,
+                    color='#666666')
     ax.set(xscale='log', ylim=(LEAST, 110), xlabel=f'times {name} than dense', ylabel='ES, % of dense')
     ax.set_title(f'Edit similarity kept, against {PARETO_TITLES[name]}', pad=10)
     ticks = [t for t in (.5, 1, 2, 5, 10, 20, 50, 100) if ax.get_xlim()[0] <= t <= ax.get_xlim()[1]]
@@ -328,14 +370,15 @@ def fig_pareto(fr: pd.DataFrame):
     def key(marker, color, label): return axes[0].plot([], [], marker, color=color, ms=6, label=label)[0]
     shown = set().union(*(ours.family for _, ours, _ in panels))
     handles = [key('o', style.color, style.name) for family, style in METHOD_STYLES.items() if family in shown]
-    handles += [key('o', '#555555', 'in PyTorch'), key('^', '#555555', 'in ONNX Runtime'), *axes[0].plot([], [], **DIAMOND, label='published')]
+    handles += [key('o', '#555555', 'in PyTorch'), key('^', '#555555', 'in ONNX Runtime'),
+                *axes[0].plot([], [], **DIAMOND, label='published')]
     fig.legend(handles=handles, loc='outside upper left', ncols=5, handletextpad=.2, columnspacing=1.2)
     annotate_below(fig, paragraph('fig_pareto.md', fr), absent(fr))
     fig.draw_without_rendering()   # lays the panels out, which labels need
     for ax, panel in zip(axes, panels): name_points(ax, *panel)
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #d42952d4
+# %% ../../nbs/report/84_figures.ipynb #562147f3
 def student_name(row) -> str:
     "A student in few words."
     c = row.result.config
@@ -357,12 +400,15 @@ def curves_panel(ax, curves: pd.DataFrame, colors: dict, title: str):
     "Learning curves, labelled where they end; `colors`: run id → colour."
     import seaborn as sns
     if len(curves):
-        sns.lineplot(curves, x='training', y='es', hue='run', palette=colors, style='run', markers=list('os^DvP')[:curves.run.nunique()], dashes=False, ms=5,
+        sns.lineplot(curves, x='training', y='es', hue='run', palette=colors, style='run',
+                     markers=list('os^DvP')[:curves.run.nunique()], dashes=False, ms=5,
                      markeredgewidth=0, linewidth=1.3, errorbar=None, legend=False, ax=ax)
-    ax.set(title=title, xlabel='% of training', ylabel='ES on validation (%)', xlim=(0, 100), ylim=(-4, max([70, *curves.es])))
+    ax.set(title=title, xlabel='% of training', ylabel='ES on validation (%)', xlim=(0, 100),
+           ylim=(-4, max([70, *curves.es])))
     last = curves.groupby('run', sort=False).last()
     label_ends(ax, [(row.training, row.es, row['name'], colors[i]) for i, row in last.iterrows()], .06)
 
+# %% ../../nbs/report/84_figures.ipynb #17110c71
 @styled
 def fig_learning_curves(fr: pd.DataFrame):
     "Edit similarity of the students on few validation samples, over their training."
@@ -375,10 +421,11 @@ def fig_learning_curves(fr: pd.DataFrame):
     curves_panel(axes[0], curves[curves.run.isin(plain)], colors, 'from random weights, by layers')
     curves_panel(axes[1], curves[~curves.run.isin(plain)], colors, 'variants of 8 layers, and own layers')
     samples = {fr.result[i].config.get('curve_samples') for i in runs} - {None, 0}
-    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=min(samples, default=0)), absent(fr, 'distill'))
+    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=min(samples, default=0)),
+                   absent(fr, 'distill'))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #80a0e570
+# %% ../../nbs/report/84_figures.ipynb #17df7e0a
 def loss_parts(fr: pd.DataFrame) -> pd.DataFrame: # run, part, tokens (M), loss: one row a point
     "XTC's running losses over training, in the frame's order."
     frames = []
@@ -391,7 +438,8 @@ def loss_parts(fr: pd.DataFrame) -> pd.DataFrame: # run, part, tokens (M), loss:
 def other_teachers(fr: pd.DataFrame, runs: list) -> list: # (label, label of the teacher)
     "The runs whose teacher is not the dense model."
     teachers = {i: fr.result[i].config.get('teacher') or fr.model[i] for i in runs}
-    return [(short_label(fr.label[i]), short_label(fr.label.get(t, t))) for i, t in teachers.items() if t != 'baseline']
+    return [(short_label(fr.label[i]), short_label(fr.label.get(t, t)))
+            for i, t in teachers.items() if t != 'baseline']
 
 @styled
 def fig_xtc(fr: pd.DataFrame):
@@ -399,20 +447,25 @@ def fig_xtc(fr: pd.DataFrame):
     import matplotlib.pyplot as plt, seaborn as sns
     from matplotlib.ticker import LogLocator
     losses = loss_parts(fr)
-    runs, parts = list(dict.fromkeys(losses.run)), list(dict.fromkeys(losses.part)) or ['logits', 'hidden', 'attention']
+    runs = list(dict.fromkeys(losses.run))
+    parts = list(dict.fromkeys(losses.part)) or ['logits', 'hidden', 'attention']
     colors = dict(zip(runs, SERIES))
     fig, axes = plt.subplots(1, len(parts), figsize=(WIDTH, 3.2))
     for ax, name in zip(axes, parts):
-        if runs: sns.lineplot(losses[losses.part == name], x='tokens', y='loss', hue='run', palette=colors, linewidth=1.5, errorbar=None, legend=False, ax=ax)
+        if runs:
+            sns.lineplot(losses[losses.part == name], x='tokens', y='loss', hue='run', palette=colors, linewidth=1.5,
+                         errorbar=None, legend=False, ax=ax)
         ax.set(title=name, xlabel='million tokens', ylabel='', yscale='log')
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.minorticks_off()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter('{x:g}')
+        ax.minorticks_off()
     axes[0].set_ylabel('training loss')
     handles = [axes[0].plot([], [], color=c, label=short_label(fr.label[i]))[0] for i, c in colors.items()]
     if handles: fig.legend(handles=handles, loc='outside upper left', ncols=3)
     annotate_below(fig, paragraph('fig_xtc.md', fr, others=other_teachers(fr, runs)), absent(fr, 'xtc'))
     return fig
 
-# %% ../../nbs/report/84_figures.ipynb #70bed7c6
+# %% ../../nbs/report/84_figures.ipynb #f6c72515
 def engine_rounds(d: dict, precision: str) -> pd.DataFrame: # name, kind, total, reading: a row a round
     "The engines of one precision, the fastest first; `d`: details of a benchmark."
     engines, frames = engine_frame(d), []
@@ -420,7 +473,8 @@ def engine_rounds(d: dict, precision: str) -> pd.DataFrame: # name, kind, total,
     for engine, r in engines.sort_values('ms').iterrows():
         if precision_of(engine) != precision: continue
         ratios = np.array(d['engines'][engine].get('ratios') or [r.ratio])
-        frames.append(pd.DataFrame({'name': engine_name(engine), 'kind': 'other' if engine in PEERS else 'ours', 'total': dense/ratios, 'reading': r.reading}))
+        frames.append(pd.DataFrame({'name': engine_name(engine), 'kind': 'other' if engine in PEERS else 'ours',
+                                    'total': dense/ratios, 'reading': r.reading}))
     return observed(frames, ['name', 'kind', 'total', 'reading'])
 
 def engines_panel(ax, d: dict, precision: str, bars: pd.DataFrame, right: float):
@@ -446,6 +500,7 @@ def draw_benchmark(fig, d: dict):
     axes[-1].set_xlabel('ms for one completion')
     fig.suptitle(benchmark_title(d), x=.02, ha='left', fontsize=9, fontweight='bold')
 
+# %% ../../nbs/report/84_figures.ipynb #b97af47f
 @styled
 def plot_engines(d: dict):
     "The picture of one benchmark: a run of `experiments/peers`."
@@ -461,9 +516,11 @@ def fig_peers(fr=None):
     from matplotlib.patches import Patch
     stored = [d for d in benchmarks().values() if d['batch'] == 1]
     fig = plt.figure(figsize=(WIDTH, 1.2 + sum(1.2 + .24*len(d['engines']) for d in stored)))
-    parts = fig.subfigures(max(1, len(stored)), 1, squeeze=False, height_ratios=[1.2 + .24*len(d['engines']) for d in stored] or [1])[:, 0]
+    parts = fig.subfigures(max(1, len(stored)), 1, squeeze=False,
+                           height_ratios=[1.2 + .24*len(d['engines']) for d in stored] or [1])[:, 0]
     for part, d in zip(parts, stored): draw_benchmark(part, d)
-    handles = [Patch(color=COLORS['ours'], label='ours'), Patch(color=COLORS['other'], label='other engines'), plt.Line2D([], [], color='black', lw=1.6, label='floor')]
+    handles = [Patch(color=COLORS['ours'], label='ours'), Patch(color=COLORS['other'], label='other engines'),
+               plt.Line2D([], [], color='black', lw=1.6, label='floor')]
     fig.legend(handles=handles, loc='outside upper left', ncols=3)
     annotate_below(fig, paragraph('fig_peers.md', fr) if fr is not None else '')
     return fig

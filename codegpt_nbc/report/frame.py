@@ -39,13 +39,14 @@ def printed_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
     text = published('sochirca', 'section 6, Pruning').iloc[0]
     return rows.assign(params_m=[text.params_m, text.nonzero_m])
 
-# %% ../../nbs/report/81_frame.ipynb #27de7e05
+# %% ../../nbs/report/81_frame.ipynb #cdc8041e
 def accuracy_columns(
     protocol: str,   # 'codexglue' or 'thesis'
     a: Accuracy,
 ) -> dict: # column → per cent
     "One protocol's scores under the frame's names."
-    scores = dict(n=a.n, es=a.es, es_low=a.es_ci[0], es_high=a.es_ci[1], em=a.em, em_low=a.em_ci[0], em_high=a.em_ci[1],
+    scores = dict(n=a.n, es=a.es, es_low=a.es_ci[0], es_high=a.es_ci[1], em=a.em, em_low=a.em_ci[0],
+                  em_high=a.em_ci[1],
                   identifier_f1=a.identifier_f1, whole=a.whole)
     return {f'{protocol}_{name}': value for name, value in scores.items()}
 
@@ -55,22 +56,28 @@ def cost_columns(
     "Size, speed and memory, as far as the result has them."
     out = {}
     if s := r.size:
-        out |= dict(raw_mb=s.raw_bytes/1e6, zip_mb=s.zip_bytes/1e6, params_m=s.params/1e6, nonzero_m=s.nonzero_params/1e6)
+        out |= dict(raw_mb=s.raw_bytes/1e6, zip_mb=s.zip_bytes/1e6, params_m=s.params/1e6,
+                    nonzero_m=s.nonzero_params/1e6)
     if s := r.speed:
-        out |= s.model_dump(include={'samples_per_s', 'prefill_ms', 'decode_ms_per_token', 'engine', 'prompt_tokens', 'new_tokens'})
+        out |= s.model_dump(include={'samples_per_s', 'prefill_ms', 'decode_ms_per_token', 'engine', 'prompt_tokens',
+                                     'new_tokens'})
         out |= dict(ratio=s.ratio_to_baseline, ratio_low=s.ratio_spread[0], ratio_high=s.ratio_spread[1])
         out |= dict(baseline_samples_per_s=r.details.get('baseline_samples_per_s'))
     if m := r.memory:
         base, libraries = (r.details.get(k, np.nan) for k in ('baseline_peak_rss_bytes', 'libraries_rss_bytes'))
-        out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6, libraries_mb=libraries/1e6)
+        out |= dict(peak_mb=m.peak_rss_bytes/1e6, peak_ratio=m.peak_rss_bytes/base, baseline_peak_mb=base/1e6,
+                    libraries_mb=libraries/1e6)
     return out
 
-# %% ../../nbs/report/81_frame.ipynb #426db1ef
+# %% ../../nbs/report/81_frame.ipynb #50a320db
 SCORES = ('n', 'es', 'es_low', 'es_high', 'em', 'em_low', 'em_high', 'identifier_f1', 'whole')
 SETTINGS = ['pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision']
-COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS, *(f'{p}_{s}' for p in ('codexglue', 'thesis') for s in SCORES),
-           'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'ms', 'prefill_ms', 'decode_ms_per_token',
-           'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio', 'baseline_peak_mb', 'libraries_mb',
+COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS,
+           *(f'{p}_{s}' for p in ('codexglue', 'thesis') for s in SCORES),
+           'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'ms',
+           'prefill_ms', 'decode_ms_per_token',
+           'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio',
+           'baseline_peak_mb', 'libraries_mb',
            'train_tokens_m', 'train_minutes', 'result', 'measured']
 
 def planned_runs(profile: str) -> dict: # run id → `grid.Run`
@@ -91,18 +98,20 @@ def row_of(
     chain = chain_of(r, results)
     trained = [s.train for s in chain if s.train]
     row |= dict(train_tokens_m=sum(t.tokens for t in trained)/1e6, train_minutes=sum(t.seconds for t in trained)/60)
-    return row | dict(method=r.method, label=run_label(r, results), family=family_of(chain), result=r, measured=measured,
+    return row | dict(method=r.method, label=run_label(r, results), family=family_of(chain), result=r,
+                      measured=measured,
                       backend=r.config.get('backend', 'codegpt_nbc'))
 
 def anchor_speed(df: pd.DataFrame):
-    "Make the dense model's ratios 1 and give every run its milliseconds. Returns what its own ratio was: (median, least, greatest), or None."
+    """Make the dense model's ratios 1 and give every run its milliseconds. Returns what the dense model's ratio to itself was,
+    (median, least, greatest), or None where it has not been measured."""
     if 'baseline' not in df.index or np.isnan(df.ratio['baseline']): return None
     noise = tuple(df.loc['baseline', ['ratio', 'ratio_low', 'ratio_high']].astype(float))
     df.loc['baseline', ['ratio', 'ratio_low', 'ratio_high', 'peak_ratio']] = 1.
     df['ms'] = 1e3/df.samples_per_s['baseline']/df.ratio
     return noise
 
-# %% ../../nbs/report/81_frame.ipynb #1e9e7415
+# %% ../../nbs/report/81_frame.ipynb #f1ce47f8
 def session_details(results: dict) -> dict: # (run id, label of the model) → details
     "The sessions of a profile, `results`: run id → `Result`."
     out = {}
@@ -113,8 +122,9 @@ def session_details(results: dict) -> dict: # (run id, label of the model) → d
     return out
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
-    """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned runs, which of them are to be timed,
-    the details of its sessions, which runs were made with uncommitted changes, and the noise of the dense model's speed."""
+    """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned
+    runs, which of them are to be timed, the details of its sessions, which runs were made with uncommitted changes, and the
+    noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
@@ -124,11 +134,12 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_MODEL}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    df.attrs = dict(profile=profile, planned=expected, timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
+    df.attrs = dict(profile=profile, planned=expected,
+                    timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), dirty=dirty, noise=anchor_speed(df))
     return df
 
-# %% ../../nbs/report/81_frame.ipynb #1ae8318a
+# %% ../../nbs/report/81_frame.ipynb #c0581743
 def first_few(ids, most: int = 4) -> str:
     "The first few of a list, and how many more there are."
     return ', '.join(ids[:most]) + (f' and {len(ids) - most} more' if len(ids) > most else '')
@@ -149,7 +160,8 @@ def uncommitted(fr: pd.DataFrame) -> str: # '' if there are none
     "How many runs of a profile were made with uncommitted changes, so that no commit makes them again to the letter."
     dirty = fr.attrs['dirty']
     if not any(dirty.values()): return ''
-    return f'{sum(dirty.values())} of {len(dirty)} runs were made with uncommitted changes; see `provenance.dirty` in their JSON.'
+    count = f'{sum(dirty.values())} of {len(dirty)} runs'
+    return f'{count} were made with uncommitted changes; see `provenance.dirty` in their JSON.'
 
 # %% ../../nbs/report/81_frame.ipynb #9e5df517
 def without_steps(fr: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +190,7 @@ def matching(fr: pd.DataFrame, pattern: str) -> list: # run ids
     "Planned and finished runs whose id matches a shell pattern such as `ptq-dense-*`."
     return [i for i in dict.fromkeys([*fr.attrs['planned'], *fr.index]) if fnmatch(i, pattern)]
 
-# %% ../../nbs/report/81_frame.ipynb #1b0f98ef
+# %% ../../nbs/report/81_frame.ipynb #26094b8f
 @cache   # several tables ask for the same test
 def paired_test(a: Accuracy, b: Accuracy) -> dict: # 'es' and 'em' → `metrics.paired`
     "Paired differences a − b in points, over the samples that both have."
@@ -205,8 +217,8 @@ def retained(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: es, lo
     return pd.DataFrame(rows, index=['es', 'low', 'high'], dtype=float).T.reindex(fr.index)
 
 def gains(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: smaller, zipped, faster (times)
-    """How many times smaller and faster than the dense model. `smaller` compares files, `zipped` compares zips with the control's,
-    because weights born as float16 zip too well."""
+    """How many times smaller and faster than the dense model. `smaller` compares files. `zipped` compares zips with the
+    control's, because weights born as float16 zip too well."""
     dense = fr.raw_mb.get('baseline', np.nan)
     control = next((fr.zip_mb[i] for i in ('control', 'baseline') if i in fr.index), np.nan)
     return pd.DataFrame(dict(smaller=dense/fr.raw_mb, zipped=control/fr.zip_mb, faster=fr.ratio))
@@ -214,7 +226,8 @@ def gains(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: smaller, 
 def percent_of_dense(fr: pd.DataFrame, column: str) -> pd.DataFrame: # value, low, high
     "A column and its interval in per cent of the dense model; zipped sizes in per cent of the control."
     part = lambda suffix: fr[column + suffix] if column + suffix in fr else np.nan
-    values = pd.DataFrame({'value': fr[column], 'low': part('_low'), 'high': part('_high')}, index=fr.index, dtype=float)
+    values = pd.DataFrame({'value': fr[column], 'low': part('_low'), 'high': part('_high')}, index=fr.index,
+                          dtype=float)
     return 100*values/dense_value(fr, column)
 
 def dense_value(fr: pd.DataFrame, column: str) -> float: # NaN where there is none
@@ -222,16 +235,18 @@ def dense_value(fr: pd.DataFrame, column: str) -> float: # NaN where there is no
     ids = ('control', 'baseline') if column == 'zip_mb' else ('baseline',)
     return next((fr[column][i] for i in ids if i in fr.index), np.nan) or np.nan
 
-# %% ../../nbs/report/81_frame.ipynb #9923f74e
+# %% ../../nbs/report/81_frame.ipynb #ff3f47cc
 def published_systems() -> pd.DataFrame: # index: name; columns: study, model, es (% retained), smaller, faster (times)
     "The studies' systems, relative to their own baselines."
     t2, t1 = published('sochirca', 'Table 2'), published('malmsten', 'Table 1')
     zips = published('sochirca', 'Table 1').zip_mb['baseline']/t2.zip_mb   # the only size that it printed of its own model
-    t2 = t2.assign(es=100*t2.es/t2.es['baseline'], smaller=(t2.raw_mb['baseline']/t2.raw_mb).fillna(zips), faster=1 + t2.cpu_speed_increase/100)
+    t2 = t2.assign(es=100*t2.es/t2.es['baseline'], smaller=(t2.raw_mb['baseline']/t2.raw_mb).fillna(zips),
+                   faster=1 + t2.cpu_speed_increase/100)
     poster = published('demoor', 'poster').loc['xtc-hybrid']
     t2.loc['xtc-hybrid', ['es', 'smaller']] = poster.accuracy_retained_percent, poster.size_factor
     base = t1.loc['baseline']
-    t1 = t1.assign(es=100*t1.es/base.es, smaller=base.raw_mb/t1.raw_mb, faster=t1.samples_per_s/base.samples_per_s, model='distilled, ' + t1.model)
+    t1 = t1.assign(es=100*t1.es/base.es, smaller=base.raw_mb/t1.raw_mb, faster=t1.samples_per_s/base.samples_per_s,
+                   model='distilled, ' + t1.model)
     return pd.concat([t2.drop('baseline'), t1.drop('baseline')])[['study', 'model', 'es', 'smaller', 'faster']]
 
 def split_time(fr: pd.DataFrame) -> pd.DataFrame: # index: measured run ids; columns: prefill, decode (ms), their sum being `ms`
@@ -252,7 +267,7 @@ def pareto_front(x, y) -> list: # positions on the front, by rising x
             best = y[i]
     return out[::-1]
 
-# %% ../../nbs/report/81_frame.ipynb #fec6646d
+# %% ../../nbs/report/81_frame.ipynb #cca1c58f
 PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')
 
 def precision_of(engine: str) -> str:
@@ -265,21 +280,25 @@ def measured_ms(m: dict, details: dict) -> float:
 
 def engine_frame(
     details: dict,   # of a run of `experiments/peers`
-) -> pd.DataFrame: # index: engine; columns: ms, reading (ms), writing (ms a token), ratio, ratio_low, ratio_high, disk_mb, peak_mb, same, es, em
-    "Every engine of one benchmark, the baseline first."
+) -> pd.DataFrame: # index: engine
+    """Every engine of one benchmark, the baseline first: ms, reading (ms), writing (ms a token), ratio, ratio_low, ratio_high,
+    disk_mb, peak_mb, and where texts were compared same, es and em."""
     engines = details['engines']
     first = next(iter(engines.values()))
     dense_ms, rows = 1e3*details['batch']/first['samples_per_s'], {}
     for engine, m in engines.items():
         ratio, (low, high) = m.get('ratio_to_baseline', np.nan), m.get('ratio_spread', (np.nan, np.nan))
         scale = dense_ms/ratio/measured_ms(m, details)
-        rows[engine] = dict(ms=dense_ms/ratio, reading=scale*m['prefill_ms'], writing=scale*m['decode_ms_per_token'], ratio=ratio, ratio_low=low,
-                            ratio_high=high, **{k: m.get(k, np.nan) for k in ('disk_mb', 'peak_mb', 'same', 'es', 'em')})
+        rows[engine] = dict(ms=dense_ms/ratio, reading=scale*m['prefill_ms'], writing=scale*m['decode_ms_per_token'],
+                            ratio=ratio, ratio_low=low,
+                            ratio_high=high, **{k: m.get(k, np.nan)
+                                                for k in ('disk_mb', 'peak_mb', 'same', 'es', 'em')})
     return pd.DataFrame(rows, dtype=float).T
 
 def benchmarks() -> dict: # run id → details of each stored benchmark, with `texts`
     "The benchmarks of the profile `peers`."
-    return {i: r.details | {'texts': r.config.get('texts')} for i, r in load_results('peers').items() if r.method == 'peers'}
+    return {i: r.details | {'texts': r.config.get('texts')}
+            for i, r in load_results('peers').items() if r.method == 'peers'}
 
 def benchmark_alone(geometry: str) -> dict: # {} if not measured
     "The benchmark of one prompt at a time; `geometry` is 'codegpt' or 'embedded'."

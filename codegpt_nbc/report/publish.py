@@ -17,7 +17,7 @@ from .prose import render
 from .style import RC, small_picture
 from .tables import PROFILE_TABLES, TABLES, as_markdown, tab_peers, tab_size
 
-# %% ../../nbs/report/85_publish.ipynb #96b0fbb1
+# %% ../../nbs/report/85_publish.ipynb #289ed762
 def save_figure(
     fig,
     path: Path,   # without a suffix
@@ -25,7 +25,8 @@ def save_figure(
     "Write `path`.svg and `path`.png."
     import io, matplotlib.pyplot as plt
     from PIL import Image
-    with plt.rc_context(RC), io.BytesIO() as big, atomic_path(path.with_suffix('.svg')) as svg, atomic_path(path.with_suffix('.png')) as png:
+    with (plt.rc_context(RC), io.BytesIO() as big,
+          atomic_path(path.with_suffix('.svg')) as svg, atomic_path(path.with_suffix('.png')) as png):
         fig.savefig(svg, metadata={'Date': None})
         fig.savefig(big, format='png', dpi=150)
         image = Image.open(big).convert('RGB').quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
@@ -45,6 +46,7 @@ def small_table(table: pd.DataFrame): # IPython HTML
     from IPython.display import HTML
     return HTML(re.sub(r'\n\s*', '', table.to_html(index=False, border=0)))
 
+# %% ../../nbs/report/85_publish.ipynb #2d887562
 def publish(
     make,              # a function of `figures` or `tables`
     fr: pd.DataFrame,
@@ -64,8 +66,9 @@ def publish_all(profile: str) -> list: # names of the files
     for make in (*FIGURES.values(), *PROFILE_TABLES, tab_size, tab_peers): publish(make, fr)
     return sorted(p.name for p in figures_dir(profile).iterdir())
 
-# %% ../../nbs/report/85_publish.ipynb #7cac7d7e
-PAGES = {'README.md': ('readme.md', ''), 'docs/results.md': ('results.md', '../')}   # written file → its source, and the way from it to the repository
+# %% ../../nbs/report/85_publish.ipynb #1a236169
+# written file → its source, and the way from it to the repository
+PAGES = {'README.md': ('readme.md', ''), 'docs/results.md': ('results.md', '../')}
 
 def page_text(
     target: str,             # of `PAGES`
@@ -82,7 +85,7 @@ def readme() -> list: # paths
     fr = frame('full')
     return [write_text(project_root()/target, page_text(target, fr)) for target in PAGES]
 
-# %% ../../nbs/report/85_publish.ipynb #09dd1eea
+# %% ../../nbs/report/85_publish.ipynb #db9d7079
 def rooms(
     wing: str,   # a folder of `nbs/`
 ) -> pd.DataFrame: # room (link), holds
@@ -92,7 +95,8 @@ def rooms(
         head = ''.join(read_json(path)['cells'][0]['source'])
         title = re.search(r'^# (.+)', head, re.M)
         about = re.search(r'^> (.+)', head, re.M)
-        rows.append({'room': f'[{title[1] if title else path.stem}]({wing}/{path.name})', 'holds': about[1] if about else '–'})
+        rows.append({'room': f'[{title[1] if title else path.stem}]({wing}/{path.name})',
+                     'holds': about[1] if about else '–'})
     return pd.DataFrame(rows, columns=['room', 'holds'])
 
 # %% ../../nbs/report/85_publish.ipynb #344b1b8a

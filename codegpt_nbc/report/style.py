@@ -15,7 +15,7 @@ from math import isnan
 from typing import NamedTuple
 from ..core.record import Result
 
-# %% ../../nbs/report/80_style.ipynb #9917b2fa
+# %% ../../nbs/report/80_style.ipynb #3d551a7c
 class MethodStyle(NamedTuple):
     "How pictures show the models that one method compressed."
     name: str    # in legends
@@ -36,9 +36,11 @@ METHOD_STYLES = { # what compressed a model → its style; the order is that of 
     'chain': MethodStyle('several methods', '#d55e00'),
 }
 # `published`: the studies' own points; `ours` and `other`: engines
-COLORS = {key: style.color for key, style in METHOD_STYLES.items()} | {'published': '#000000', 'ours': '#5b4bc4', 'other': '#b3b3b3'}
+COLORS = {key: style.color for key, style in METHOD_STYLES.items()}
+COLORS |= {'published': '#000000', 'ours': '#5b4bc4', 'other': '#b3b3b3'}
 # single runs of one method, in the order in which they are drawn
-SERIES = ['#332288', '#cc6677', '#117733', '#b8860b', '#0f7fa8', '#882255', '#000000', '#a0522d', '#6b8e23', '#c71585', '#708090']
+SERIES = ['#332288', '#cc6677', '#117733', '#b8860b', '#0f7fa8', '#882255', '#000000', '#a0522d', '#6b8e23',
+          '#c71585', '#708090']
 
 def method_color(row) -> str: # hexadecimal
     "The colour of what compressed a run, a row of the frame."
@@ -159,10 +161,12 @@ def label_dense(c) -> str:
     "The uncompressed model."
     return 'dense, fp32'
 
-# %% ../../nbs/report/80_style.ipynb #1f412141
+# %% ../../nbs/report/80_style.ipynb #9267073d
 DENSE = ('baseline', 'adopt') # methods whose models the others start from
-SETTING_LABELS = {'baseline': label_dense, 'adopt': label_dense, 'prune': label_prune, 'quantize': label_quantize, 'onnx': label_onnx,
-                  'gptq': label_gptq, 'trim_vocabulary': label_trim, 'distill': label_distill, 'xtc': label_xtc, 'static_quantize': label_static}
+SETTING_LABELS = {'baseline': label_dense, 'adopt': label_dense, 'prune': label_prune, 'quantize': label_quantize,
+                  'onnx': label_onnx,
+                  'gptq': label_gptq, 'trim_vocabulary': label_trim, 'distill': label_distill, 'xtc': label_xtc,
+                  'static_quantize': label_static}
 
 def run_label(
     result: Result,
@@ -201,7 +205,7 @@ def family_of(chain: list) -> str: # a key of `METHOD_STYLES`
     if len(strong) > 1: return 'chain'
     return (strong or found or ['baseline'])[0]
 
-# %% ../../nbs/report/80_style.ipynb #4a6daa37
+# %% ../../nbs/report/80_style.ipynb #e2c5bfdd
 def number(
     v,                # a float, NaN or None
     digits: int = 1,  # significant ones
@@ -225,7 +229,8 @@ def with_interval(row, column: str) -> str: # '54.6 [50.0, 59.3]'
 def speedup(row) -> str: # '2.35 (2.28–2.50)'
     "Samples/s against the dense model of the same rounds, and the range of the rounds. The dense model's own is 1."
     if row.ratio == row.ratio_low == row.ratio_high == 1: return '1'
-    return '–' if isnan(row.ratio) else f'{times_text(row.ratio)} ({times_text(row.ratio_low)}–{times_text(row.ratio_high)})'
+    median, low, high = map(times_text, (row.ratio, row.ratio_low, row.ratio_high))
+    return '–' if isnan(row.ratio) else f'{median} ({low}–{high})'
 
 def signed_change(
     d: dict | None,  # of `metrics.paired`

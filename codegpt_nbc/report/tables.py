@@ -11,15 +11,16 @@ __all__ = ['PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER', 'SESSIO
            'tab_studies', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table',
            'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
-# %% ../../nbs/report/82_tables.ipynb #3358e66c
+# %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
 from ..core.record import load_results
 from ..evidence.other_engines import PEERS
-from .frame import (benchmark_alone, benchmarks, engine_frame, gains, headline, measured_ms, percent_of_dense, printed_pruning,
+from .frame import (benchmark_alone, benchmarks, engine_frame, gains, headline, measured_ms,
+                                      percent_of_dense, printed_pruning,
                                       published, retained, studies, systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
-# %% ../../nbs/report/82_tables.ipynb #8ea20d0e
+# %% ../../nbs/report/82_tables.ipynb #f94b665d
 def as_table(rows: list) -> pd.DataFrame:
     "Rows, dicts that need not share all columns, as a table; – where a row has nothing."
     return pd.DataFrame(rows).fillna('–') if rows else pd.DataFrame({'model': []})
@@ -31,7 +32,8 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 def cost_cells(row) -> dict: # column → text
     "Size, memory and speed of a row of the frame."
-    return {'file MB': number(row.raw_mb, 3), 'zipped MB': number(row.zip_mb, 3), 'peak MB': number(row.peak_mb, 3), 'samples/s, × dense': speedup(row)}
+    return {'file MB': number(row.raw_mb, 3), 'zipped MB': number(row.zip_mb, 3), 'peak MB': number(row.peak_mb, 3),
+            'samples/s, × dense': speedup(row)}
 
 def score_cells(fr: pd.DataFrame, run: str, base: str = 'baseline') -> dict: # column → text
     "A run's scores, and their paired difference from those of `base`."
@@ -43,14 +45,16 @@ def thesis_cells(row) -> dict: # column → text
     "A row's scores under the studies' protocol."
     return {'ES thesis %': with_interval(row, 'thesis_es'), 'EM thesis %': with_interval(row, 'thesis_em')}
 
-PRINTED = {'file MB': 'raw_mb', 'zipped MB': 'zip_mb', 'peak MB': 'peak_mb', 'ES thesis %': 'es', 'EM thesis %': 'em', 'non-zero M': 'nonzero_m'}
+PRINTED = {'file MB': 'raw_mb', 'zipped MB': 'zip_mb', 'peak MB': 'peak_mb', 'ES thesis %': 'es', 'EM thesis %': 'em',
+           'non-zero M': 'nonzero_m'}
 
 def printed_cells(p) -> dict: # column → text
     "A published row under our columns, as far as the study printed it."
     return {ours: f'{p[theirs]:g}' for ours, theirs in PRINTED.items() if pd.notna(p.get(theirs))}
 
-# %% ../../nbs/report/82_tables.ipynb #cdd0ed59
-GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'recipe-pruned': 'recipe `pruned`',
+# %% ../../nbs/report/82_tables.ipynb #3c359b01
+GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`',
+             'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'recipe `half-pruned`'}
 
 def effort(row) -> str:
@@ -64,19 +68,23 @@ def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
     for i, name in GAIN_ROWS.items():
         if i not in fr.index: continue
         row, d = fr.loc[i], versus(fr, i, 'baseline') or {}
-        rows.append({'what you run': name, 'file MB': number(row.raw_mb, 3), 'peak MB': number(row.peak_mb, 3), 'ms a completion': number(row.ms, 3),
-                     '× faster': speedup(row), 'ES %': with_interval(row, 'codexglue_es'), 'Δ ES': change_interval(d.get('es')), 'cost': effort(row)})
+        rows.append({'what you run': name, 'file MB': number(row.raw_mb, 3), 'peak MB': number(row.peak_mb, 3),
+                     'ms a completion': number(row.ms, 3),
+                     '× faster': speedup(row), 'ES %': with_interval(row, 'codexglue_es'),
+                     'Δ ES': change_interval(d.get('es')), 'cost': effort(row)})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #a355f128
+# %% ../../nbs/report/82_tables.ipynb #568e59d0
 SHORT_COLUMNS = ('file MB', '× faster', 'ES %', 'Δ ES')   # also: 'peak MB', 'ms', 'parameters M', 'ES kept, %'
 
 def short_row(fr: pd.DataFrame, run: str) -> dict: # column → text
     "All that `tab_short` can show of a run."
     r, d = fr.loc[run], (versus(fr, run, 'baseline') or {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.codexglue_es['baseline']):.0f}"
-    return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else times_text(r.ratio), 'ms': number(r.ms, 3),
-            'ES %': '–' if np.isnan(r.codexglue_es) else f'{r.codexglue_es:.1f}', 'Δ ES': signed_change(d), 'peak MB': number(r.peak_mb, 3),
+    return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else times_text(r.ratio),
+            'ms': number(r.ms, 3),
+            'ES %': '–' if np.isnan(r.codexglue_es) else f'{r.codexglue_es:.1f}', 'Δ ES': signed_change(d),
+            'peak MB': number(r.peak_mb, 3),
             'parameters M': number(r.params_m, 3), 'ES kept, %': kept}
 
 def tab_short(
@@ -87,20 +95,24 @@ def tab_short(
     "One line each: size, speed and what it does to the answers."
     if runs is None: runs = [i for i in without_steps(fr).index if fr.family[i] != 'control']
     cells = {i: short_row(fr, i) for i in runs if i in fr.index}
-    return as_table([{'model': fr.label[i], **{k: v for k, v in row.items() if k in columns}} for i, row in cells.items()])
+    return as_table([{'model': fr.label[i], **{k: v for k, v in row.items() if k in columns}}
+                     for i, row in cells.items()])
 
-# %% ../../nbs/report/82_tables.ipynb #53f92f01
+# %% ../../nbs/report/82_tables.ipynb #31085677
 def tab_main(fr: pd.DataFrame) -> pd.DataFrame:
-    "The dense model and one run of each method: size, memory, speed, accuracy under `codexglue`, and the difference from the dense model."
+    """The dense model and one run of each method: size, memory, speed, accuracy under `codexglue`, and the difference from the
+    dense model."""
     return as_table([{'model': fr.label[i], **cost_cells(fr.loc[i]), **score_cells(fr, i)} for i in headline(fr)])
 
 def tab_systems(fr: pd.DataFrame) -> pd.DataFrame:
-    "All systems and the dense baseline: size, parameters, memory, speed, accuracy with intervals, and what is kept of it. Zips compare with the control's."
+    """All systems and the dense baseline: size, parameters, memory, speed, accuracy with intervals, and what is kept of it.
+    Zips compare with the control's."""
     kept, gained, rows = retained(fr), gains(fr), []
     for i in systems(fr):
         row, k = fr.loc[i], kept.loc[i]
         rows.append({'model': row.label, 'parameters M': number(row.params_m, 3), **cost_cells(row),
-                     'file, × smaller': number(gained.smaller[i], 3), 'zip, × smaller than the control': number(gained.zipped[i], 3),
+                     'file, × smaller': number(gained.smaller[i], 3),
+                     'zip, × smaller than the control': number(gained.zipped[i], 3),
                      'ES %': with_interval(row, 'codexglue_es'), 'EM %': with_interval(row, 'codexglue_em'),
                      'ES kept, % of dense': '–' if np.isnan(k.es) else f'{k.es:.1f} [{k.low:.1f}, {k.high:.1f}]'})
     return as_table(rows)
@@ -109,35 +121,42 @@ def tab_runs(fr: pd.DataFrame) -> pd.DataFrame:
     "Every run with every measure, as numbers."
     return fr.drop(columns=['result', 'measured']).reset_index()
 
-# %% ../../nbs/report/82_tables.ipynb #e3c5d5d4
+# %% ../../nbs/report/82_tables.ipynb #32ba32bc
 def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     "Every pattern and sparsity, the control and the dense model, beside what the study printed."
     zipped, rows = percent_of_dense(fr, 'zip_mb').value, []
     for i, row in without_steps(fr[fr.method.isin(['baseline', 'prune'])]).iterrows():
-        rows.append({'model': row.label, 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row), 'zipped, % of control': number(zipped[i], 3),
+        rows.append({'model': row.label, 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
+                     'zipped, % of control': number(zipped[i], 3),
                      **score_cells(fr, i), **thesis_cells(row)})
     theirs = printed_pruning()
     dense = theirs.loc['baseline']
     for _, p in theirs.iterrows():
         rows.append({'model': f'published: {p.model}', **printed_cells(p), 'non-zero M': f'{p.params_m:g}',
-                     'samples/s, × dense': f'{p.samples_per_s/dense.samples_per_s:.2f}', 'zipped, % of control': f'{100*p.zip_mb/dense.zip_mb:.1f}'})
+                     'samples/s, × dense': f'{p.samples_per_s/dense.samples_per_s:.2f}',
+                     'zipped, % of control': f'{100*p.zip_mb/dense.zip_mb:.1f}'})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #3848d5b9
+# %% ../../nbs/report/82_tables.ipynb #e7ba75f2
 def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
     "Eight configurations on each base, compared with that base, beside the one that the study printed."
     rows = []
     for base, part in fr[fr.method == 'quantize'].groupby('model', sort=False):
         name = fr.label.get(base, base)
-        if base in fr.index: rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, base), **thesis_cells(fr.loc[base])})
+        if base in fr.index:
+            rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, base),
+                         **thesis_cells(fr.loc[base])})
         for i, row in part.iterrows():
             settings = label_int8(row).removeprefix('int8 ')
-            rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, base), **thesis_cells(row)})
+            rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, base),
+                         **thesis_cells(row)})
     best = published('sochirca', 'section 6, Quantization').iloc[0]
-    return as_table(rows + [{'base': 'published: 60 % sparse', 'int8': label_int8(best).removeprefix('int8 '), **printed_cells(best)}])
+    return as_table(rows + [{'base': 'published: 60 % sparse', 'int8': label_int8(best).removeprefix('int8 '),
+                             **printed_cells(best)}])
 
-# %% ../../nbs/report/82_tables.ipynb #b7c4e435
-TABLE_1 = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6', 'onnx-pruned-fp32': 'onnx'} # our run → the study's row
+# %% ../../nbs/report/82_tables.ipynb #ebeb6011
+TABLE_1 = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6',
+           'onnx-pruned-fp32': 'onnx'} # our run → the study's row
 
 def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
     "The study's Table 1, each published row below our run of the same, then what else was exported."
@@ -145,14 +164,15 @@ def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
     for i in dict.fromkeys([*TABLE_1, *ours.model, *ours.index]):
         if i in fr.index:
             row, d = fr.loc[i], versus(fr, i, 'baseline') or {}
-            rows.append({'model': row.label, **cost_cells(row), **thesis_cells(row), 'ES %': with_interval(row, 'codexglue_es'), 'Δ ES': signed_change(d.get('es'))})
+            rows.append({'model': row.label, **cost_cells(row), **thesis_cells(row),
+                         'ES %': with_interval(row, 'codexglue_es'), 'Δ ES': signed_change(d.get('es'))})
         if i in TABLE_1:
             p = printed.loc[TABLE_1[i]]
             speed = p.samples_per_s/printed.samples_per_s['baseline']
             rows.append({'model': f'published: {p.model}', **printed_cells(p), 'samples/s, × dense': f'{speed:.2f}'})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #4eaf29da
+# %% ../../nbs/report/82_tables.ipynb #0b65ef1c
 def tokens_seen(row) -> str: # millions, of all steps
     "Training tokens of a run and of the runs that it started from."
     return f'{row.train_tokens_m:.2f}' if row.train_tokens_m else '–'
@@ -162,40 +182,48 @@ def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     theirs, rows = published('malmsten', 'Table 1'), []
     speed = theirs.samples_per_s/theirs.samples_per_s['baseline']
     for i, row in fr[fr.method.isin(['baseline', 'distill'])].iterrows():
-        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row), 'parameters M': number(row.params_m, 3), 'file MB': number(row.raw_mb, 3),
+        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
+                     'parameters M': number(row.params_m, 3), 'file MB': number(row.raw_mb, 3),
                      'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i)})
         name = i.replace('distill-', 'distil-')
         if name not in theirs.index: continue
         p = theirs.loc[name]
-        rows.append({'model': f'published: {p.model}', 'parameters M': f'{p.params_m:g}', **printed_cells(p), 'samples/s, × dense': f'{speed[name]:.2f}'})
+        rows.append({'model': f'published: {p.model}', 'parameters M': f'{p.params_m:g}', **printed_cells(p),
+                     'samples/s, × dense': f'{speed[name]:.2f}'})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #50fe5073
-POSTER = {'file MB': 'raw_mb', 'file, × smaller': 'size_factor', 'samples/s, × dense': 'speed_factor', 'ES kept, % of dense': 'accuracy_retained_percent'}
+# %% ../../nbs/report/82_tables.ipynb #686c066d
+POSTER = {'file MB': 'raw_mb', 'file, × smaller': 'size_factor', 'samples/s, × dense': 'speed_factor',
+          'ES kept, % of dense': 'accuracy_retained_percent'}
 
 def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
     "The XTC models: real bytes, what is kept, and the poster's claims."
     kept, gained, rows = retained(fr), gains(fr), []
     ours = without_steps(fr[(fr.index == 'baseline') | (fr.method == 'xtc')])
     for i, row in ours.iterrows():
-        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row), 'file MB': number(row.raw_mb, 3),
-                     'file, × smaller': number(gained.smaller[i], 3), 'zip, × smaller than the control': number(gained.zipped[i], 3),
+        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
+                     'file MB': number(row.raw_mb, 3),
+                     'file, × smaller': number(gained.smaller[i], 3),
+                     'zip, × smaller than the control': number(gained.zipped[i], 3),
                      'bits per parameter': number(8*row.raw_mb/row.params_m, 3), 'samples/s, × dense': speedup(row),
                      'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i)})
     for _, p in published('demoor', 'poster').drop('baseline').iterrows():
-        rows.append({'model': f'published: {p.model}', **{ours: f'{p[theirs]:g}' for ours, theirs in POSTER.items() if pd.notna(p.get(theirs))}})
+        rows.append({'model': f'published: {p.model}',
+                     **{ours: f'{p[theirs]:g}' for ours, theirs in POSTER.items() if pd.notna(p.get(theirs))}})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #4b0af831
+# %% ../../nbs/report/82_tables.ipynb #d6a41206
 def tab_static(fr: pd.DataFrame) -> pd.DataFrame:
     "Calibrated 8-bit activations: per tensor, mixed precision, and per embedding group."
     ours = without_steps(fr[fr.method.isin(['baseline', 'static_quantize'])])
-    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i), **thesis_cells(row)} for i, row in ours.iterrows()]
+    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i), **thesis_cells(row)}
+            for i, row in ours.iterrows()]
     p = published('sochirca', 'Table 2').loc['mp-peg']
     return as_table(rows + [{'model': f'published: {p.model}', **printed_cells(p)}])
 
-# %% ../../nbs/report/82_tables.ipynb #e8b593cd
-SESSION_COLUMNS = ['model', 'completions', 'tokens read', 'time in a session', 'time in a session with drafts', 'time with drafts', 'texts equal (worse of both)']
+# %% ../../nbs/report/82_tables.ipynb #f3551847
+SESSION_COLUMNS = ['model', 'completions', 'tokens read', 'time in a session', 'time in a session with drafts',
+                   'time with drafts', 'texts equal (worse of both)']
 
 def spread_of(t) -> str: # t: median, least, greatest
     "A ratio of times and its range."
@@ -206,29 +234,38 @@ def tab_session(fr: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (_, label), d in fr.attrs['sessions'].items():
         if look := d['lookup']:
-            rows.append({'model': label, 'completions': 'samples, one by one', 'time with drafts': spread_of(look['time_ratio']),
+            rows.append({'model': label, 'completions': 'samples, one by one',
+                         'time with drafts': spread_of(look['time_ratio']),
                          'texts equal (worse of both)': f"{look['same_text']} of {look['samples']}"})
         for case, e in d['edits'].items():
-            rows.append({'model': label, 'completions': f'after an edit {case}', 'tokens read': f"{e['read']:.0f} of {e['window']:.0f}",
-                         'time in a session': spread_of(e['time_ratio']), 'time in a session with drafts': spread_of(e['time_ratio_drafted']),
+            rows.append({'model': label, 'completions': f'after an edit {case}',
+                         'tokens read': f"{e['read']:.0f} of {e['window']:.0f}",
+                         'time in a session': spread_of(e['time_ratio']),
+                         'time in a session with drafts': spread_of(e['time_ratio_drafted']),
                          'texts equal (worse of both)': f"{min(e['same_text'], e['same_text_drafted'])} of {e['edits']}"})
     return as_table(rows).reindex(columns=SESSION_COLUMNS, fill_value='–') if rows else as_table([])
 
-# %% ../../nbs/report/82_tables.ipynb #1bf165f1
-COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3), 'memory saved %': ('cpu_memory_decrease', 2),
-            'speed gained %': ('cpu_speed_increase', 2), 'ES thesis %': ('es', 3), 'EM thesis %': ('em', 3)}   # our column → the published one, digits of our values
+# %% ../../nbs/report/82_tables.ipynb #db3a7221
+COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3),
+            'memory saved %': ('cpu_memory_decrease', 2),
+            'speed gained %': ('cpu_speed_increase', 2), 'ES thesis %': ('es', 3),
+            'EM thesis %': ('em', 3)}   # our column → the published one, digits of our values
 
 def compared_printed(p) -> dict: # column → text
     "A row of the study's Table 2."
-    cells = {ours: f'{p[theirs]:g}'.replace('-', '−') for ours, (theirs, _) in COMPARED.items() if pd.notna(p.get(theirs))}
+    cells = {ours: f'{p[theirs]:g}'.replace('-', '−')
+             for ours, (theirs, _) in COMPARED.items() if pd.notna(p.get(theirs))}
     return {'model': p.model, 'from': 'published', **cells}
 
 def compared_ours(r) -> dict: # column → text
     "One of our runs in the columns of the study's Table 2."
-    values = {'raw_mb': r.raw_mb, 'zip_mb': r.zip_mb, 'params_m': r.nonzero_m, 'cpu_memory_decrease': 100*(1 - r.peak_ratio),
+    values = {'raw_mb': r.raw_mb, 'zip_mb': r.zip_mb, 'params_m': r.nonzero_m,
+              'cpu_memory_decrease': 100*(1 - r.peak_ratio),
               'cpu_speed_increase': 100*(r.ratio - 1), 'es': r.thesis_es, 'em': r.thesis_em}
-    cells = {column: number(values[theirs], digits).replace('-', '−') for column, (theirs, digits) in COMPARED.items()}
-    return {'model': r.label, 'from': 'this repository', **cells, 'ES %': number(r.codexglue_es, 3), 'EM %': number(r.codexglue_em, 3)}
+    cells = {column: number(values[theirs], digits).replace('-', '−')
+             for column, (theirs, digits) in COMPARED.items()}
+    return {'model': r.label, 'from': 'this repository', **cells, 'ES %': number(r.codexglue_es, 3),
+            'EM %': number(r.codexglue_em, 3)}
 
 def tab_comparison(
     fr: pd.DataFrame,
@@ -238,13 +275,16 @@ def tab_comparison(
     theirs = published('sochirca', 'Table 2').replace({'method': {'peg': 'static_quantize'}})
     ours = fr.loc[headline(fr) if runs is None else [i for i in runs if i in fr.index]]
     rows = []
-    for _, p in theirs.iterrows(): rows += [compared_printed(p), *(compared_ours(r) for _, r in ours[ours.method == p.method].iterrows())]
+    for _, p in theirs.iterrows():
+        rows += [compared_printed(p), *(compared_ours(r) for _, r in ours[ours.method == p.method].iterrows())]
     rows += [compared_ours(r) for _, r in ours[~ours.method.isin(theirs.method)].iterrows()]
     return as_table(rows)[['model', 'from', *COMPARED, *(['ES %', 'EM %'] if len(ours) else [])]]
 
 STUDY_METHODS = {'sochirca': ('group lasso, dynamic PTQ, ONNX Runtime', '`prune`, `quantize`, `onnx`'),
-                 'demoor': ('one-bit weights, layer reduction (XTC)', '`xtc`'), 'malmsten': ('distillation', '`distill`'),
-                 'storti': ('mixed precision and per-embedding-group PTQ', '`static_quantize`')}   # study → method, our names
+                 'demoor': ('one-bit weights, layer reduction (XTC)', '`xtc`'),
+                 'malmsten': ('distillation', '`distill`'),
+                 'storti': ('mixed precision and per-embedding-group PTQ',
+                            '`static_quantize`')}   # study → method, our names
 
 def tab_studies(fr=None) -> pd.DataFrame:
     "The four studies, their methods, and what those are called here."
@@ -252,10 +292,11 @@ def tab_studies(fr=None) -> pd.DataFrame:
     for key, (method, here) in STUDY_METHODS.items():
         s = known[key]
         title = s['title'] + (f" ([code]({s['code']}))" if 'code' in s else '')
-        rows.append({'author': s['author'], 'year': re.search(r'\d{4}', s['where'])[0], 'thesis': title, 'method': method, 'here': here})
+        rows.append({'author': s['author'], 'year': re.search(r'\d{4}', s['where'])[0], 'thesis': title,
+                     'method': method, 'here': here})
     return as_table(rows)
 
-# %% ../../nbs/report/82_tables.ipynb #b68f2671
+# %% ../../nbs/report/82_tables.ipynb #2b50b05b
 SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model'}
 
 def engine_name(engine: str) -> str:
@@ -268,15 +309,19 @@ def benchmark_title(d: dict) -> str:
 
 def engine_cells(r, d: dict) -> dict: # column → text
     "One row of `engine_table`; `r`: of `engine_frame`. Random weights have no accuracy worth a column."
-    cells = {'samples/s': f'{1e3*d["batch"]/r.ms:.2f}', 'ms': f'{r.ms:.0f}', f'× {next(iter(d["engines"]))}': speedup(r), 'reads, ms': f'{r.reading:.0f}',
-             'writes, ms/token': f'{r.writing:.1f}', 'disk MB': f'{r.disk_mb:.0f}', 'peak MB': '–' if np.isnan(r.peak_mb) else f'{r.peak_mb:.0f}'}
+    cells = {'samples/s': f'{1e3*d["batch"]/r.ms:.2f}', 'ms': f'{r.ms:.0f}',
+             f'× {next(iter(d["engines"]))}': speedup(r), 'reads, ms': f'{r.reading:.0f}',
+             'writes, ms/token': f'{r.writing:.1f}', 'disk MB': f'{r.disk_mb:.0f}',
+             'peak MB': '–' if np.isnan(r.peak_mb) else f'{r.peak_mb:.0f}'}
     if d['geometry'] != 'embedded' or np.isnan(r.same): return cells
     n = d.get('texts', '')
-    return cells | {'same text %': f'{100*r.same:.1f}', f'ES % ({n} samples)': f'{r.es:.1f}', f'EM % ({n} samples)': f'{r.em:.1f}'}
+    return cells | {'same text %': f'{100*r.same:.1f}', f'ES % ({n} samples)': f'{r.es:.1f}',
+                    f'EM % ({n} samples)': f'{r.em:.1f}'}
 
 def floor_cells(m: dict, d: dict) -> dict: # column → text
     "The floor of one precision: what the machine's own rates allow."
-    return {'samples/s': f'{m["samples_per_s"]:.2f}', 'ms': f'{measured_ms(m, d):.0f}', 'reads, ms': f'{m["prefill_ms"]:.0f}',
+    return {'samples/s': f'{m["samples_per_s"]:.2f}', 'ms': f'{measured_ms(m, d):.0f}',
+            'reads, ms': f'{m["prefill_ms"]:.0f}',
             'writes, ms/token': f'{m["decode_ms_per_token"]:.1f}', 'disk MB': f'{m["disk_mb"]:.0f}'}
 
 def engine_table(
@@ -284,20 +329,23 @@ def engine_table(
 ) -> pd.DataFrame:
     "Engines as measured, the baseline first, and the floors last."
     rows = [{'engine': engine_name(e), **engine_cells(r, details)} for e, r in engine_frame(details).iterrows()]
-    if details['batch'] == 1: rows += [{'engine': f'floor, {p}', **floor_cells(m, details)} for p, m in details['floor'].items()]
+    if details['batch'] == 1:
+        rows += [{'engine': f'floor, {p}', **floor_cells(m, details)} for p, m in details['floor'].items()]
     return pd.DataFrame(rows).fillna('–')
 
-def operator_shares(details: dict, engine: str, most: int = 6) -> pd.DataFrame: # index: operator; % of the prompt's time, % of a token's
+def operator_shares(details: dict, engine: str,
+                    most: int = 6) -> pd.DataFrame: # index: operator; % of the prompt's time, % of a token's
     "Where the time of one of our ONNX engines goes."
     t = pd.DataFrame(details['operators'][engine], index=['reading the prompt, %', 'writing a token, %']).T
     t = 100*t/t.sum()
     return pd.concat([t[:most], t[most:].sum().to_frame('all others').T]).round(1)
 
-# %% ../../nbs/report/82_tables.ipynb #eb0a69dc
+# %% ../../nbs/report/82_tables.ipynb #6df191e4
 def tab_peers(fr=None) -> pd.DataFrame:
     "Other engines and ours, side by side, in turn in one run for each model."
     stored = benchmarks()
-    tables = [engine_table(d) if len(stored) == 1 else engine_table(d).assign(run=benchmark_title(d)) for d in stored.values()]
+    tables = [engine_table(d) if len(stored) == 1 else engine_table(d).assign(run=benchmark_title(d))
+              for d in stored.values()]
     return pd.concat(tables or [pd.DataFrame({'engine': []})], ignore_index=True).fillna('–')
 
 def tab_size(
@@ -308,18 +356,21 @@ def tab_size(
     d = benchmark_alone('codegpt')
     if not d: return pd.DataFrame({'engine': []})
     rows = engine_frame(d).reindex([e for e in engines if e in d['engines']])
-    return as_table([{'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}', '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
+    return as_table([{'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}',
+                      '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
                      for e, r in rows.iterrows()])
 
-# %% ../../nbs/report/82_tables.ipynb #db730fb3
+# %% ../../nbs/report/82_tables.ipynb #4aed5a37
 def search_row(r) -> dict: # column → text; r: `Result`
     "What one search chose."
     found = r.details['before_after']
     if 'before' in found: before, after = found['before'], found['after']
     else: before, after = ({k: v[side] for k, v in found.items()} for side in ('before', 'after'))
     change = f"{after['ES %'] - before['ES %']:+.1f}".replace('-', '−')
-    return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}", 'recipe': f"`{r.details['chosen']}`",
-            'file MB': number(after['file MB'], 3), '× faster': times_text(after['samples/s, × before']), 'ES %': f"{after['ES %']:.1f}", 'Δ ES': change}
+    return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}",
+            'recipe': f"`{r.details['chosen']}`",
+            'file MB': number(after['file MB'], 3), '× faster': times_text(after['samples/s, × before']),
+            'ES %': f"{after['ES %']:.1f}", 'Δ ES': change}
 
 def tab_search(fr=None) -> pd.DataFrame:
     "What each search chose, on test samples."
@@ -333,7 +384,8 @@ def tab_cost(fr=None) -> pd.DataFrame:
     sizes = list(dict.fromkeys(rows.sort_values('params')['size']))
     return rows.pivot(index='task', columns='size', values='cell')[sizes].reset_index()
 
-# %% ../../nbs/report/82_tables.ipynb #3e67ca43
-PROFILE_TABLES = (tab_gain, tab_main, tab_systems, tab_pruning, tab_quantization, tab_onnx, tab_distillation, tab_xtc, tab_static, tab_session, tab_comparison, tab_runs)
+# %% ../../nbs/report/82_tables.ipynb #2f0f3449
+PROFILE_TABLES = (tab_gain, tab_main, tab_systems, tab_pruning, tab_quantization, tab_onnx, tab_distillation, tab_xtc,
+                  tab_static, tab_session, tab_comparison, tab_runs)
 OTHER_TABLES = (tab_short, tab_studies, tab_peers, tab_size, tab_search, tab_cost)
 TABLES = {make.__name__: make for make in PROFILE_TABLES + OTHER_TABLES}   # name → function of the frame

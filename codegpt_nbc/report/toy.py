@@ -15,9 +15,10 @@ from ..core.paths import runs_dir, write_json, write_text
 from ..core.record import Accuracy, Memory, Provenance, Result, Size, Speed, Train
 from ..runs.grid import read_profile
 
-# %% ../../nbs/report/86_toy.ipynb #f3d4308c
+# %% ../../nbs/report/86_toy.ipynb #1d5d120e
 SWEEP = {'pattern': ['unstructured', 'tile', 'structured'], 'sparsity': [.4, .5, .6, .7, .8, .9]}
-EIGHT = {'symmetric': {'sym': True, 'asym': False}, 'granularity': ['channel', 'tensor'], 'placement': ['all', 'weights']}
+EIGHT = {'symmetric': {'sym': True, 'asym': False}, 'granularity': ['channel', 'tensor'],
+         'placement': ['all', 'weights']}
 ONNX_OF = {'dense': 'baseline', 'pruned': 'prune-unstructured-0.6', 'structured': 'prune-structured-0.6'}
 
 def one(method: str, run_id: str, model: str = 'baseline', **settings) -> dict:
@@ -31,19 +32,25 @@ def toy_plan() -> dict: # as a profile's YAML
     pruned = dict(pattern='structured', sparsity=.6)
     return {'about': 'Invented.', 'runs': [
         {'method': 'baseline', 'id': 'baseline'}, one('prune', 'control', pattern='structured', sparsity=0.),
-        {'method': 'prune', 'id': 'prune-{pattern}-{sparsity}', 'sweep': SWEEP, 'set': {'model': 'baseline', 'samples': 128}},
-        *({'method': 'quantize', 'id': f'ptq-{name}-{{symmetric}}-{{granularity}}-{{placement}}', 'sweep': EIGHT, 'set': {'model': ONNX_OF[name]}} for name in ('dense', 'pruned')),
-        *(one('onnx', f'onnx-{name}-{p}', model, precision=p) for name, model in ONNX_OF.items() for p in ('fp32', 'int8')),
+        {'method': 'prune', 'id': 'prune-{pattern}-{sparsity}', 'sweep': SWEEP,
+         'set': {'model': 'baseline', 'samples': 128}},
+        *({'method': 'quantize', 'id': f'ptq-{name}-{{symmetric}}-{{granularity}}-{{placement}}', 'sweep': EIGHT,
+           'set': {'model': ONNX_OF[name]}} for name in ('dense', 'pruned')),
+        *(one('onnx', f'onnx-{name}-{p}', model, precision=p) for name, model in ONNX_OF.items()
+          for p in ('fp32', 'int8')),
         one('gptq', 'gptq-int4', block=32), one('onnx', 'onnx-gptq-int4', 'gptq-int4', precision='int4'),
-        *(one('distill', f'distill-{n}', **student | {'layers': n}) for n in (6, 8, 12)), one('distill', 'distill-6-teacher', **own),
+        *(one('distill', f'distill-{n}', **student | {'layers': n}) for n in (6, 8, 12)),
+        one('distill', 'distill-6-teacher', **own),
         one('xtc', 'xtc-1bit-12', bits=1), one('xtc', 'xtc-ternary-12', bits=2),
         one('static_quantize', 'static-w8a8'), one('static_quantize', 'static-mp', sixteen_bit=['ffn']),
-        one('prune', 'recipe-pruned.1-prune', **pruned), one('distill', 'recipe-pruned.2-distill', 'recipe-pruned.1-prune', student='model'),
+        one('prune', 'recipe-pruned.1-prune', **pruned),
+        one('distill', 'recipe-pruned.2-distill', 'recipe-pruned.1-prune', student='model'),
         one('onnx', 'recipe-pruned', 'recipe-pruned.2-distill', precision='int8'),
         one('session', 'session-dense'), {'method': 'measure', 'id': 'measure-{target}', 'of': 'models'}]}
 
-# %% ../../nbs/report/86_toy.ipynb #5fb1e424
-NOWHERE = Provenance(packages={}, cpu='none', threads=2, python='3.11', seed=0, started='2026-01-01T00:00:00+00:00', seconds=1)
+# %% ../../nbs/report/86_toy.ipynb #e7a11e23
+NOWHERE = Provenance(packages={}, cpu='none', threads=2, python='3.11', seed=0, started='2026-01-01T00:00:00+00:00',
+                     seconds=1)
 
 @dataclass(frozen=True)
 class Invented:
@@ -71,11 +78,14 @@ def invented(run, plan: dict, rng) -> Invented:
         if s['method'] == 'distill' and s.get('student') != 'model':
             keep, speed = keep*(.2 + .8*s['layers']/12), speed*12/s['layers']
             level -= .9 if s['student'] == 'random' else .02
-        if s['method'] == 'quantize': level, bits, speed = level - .02 - .04*(s['granularity'] == 'tensor'), 8, .8*speed
+        if s['method'] == 'quantize':
+            level, bits, speed = level - .02 - .04*(s['granularity'] == 'tensor'), 8, .8*speed
         if s['method'] == 'gptq': level, bits, speed = level - .02, 5.5, .3*speed
         if s['method'] == 'static_quantize': level, bits = level - .03, 8
         if s['method'] == 'xtc': level, bits = level - (.25 if s['bits'] == 1 else .08), s['bits'] + .3
-        if s['method'] == 'onnx': bits, speed = min(bits, {'fp32': 32, 'int8': 8, 'int4': 5.5}[s['precision']]), speed*(1.9 if s['precision'] == 'fp32' else 3.)
+        if s['method'] == 'onnx':
+            bits = min(bits, {'fp32': 32, 'int8': 8, 'int4': 5.5}[s['precision']])
+            speed *= 1.9 if s['precision'] == 'fp32' else 3.
     return Invented(max(level, .02), keep, zeros, bits, speed*rng.normal(1, .02))
 
 def invented_accuracy(
@@ -87,39 +97,48 @@ def invented_accuracy(
     es = np.clip(100*(level*1.05 - .75*hardness) + noise, 0, 100).round()
     em = (hardness < .28*level**2).astype(int)
     def ci(x): return tuple(round(float(x.mean() + s*1.96*x.std()/n**.5), 2) for s in (-1, 1))
-    return Accuracy(n=n, em=100*em.mean(), em_ci=ci(100*em), es=es.mean(), es_ci=ci(es), identifier_f1=50*level, whole=90*level, seconds=9,
+    return Accuracy(n=n, em=100*em.mean(), em_ci=ci(100*em), es=es.mean(), es_ci=ci(es), identifier_f1=50*level,
+                    whole=90*level, seconds=9,
                     em_each=''.join(map(str, em)), es_each=' '.join(f'{e:.0f}' for e in es))
 
-# %% ../../nbs/report/86_toy.ipynb #feadb165
+# %% ../../nbs/report/86_toy.ipynb #bd426904
 def invented_details(run, level: float) -> dict:
     "What only some methods have to say: curves and losses, heads, edits in a session."
-    if run.method == 'distill': return dict(learning_curve=[[i/10, 1e4*i, 60*level*i**.5/10**.5] for i in range(1, 11)])
-    if run.method == 'xtc': return dict(loss_parts={part: [[1e4*i, scale/i] for i in range(1, 30)] for part, scale in (('total', 5), ('logits', 2), ('hidden', 2), ('attention', 1))})
+    if run.method == 'distill':
+        return dict(learning_curve=[[i/10, 1e4*i, 60*level*i**.5/10**.5] for i in range(1, 11)])
+    if run.method == 'xtc':
+        return dict(loss_parts={part: [[1e4*i, scale/i] for i in range(1, 30)]
+                                for part, scale in (('total', 5), ('logits', 2), ('hidden', 2), ('attention', 1))})
     if run.method == 'prune': return dict(heads=[4, 2, 2]*4)
     return {}
 
 SESSION = dict(lookup=dict(time_ratio=[.8, .7, .9], samples=100, same_text=100),
-               edits={'at the end': dict(time_ratio=[.2, .18, .22], time_ratio_drafted=[.15, .1, .2], read=30., window=320., edits=80, same_text=80, same_text_drafted=79)})
+               edits={'at the end': dict(time_ratio=[.2, .18, .22], time_ratio_drafted=[.15, .1, .2], read=30.,
+                                         window=320., edits=80, same_text=80, same_text_drafted=79)})
 
 def measured_parts(i: Invented, int8: bool, noise: float) -> dict: # parts of a `Result`
     "Speed in three rounds and memory; the rounds differ by `noise`."
     v = i.speed
     ratios = [v, v*(1 - noise), v*(1 + noise)]
-    speed = Speed(samples_per_s=7*v, prefill_ms=80/v, decode_ms_per_token=4/v, ratio_to_baseline=v, ratio_spread=(min(ratios), max(ratios)), engine='torch',
+    speed = Speed(samples_per_s=7*v, prefill_ms=80/v, decode_ms_per_token=4/v, ratio_to_baseline=v,
+                  ratio_spread=(min(ratios), max(ratios)), engine='torch',
                   threads=2, rounds=3, prompt_tokens=448, new_tokens=16)
     memory = Memory(peak_rss_bytes=int(3.6e8 + 2e8*i.keep*(.4 if int8 else 1)))
-    return dict(speed=speed, memory=memory, details=dict(ratios=ratios, libraries_rss_bytes=3.6e8, baseline_samples_per_s=7., baseline_peak_rss_bytes=5.6e8))
+    return dict(speed=speed, memory=memory, details=dict(ratios=ratios, libraries_rss_bytes=3.6e8,
+                                                         baseline_samples_per_s=7., baseline_peak_rss_bytes=5.6e8))
 
 def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
     "Accuracy, size and training of a run that leaves a model."
     stored = 11.7e6*i.keep*i.bits/8
     zipped = stored*((1 - i.zeros)*.92 + .04*i.zeros)*(.55 if run.id == 'baseline' else 1)
     train = Train(tokens=60_000, seconds=90) if run.method in ('prune', 'distill', 'xtc') else None
-    return dict(metrics={'codexglue': invented_accuracy(i.level, hardness), 'thesis': invented_accuracy(.7*i.level, hardness)}, train=train,
-                size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep), nonzero_params=int(11.7e6*i.keep*(1 - i.zeros))),
+    return dict(metrics={'codexglue': invented_accuracy(i.level, hardness),
+                         'thesis': invented_accuracy(.7*i.level, hardness)}, train=train,
+                size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep),
+                          nonzero_params=int(11.7e6*i.keep*(1 - i.zeros))),
                 details=invented_details(run, i.level))
 
-# %% ../../nbs/report/86_toy.ipynb #e4aaf064
+# %% ../../nbs/report/86_toy.ipynb #87494537
 def invent_runs(
     profile: str,
     plan: dict,    # run id → `grid.Run`
@@ -136,7 +155,8 @@ def invent_runs(
             parts = measured_parts(found, found.bits < 32, .09 if target.id == 'baseline' else .03)
         elif run.method == 'session': parts = dict(details=SESSION)
         else: parts = model_parts(run, invented(run, plan, rng), hardness)
-        save_result(Result(run_id=i, profile=profile, method=run.method, config=run.params, provenance=NOWHERE, **parts))
+        save_result(Result(run_id=i, profile=profile, method=run.method, config=run.params, provenance=NOWHERE,
+                           **parts))
 
 def save_result(r: Result):
     "Write a result where its profile keeps it."
@@ -144,29 +164,38 @@ def save_result(r: Result):
 
 def toy_benchmark(geometry: str) -> dict: # as `experiments/peers` records it
     "Five engines and the floors."
-    def engine(ms, **more): return dict(samples_per_s=1e3/ms, prefill_ms=.7*ms, decode_ms_per_token=.02*ms, disk_mb=40., peak_mb=300., same=1., es=50., em=20., **more)
+    def engine(ms, **more):
+        return dict(samples_per_s=1e3/ms, prefill_ms=.7*ms, decode_ms_per_token=.02*ms,
+                    disk_mb=40., peak_mb=300., same=1., es=50., em=20., **more)
     ratios = {'transformers fp32': 1., 'OpenVINO int8': 4.4, 'onnx int8': 4.8, 'OpenVINO int4': 4.5, 'onnx int4': 5.2}
-    engines = {e: engine(400/r, ratio_to_baseline=r, ratio_spread=(.95*r, 1.04*r), ratios=[r, .95*r, 1.04*r]) for e, r in ratios.items()}
+    engines = {e: engine(400/r, ratio_to_baseline=r, ratio_spread=(.95*r, 1.04*r), ratios=[r, .95*r, 1.04*r])
+               for e, r in ratios.items()}
     return dict(geometry=geometry, batch=1, prompt_tokens=448, new_tokens=16, engines=engines,
-                floor={'fp32': engine(70), 'int8': engine(20), 'int4': engine(18)}, operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
+                floor={'fp32': engine(70), 'int8': engine(20), 'int4': engine(18)},
+                operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
 
 def other_profiles():
     "Write one result each for the profiles `peers`, `search` and `cost`."
-    def result(i, profile, method, config, **details): return Result(run_id=i, profile=profile, method=method, config=config, details=details, provenance=NOWHERE)
-    for geometry in ('codegpt', 'embedded'): save_result(result(geometry, 'peers', 'peers', dict(texts=200), **toy_benchmark(geometry)))
-    sides = {side: {'ES %': es, 'file MB': mb, 'samples/s, × before': ratio} for side, es, mb, ratio in (('before', 50., 23., 1.), ('after', 49.5, 12., 3.))}
-    save_result(result('search', 'search', 'search', dict(objective='size', es_drop=1.), chosen='int8', before_after=sides))
+    def result(i, profile, method, config, **details):
+        return Result(run_id=i, profile=profile, method=method, config=config, details=details, provenance=NOWHERE)
+    for geometry in ('codegpt', 'embedded'):
+        save_result(result(geometry, 'peers', 'peers', dict(texts=200), **toy_benchmark(geometry)))
+    sides = {side: {'ES %': es, 'file MB': mb, 'samples/s, × before': ratio}
+             for side, es, mb, ratio in (('before', 50., 23., 1.), ('after', 49.5, 12., 3.))}
+    save_result(result('search', 'search', 'search', dict(objective='size', es_drop=1.), chosen='int8',
+                       before_after=sides))
     costs = [dict(size=f'{n} M', params=1e6*n, task='prune', seconds=n, peak_bytes=1e9) for n in (124, 12)]
     save_result(result('cost', 'cost', 'cost', {}, costs=costs))
 
-# %% ../../nbs/report/86_toy.ipynb #fb2facae
+# %% ../../nbs/report/86_toy.ipynb #68655b4c
 class ToyHome:
     "A temporary home of invented results; `cleanup` removes it and leaves the environment as it was."
     def __init__(self):
         import yaml
         self.folder, self.before = tempfile.TemporaryDirectory(), os.environ.get('CODEGPT_NBC_HOME')
         os.environ['CODEGPT_NBC_HOME'] = self.folder.name
-        for name in ('toy', 'part', 'none'): write_text(self.path/'configs'/f'{name}.yaml', yaml.safe_dump(toy_plan()))
+        for name in ('toy', 'part', 'none'):
+            write_text(self.path/'configs'/f'{name}.yaml', yaml.safe_dump(toy_plan()))
         plan = read_profile('toy')
         invent_runs('toy', plan)
         missing = ('tile-0.5', 'asym-tensor-all', 'onnx-pruned-fp32', 'measure-control')

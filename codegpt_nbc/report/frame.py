@@ -304,7 +304,7 @@ def benchmark_alone(geometry: str) -> dict: # {} if not measured
     "The benchmark of one prompt at a time; `geometry` is 'codegpt' or 'embedded'."
     return next((d for d in benchmarks().values() if d['geometry'] == geometry and d['batch'] == 1), {})
 
-# %% ../../nbs/report/81_frame.ipynb #365accc1
+# %% ../../nbs/report/81_frame.ipynb #a1c330c3
 def growth(pruned: Result | None = None) -> dict: # first, last: layers; first_tokens, last_tokens: M; kept, share: %
     "How the embedded model grew, and the share of the heads left by structured pruning that belong to its original layers."
     stages = read_json(BASE_MODEL/'training.json')['stages']
@@ -321,5 +321,5 @@ def corpus_facts() -> dict: # files, projects
     return dict(files=len(manifest), projects=int(manifest.project.nunique()))
 
 def hours_of(profile: str) -> float:
-    "Hours of computing that the runs of a profile took together."
-    return sum(r.provenance.seconds for r in load_results(profile).values())/3600
+    "Hours of computing that the runs of a profile took together, its report aside."
+    return sum(r.provenance.seconds for r in load_results(profile).values() if r.method != 'report')/3600

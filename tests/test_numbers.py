@@ -1,0 +1,134 @@
+"""Numbers that readers see: milliseconds and ratios of one table agree, and README and results page say what the result files say."""
+import json, re
+from pathlib import Path
+import pytest
+from codegpt_nbc.report.frame import frame
+from codegpt_nbc.report.prose import MissingResult, render
+from codegpt_nbc.report.publish import PAGES, page_text
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = [ROOT/'README.md', ROOT/'docs'/'results.md', *sorted((ROOT/'figures').glob('*/tab_*.md'))]
+MILLISECONDS = ('ms', 'ms a completion')
+
+
+def split(line): return [cell.strip() for cell in line.strip().strip('|').split('|')]
+
+
+def tables(text):
+    "The Markdown tables of a text: (columns, rows), a row being a list of cells."
+    block = []
+    for line in [*text.splitlines(), '']:
+        if line.startswith('|'): block.append(line)
+        elif block:
+            yield split(block[0]), [split(b) for b in block[2:]]
+            block = []
+
+
+def printed(cell):
+    "A printed number as (value, half of its last digit); None where there is none."
+    found = re.match(r'[−+-]?(\d+(?:\.(\d+))?)', cell)
+    if not found: return None
+    return float(found[1]), .5*10**-len(found[2] or '')
+
+
+def is_ratio(column): return column in ('× faster', 'faster', 'samples/s, × dense') or column.startswith('× ')
+
+
+def timed_tables():
+    for path in FILES:
+        for n, (columns, rows) in enumerate(tables(path.read_text(encoding='utf-8')) if path.is_file() else []):
+            ms, ratio = [c for c in columns if c in MILLISECONDS], [c for c in columns if is_ratio(c)]
+            if ms and ratio: yield pytest.param(columns, rows, ms[0], ratio[0], id=f'{path.relative_to(ROOT)}:{n}')
+
+
+def groups(columns, rows):
+    "The rows of each run: a table of several benchmarks has a baseline in each."
+    if 'run' not in columns: return [rows]
+    at = columns.index('run')
+    return [[r for r in rows if r[at] == run] for run in dict.fromkeys(r[at] for r in rows)]
+
+
+@pytest.mark.parametrize('columns, rows, ms, ratio', list(timed_tables()))
+def test_milliseconds_and_ratios_of_a_table_agree(columns, rows, ms, ratio):
+    for group in groups(columns, rows):
+        timed = [(r, printed(r[columns.index(ms)]), printed(r[columns.index(ratio)])) for r in group]
+        assert timed[0][2] == (1, .5), 'the baseline comes first, and its ratio is 1'
+        base, base_half = timed[0][1]
+        for row, time, factor in timed[1:]:
+            if time is None or factor is None: continue
+            least, most = (base - base_half)/(time[0] + time[1]), (base + base_half)/(time[0] - time[1])
+            assert least <= factor[0] + factor[1] and most >= factor[0] - factor[1], f'{row[0]}: {base} / {time[0]} is not {factor[0]}'
+
+
+def test_some_tables_have_both_columns(): assert len(list(timed_tables())) >= 6
+
+
+# --- README against the result files, read here without the code that writes it ---
+
+def result(run, profile='full'): return json.loads((ROOT/'papermill_runs'/profile/f'{run}.json').read_text(encoding='utf-8'))
+
+
+GAIN = ['baseline', 'onnx-dense-int8', 'recipe-pruned', 'recipe-half-pruned']
+
+
+@pytest.fixture(scope='module')
+def gain():
+    "The first table of README: one dict a row."
+    columns, rows = next(tables((ROOT/'README.md').read_text(encoding='utf-8')))
+    return [dict(zip(columns, row)) for row in rows]
+
+
+@pytest.mark.parametrize('n', range(4))
+def test_gain_table_says_what_the_results_say(gain, n):
+    row, run, speed = gain[n], result(GAIN[n]), result(f'measure-{GAIN[n]}')
+    base = result('measure-baseline')
+    ratio = 1. if n == 0 else speed['speed']['ratio_to_baseline']
+    accuracy = run['metrics']['codexglue']
+    expected = {'file MB': run['size']['raw_bytes']/1e6, 'peak MB': speed['memory']['peak_rss_bytes']/1e6, '× faster': ratio,
+                'ms a completion': 1e3/base['speed']['samples_per_s']/ratio, 'ES %': accuracy['es']}
+    for column, value in expected.items():
+        shown, half = printed(row[column])
+        assert abs(shown - value) <= half + 1e-9, f'{column}: {shown} is shown, {value} was found'
+    low, high = map(float, re.search(r'\[([\d.]+), ([\d.]+)\]', row['ES %']).groups())
+    assert (low, high) == tuple(float(f'{v:.1f}') for v in accuracy['es_ci'])
+
+
+def test_difference_from_the_dense_model(gain):
+    dense, other = (list(map(float, result(i)['metrics']['codexglue']['es_each'].split())) for i in ('baseline', 'recipe-pruned'))
+    change = sum(b - a for a, b in zip(dense, other))/len(dense)
+    assert gain[2]['Δ ES'].startswith(f'{change:+.1f}'.replace('-', '−'))
+
+
+def test_sentences_of_the_results_page():
+    said = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
+    pruned, control, structured = (result(i) for i in ('prune-unstructured-0.6', 'control', 'prune-structured-0.6'))
+    share = 100*pruned['size']['zip_bytes']/control['size']['zip_bytes']
+    assert f'the zip of the unstructured model is {share:.0f} % of the control' in said
+    es = [r['metrics']['codexglue']['es'] for r in (pruned, structured, control)]
+    assert f'ES is {es[0]:.1f} % for the unstructured model, {es[1]:.1f} % for the structured one, and {es[2]:.1f} % for the control' in said
+    audit = result('audit')['details']
+    assert f"That leaves {100*audit['missed_blocks']['blocks missed']['int8_share']:.0f} % of the weights in int8" in said
+    ratio = result('measure-onnx-dense-fp32')['speed']['ratio_to_baseline']
+    assert f"at {ratio:.2f} times PyTorch's speed in float32" in said
+    peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
+    assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said
+    assert f"`onnx int8` peaks at {result('measure-onnx-dense-int8', 'codegpt')['memory']['peak_rss_bytes']/1e6:.0f} MB" in said
+
+
+@pytest.fixture(scope='module')
+def full(): return frame('full')
+
+
+@pytest.mark.parametrize('target', PAGES)
+def test_page_is_what_its_source_and_the_results_give(target, full):
+    assert (ROOT/target).read_text(encoding='utf-8') == page_text(target, full), f'{target}: call make readme'
+
+
+def test_readme_is_short(): assert len((ROOT/'README.md').read_text(encoding='utf-8').splitlines()) < 180
+
+
+def test_placeholder_without_a_result_is_an_error(full, tmp_path):
+    (tmp_path/'page.md').write_text("It has {{ run('prune-structured-0.65').raw_mb | num }} MB.", encoding='utf-8')
+    with pytest.raises(MissingResult) as e: render('page.md', full, folder=tmp_path)
+    assert str(e.value) == ("page.md: {{ run('prune-structured-0.65') }} has no result, because the profile 'full' has no result of the run "
+                            "'prune-structured-0.65': call make reproduce PROFILE=full.")

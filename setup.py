@@ -1,7 +1,23 @@
 """Package metadata comes from settings.ini, so that it is written once."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 import setuptools
+from setuptools.command.build_py import build_py
+
+SHARED = ('configs/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
+
+
+class BuildWithShared(build_py):
+    "A wheel carries recipes, profiles and templates."
+    def run(self):
+        super().run()
+        here, share = Path(__file__).parent, Path(self.build_lib)/'codegpt_nbc'/'share'
+        for source in (p for pattern in SHARED for p in here.glob(pattern)):
+            target = share/source.relative_to(here)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+
 
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
@@ -14,5 +30,5 @@ setuptools.setup(
     extras_require={name: s[f'{key}_requirements'].split() for name, key in EXTRAS.items()},
     packages=setuptools.find_packages(include=['codegpt_nbc', 'codegpt_nbc.*']), include_package_data=True,
     package_data={'codegpt_nbc': ['assets/**/*', '**/*.md', '**/*.yaml', '**/*.ipynb']},
-    entry_points={'console_scripts': s['console_scripts'].split()},
+    cmdclass={'build_py': BuildWithShared}, entry_points={'console_scripts': s['console_scripts'].split()},
 )

@@ -14,8 +14,9 @@ from token import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, NUM
 # %% ../../nbs/data/10_text_format.ipynb #0d224614
 def _python_tokens(source: str):
     "Yield `(type, text)` of the tokens of `source`, an f-string as one STRING on every Python version."
-    lines, depth, start = source.splitlines(keepends=True), 0, None   # depth: f-strings that are open
-    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+    lines = io.StringIO(source).readlines()   # rows as tokenize counts them: `str.splitlines` also cuts at form feeds and the like
+    depth, start = 0, None                    # of f-strings that are open
+    for t in tokenize.generate_tokens(iter([*lines, '']).__next__):
         name = tok_name[t.type]
         if name in ('FSTRING_START', 'TSTRING_START'):
             if not depth: start = t.start

@@ -43,15 +43,25 @@ def save_tokenizer(tok: Tokenizer, folder):
         clean_up_tokenization_spaces=False, model_max_length=512))
 
 def load_tokenizer(folder=BASE_MODEL) -> Tokenizer:
-    "The tokenizer of a model folder; `transformers` converts one that is only `vocab.json` and `merges.txt`."
+    "The tokenizer of a model folder. Stored truncation and padding are ignored, as transformers does. Raises `ValueError` for a damaged one."
     path = Path(folder)/'tokenizer.json'
     if path.is_file():
-        try: return Tokenizer.from_file(str(path))
-        except Exception as e: raise ValueError(f'{path} is damaged ({e}): restore it.') from None
-    if not (Path(folder)/'vocab.json').is_file():
-        raise FileNotFoundError(f'{folder} holds no tokenizer: add tokenizer.json, or vocab.json and merges.txt.')
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(str(folder), use_fast=True).backend_tokenizer
+        try: tok = Tokenizer.from_file(str(path))
+        except Exception as e: raise ValueError(f'{path} is damaged ({e}): restore it.') from None   # the library raises plain exceptions
+    elif (Path(folder)/'vocab.json').is_file(): tok = _from_vocabulary(Path(folder))
+    else: raise FileNotFoundError(f'{folder} holds no tokenizer: add tokenizer.json, or vocab.json and merges.txt.')
+    tok.no_truncation()
+    tok.no_padding()
+    return tok
+
+def _from_vocabulary(folder: Path) -> Tokenizer:
+    "Convert `vocab.json` and `merges.txt`. The slow tokenizers of that time strip blanks around added words, and models were trained so."
+    from transformers import AutoTokenizer, GPT2Tokenizer
+    try: tok = GPT2Tokenizer.from_pretrained(str(folder)).backend_tokenizer
+    except Exception as e: raise ValueError(f'the tokenizer in {folder} is damaged ({type(e).__name__}: {e}): restore vocab.json and merges.txt.') from None
+    added = tok.get_added_tokens_decoder().values()
+    tok.add_special_tokens([AddedToken(t.content, lstrip=True, rstrip=True, normalized=False, special=True) for t in added])
+    return tok
 
 # %% ../../nbs/data/15_tokenizer.ipynb #a34e858e
 def end_of_line(tok: Tokenizer) -> int:

@@ -6,7 +6,7 @@
 __all__ = ['GPT2', 'LLAMA', 'FAMILIES', 'Family', 'with_biases', 'embeddings']
 
 # %% ../../nbs/model/21_families.ipynb #b298db5b
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fastcore.basics import patch
 from torch import nn
 from .layers import Attention, FeedForward, GatedFeedForward, RotaryAttention, Shape
@@ -26,7 +26,9 @@ class Family:
     names: tuple         # pairs (our tensor's name, theirs); `{l}` is the layer; names that a model lacks are skipped
     keys: dict           # our word → the key in config.json
     fixed: dict          # settings that the parts assume: a configuration with another value is refused
+    defaults: dict = field(default_factory=dict) # our word → its value where config.json does not say, as transformers has it
     transposed: tuple = () # our names of matrices stored (in, out)
+    buffers: tuple = ()  # endings of their names of tensors that are not weights, such as masks
 
     def pairs(self, n_layer: int): # yields (our tensor's name, their tensor's name, stored transposed?)
         "Every tensor that a model with `n_layer` layers may have."
@@ -63,7 +65,9 @@ GPT2 = Family(
     keys=dict(vocab='vocab_size', context='n_positions', d_model='n_embd', layers='n_layer', heads='n_head', inner='n_inner',
               eps='layer_norm_epsilon'),
     fixed=dict(activation_function='gelu_new', scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False),
+    defaults=dict(eps=1e-5),
     transposed=tuple(f'blocks.{{l}}.{m}.weight' for m in ('attn.qkv', 'attn.proj', 'mlp.up', 'mlp.down')),
+    buffers=('.attn.bias', '.attn.masked_bias'),
 )
 
 # %% ../../nbs/model/21_families.ipynb #2efc40ed
@@ -87,6 +91,8 @@ LLAMA = Family(
               heads='num_attention_heads', shared='num_key_value_heads', d_head='head_dim', inner='intermediate_size',
               eps='rms_norm_eps', theta='rope_theta'),
     fixed=dict(hidden_act='silu', attention_bias=False, mlp_bias=False, rope_scaling=None),
+    defaults=dict(eps=1e-6, theta=1e4),
+    buffers=('.rotary_emb.inv_freq',),
 )
 FAMILIES = {f.model_type: f for f in (GPT2, LLAMA)}
 
@@ -95,5 +101,6 @@ FAMILIES = {f.model_type: f for f in (GPT2, LLAMA)}
 def regular(self: Shape) -> bool:
     "True for the shapes that a configuration of the family can express."
     one_size = len(set(self.heads)) == len(set(self.inner)) == 1 and min(self.heads[0], self.inner[0]) > 0
-    states_d_head = 'd_head' in FAMILIES[self.family].keys
-    return one_size and (states_d_head or self.queries*self.heads[0]*self.d_head == self.d_model)
+    if not one_size: return False
+    states_d_head, query_heads = 'd_head' in FAMILIES[self.family].keys, self.queries*self.heads[0]
+    return self.d_model % query_heads == 0 and (states_d_head or query_heads*self.d_head == self.d_model)

@@ -1,7 +1,7 @@
 # The grid. configs/<profile>.yaml lists the runs, and a run does what its template notebook says.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
 import json, sys
-from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources
+from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources, template_of
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
 
 PROFILE = config.get('profile', 'quick')
@@ -27,11 +27,12 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         name: METHOD
         # A better embedded model or corpus makes every result stale
         input:
-            template=f'nbs/experiments/{METHOD}.ipynb',
+            template=str(template_of(METHOD)),
             base=str(BASE_MODEL/'model.safetensors'), corpus=str(CORPUS/'checksums.json'),
             models=lambda w: models_of(w.run),
             results=lambda w: results_for(w.run)
-        output: NOTEBOOK, RESULT, *([] if METHOD in WITHOUT_MODEL else [directory(MODEL)])
+        # What is there stays until the new one is whole, and comes back if a run fails
+        output: update(NOTEBOOK), update(RESULT), *([] if METHOD in WITHOUT_MODEL else [update(directory(MODEL))])
         wildcard_constraints: run='|'.join(r.id for r in RUNS.values() if r.method == METHOD)
         params: lambda w: json.dumps(RUNS[w.run].params)
         # On a cluster, a run that must be alone gets a node of its own

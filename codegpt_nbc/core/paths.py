@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'CORPUS', 'OWN_FILES', 'project_root', 'runs_dir', 'figures_dir', 'models_dir',
-           'shared', 'cores', 'atomic_path', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'new_folder',
-           'sha256', 'verify_checksums', 'write_checksums']
+           'shared', 'cores', 'all_cores', 'atomic_path', 'write_text', 'write_json', 'read_json', 'check_replaceable',
+           'new_folder', 'sha256', 'verify_checksums', 'write_checksums']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, hashlib, json, os, shutil, tempfile
@@ -51,7 +51,10 @@ def shared(
 def cores() -> int:
     "The number of cores to compute with: `OMP_NUM_THREADS`, or all cores that this process may use."
     asked = os.environ.get('OMP_NUM_THREADS', '')
-    if asked.isdigit() and int(asked): return int(asked)
+    return int(asked) if asked.isdigit() and int(asked) else all_cores()
+
+def all_cores() -> int:
+    "The number of cores that this process may use."
     if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))   # Linux only
     return os.cpu_count() or 1
 
@@ -154,5 +157,5 @@ def verify_checksums(
 def write_checksums(folder) -> Path:
     "Write `checksums.json` for the files directly in `folder`."
     folder = Path(folder)
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != 'checksums.json')
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != 'checksums.json' and not p.name.startswith('.'))
     return write_json(folder/'checksums.json', {n: sha256(folder/n) for n in names})

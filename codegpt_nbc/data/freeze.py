@@ -9,7 +9,7 @@ __all__ = ['SPLITS', 'build_corpus', 'shippable', 'train_shard', 'freeze', 'capp
 import sys, pandas as pd
 from collections import Counter
 from pydantic import Field
-from ..core.paths import CORPUS, atomic_path, write_checksums, write_json
+from ..core.paths import CORPUS, new_folder, write_checksums, write_json
 from .corpus import add_split, deduplicate, drop_leaks, is_permissive, read_all
 from .inputs import RunConfig
 from .samples import make_samples
@@ -82,8 +82,7 @@ def freeze(
                'valid_codexglue': make_samples(valid, 'codexglue', n_valid, per_project=.2)}
     tables = {'train': shard[['project', 'version', 'license', 'path', 'text']]} | samples
     summary = _summary(df, ok, skipped, tables)
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with new_folder(folder, 'corpus') as tmp:
         for name, t in tables.items():
             t.to_parquet(tmp/f'{name}.parquet', index=False, compression='zstd', compression_level=19)
         _manifest(shard, ok, [*samples.values()]).to_csv(tmp/'manifest.csv', index=False)

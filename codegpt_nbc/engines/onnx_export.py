@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, atomic_path
+from ..core.paths import BASE_MODEL, check_replaceable, new_folder
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_of
@@ -234,7 +234,8 @@ def export_onnx(
     precision: str = 'fp32',  # 'fp32', 'int8' or 'int4'
     accuracy_level: int = 4,  # see `Graph`
 ) -> Path:
-    "Write a model folder as an ONNX folder. Raises `ValueError` for a model that cannot be written."
+    "Write a model folder as an ONNX folder. Raises `ValueError` for a model that cannot be written, `FileExistsError` where something would be lost."
+    check_replaceable(out, 'model', [folder])
     if (Path(folder)/'model.onnx').is_file():
         raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
     model = in_precision(load_model(folder), precision)
@@ -246,8 +247,7 @@ def export_onnx(
     if accuracy_level != 4: step['accuracy_level'] = accuracy_level
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
            'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
-    with atomic_path(out) as tmp:
-        tmp.mkdir()
+    with new_folder(out, 'model', [folder]) as tmp:
         (tmp/'model.onnx').write_bytes(proto.SerializeToString())
         describe(tmp, model.shape, folder, step, onnx=how)
     return Path(out)

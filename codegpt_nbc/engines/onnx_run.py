@@ -25,6 +25,7 @@ class Graph:
     ):
         self.accuracy_level, self.by_row = accuracy_level, by_row
         self.nodes = []      # onnx.NodeProto, in the order of computation
+        self.taken = set()   # names of values in a graph that nodes are copied from
         self.weights = {}    # name → array
         self.tables = {}     # module → names and attributes of its quantised matrix, see `Graph.table`
         self.rounded = {}    # value → names of its integers, step and zero point, and its rows' largest magnitudes
@@ -37,10 +38,16 @@ class Graph:
     ) -> str: # the name of the first output
         "Add a node."
         from onnx import helper
-        outputs = outputs or [f'{kind}_{len(self.nodes)}']
+        outputs = outputs or [self._new_name(kind)]
         domain = DOMAIN if kind in FUSED else ''
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
         return outputs[0]
+
+    def _new_name(self, kind: str) -> str:
+        "A name that no node has, neither of those made here nor of those copied from another graph."
+        number = len(self.nodes)
+        while f'{kind}_{number}' in self.taken: number += len(self.taken)
+        return f'{kind}_{number}'
 
     def weight(self,
         name: str,
@@ -166,6 +173,7 @@ def _for_prompts(graph, by_row: bool) -> Graph:
     gone = {f'{name}.{part}' for name in maps.values() for part in ('weight', 'scale', 'zero_point', 'blocks')}
     stored = {w.name: numpy_helper.to_array(w) for w in graph.initializer}
     g = Graph(by_row=by_row)
+    g.taken = {name for n in graph.node for name in n.output}
     g.weights = {name: w for name, w in stored.items() if name not in gone}
     for n in graph.node:
         if n.name in maps:

@@ -11,7 +11,7 @@ import time, numpy as np, torch
 from pathlib import Path
 from typing import Literal
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, atomic_path, cores
+from ..core.paths import BASE_MODEL, cores, new_folder
 from ..core.record import StepResult, cpu_model
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
@@ -170,8 +170,7 @@ def export_openvino(
     if precision == 'bf16':
         for p in model.parameters(): p.data = p.data.bfloat16() if p.ndim == 2 else p.data
     how = {'precision': precision, 'parameters': count_parameters(model)}
-    with atomic_path(out) as tmp:
-        tmp.mkdir()
+    with new_folder(out, 'model', [folder]) as tmp:
         ov.save_model(build_model(model), tmp/OPENVINO_FILE, compress_to_fp16=False)
         describe(tmp, model.shape, folder, {'method': 'openvino', 'precision': precision}, openvino=how)
     return Path(out)

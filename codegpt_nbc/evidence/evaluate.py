@@ -95,8 +95,10 @@ def validation_es(student: Decoder, tok, n: int, folder=CORPUS): # → function 
 
 # %% ../../nbs/evidence/61_evaluate.ipynb #fb5272f0
 def weight_files(folder) -> list:
-    "The files of a model folder that hold weights."
-    return sorted(p for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.onnx', '.data', '.bin', '.xml'))
+    "The files of a model folder that its engine reads weights from; pickles beside safetensors are none of them."
+    found = sorted(p for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.onnx', '.data', '.bin', '.xml'))
+    if any(p.suffix == '.safetensors' for p in found): return [p for p in found if p.suffix == '.safetensors']
+    return [p for p in found if p.suffix != '.bin' or p.name.startswith(('pytorch_model', 'openvino_model'))]
 
 def zip_bytes(files: list) -> int:
     "The bytes of a zip archive of `files` (deflate, as `zip` makes it)."

@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from pydantic import Field, model_validator
 from tokenizers import Tokenizer, pre_tokenizers
-from ..core.paths import atomic_path, read_json, write_json
+from ..core.paths import new_folder, read_json, write_json
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import check_fits, encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
-from ..model.folder import from_disk, load_model, read_config, reader_of, save_model, to_disk
+from ..model.folder import from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
 from ..model.layers import Shape
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #422262ef
@@ -220,17 +220,18 @@ def save_trimmed(
 ) -> Path:
     "Write a trimmed model with its tokenizer."
     old, config = load_tokenizer(parent), read_config(parent)
-    def renamed(i): # the new id of an old one, or None
+    def renamed(i): # the new id of an old one, or None; a list of them alike
+        if isinstance(i, list): return [new for new in map(renamed, i) if new is not None] or None
         token = None if i is None else old.id_to_token(i)
         return None if token is None else tok.token_to_id(token)
-    with atomic_path(folder) as tmp:
+    with new_folder(folder, 'model', [parent]) as tmp:
         save_model(model, tmp, parent, step)
         for name in ('vocab.json', 'merges.txt'): (tmp/name).unlink(missing_ok=True)       # tokenizer.json holds both
         tok.save(str(tmp/'tokenizer.json'))
         path = tmp/'tokenizer_config.json'
         if path.is_file():      # without the added tokens, which it lists under their old ids
             write_json(path, {k: v for k, v in read_json(path).items() if k != 'added_tokens_decoder'})
-        ids = {k: renamed(config[k]) for k in ('bos_token_id', 'eos_token_id') if k in config}
+        ids = {k: renamed(i) for k, i in special_ids(parent).items()}
         write_json(tmp/'config.json', read_config(tmp) | ids)
     return Path(folder)
 

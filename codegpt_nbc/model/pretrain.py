@@ -11,7 +11,7 @@ import numpy as np, torch
 from dataclasses import asdict
 from pathlib import Path
 from ..core.config import Strict
-from ..core.paths import BASE_MODEL, atomic_path, models_dir, read_json, write_checksums, write_json
+from ..core.paths import BASE_MODEL, models_dir, new_folder, read_json, write_checksums, write_json, write_text
 from ..core.record import StepResult, Train, cpu_model
 from ..data.inputs import RunConfig
 from ..data.samples import load_texts
@@ -107,7 +107,7 @@ def packed_corpus(c: PretrainConfig) -> tuple: # (folder with the tokenizer, tra
     if c.corpus:
         folder = c.corpus_folder
         train, valid = (np.memmap(folder/f'{split}.bin', np.uint16, 'r') for split in ('train', 'valid'))
-        return folder, train, valid, (folder/'about.txt').read_text().strip()
+        return folder, train, valid, (folder/'about.txt').read_text(encoding='utf-8').strip()
     tok, texts = load_tokenizer(), load_texts()
     return BASE_MODEL, pack(tok, texts[50:350]), pack(tok, texts[:50]), 'the shipped training shard, in part'
 
@@ -119,10 +119,11 @@ def pretrain_step(
     out = Path(out or c.out_folder)
     folder, ids, valid, data = packed_corpus(c)
     model, results = pretrain(c, ids, load_tokenizer(folder).get_vocab_size(), out.with_name(f'{out.name}-checkpoints'))
-    save_model(model, out, parent=folder, step={'method': 'pretrain', 'stages': c.stages})
     valid_loss = mean_loss(model, valid)
     stages = [asdict(r) | {'config': stage} for r, stage in zip(results, c.stages)]
-    write_json(out/'training.json', dict(data=data, cpu=cpu_model(), valid_loss=valid_loss, stages=stages))
+    with new_folder(out, 'model', [folder]) as tmp:
+        save_model(model, tmp, parent=folder, step={'method': 'pretrain', 'stages': c.stages})
+        write_json(tmp/'training.json', dict(data=data, cpu=cpu_model(), valid_loss=valid_loss, stages=stages))
     return StepResult(out, train_of(results), dict(data=data, valid_loss=valid_loss))
 
 def train_of(results: list) -> Train: # of `TrainResult`, one a stage
@@ -170,10 +171,10 @@ def ship(
     info = read_json(folder/'training.json')
     size = 2*sum(p.numel() for p in model.parameters())
     if size > 25e6: raise ValueError(f'{folder} takes {size/1e6:.1f} MB as float16, but at most 25 MB are shipped.')
-    with atomic_path(to) as tmp:
+    with new_folder(to, 'model', [folder]) as tmp:
         save_model(model, tmp, parent=folder, dtype=torch.float16)
         (tmp/'recipe.json').unlink()     # the embedded model is where chains start
         write_json(tmp/'training.json', info)
-        (tmp/'README.md').write_text(card_of(model, info))
+        write_text(tmp/'README.md', card_of(model, info))
         write_checksums(tmp)
     return Path(to)

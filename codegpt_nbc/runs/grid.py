@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
-from ..core.paths import BASE_MODEL, PACKAGE, atomic_path, models_dir, project_root, runs_dir
+from ..core.paths import BASE_MODEL, PACKAGE, all_cores, atomic_path, models_dir, project_root, runs_dir, shared
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
 class Block(Strict):
@@ -60,7 +60,7 @@ ALONE = {'measure', 'session', 'search', 'compress', 'cost', 'peers'}        # m
 
 def template_of(method: str) -> Path:
     "The template notebook of a method."
-    return project_root()/'nbs'/'experiments'/f'{method}.ipynb'
+    return shared(f'nbs/experiments/{method}.ipynb')
 
 def is_step(run_id: str) -> bool:
     "Is this run a step inside a recipe, such as `half.1-distill`? A sparsity, as in `prune-0.4-distilled`, does not make it one."
@@ -132,18 +132,18 @@ NOT_PROFILES = {'recipes', 'resources'}   # the other files of configs/
 
 def resources(method: str) -> dict: # mem_mb, runtime (minutes)
     "What a run of a method asks of a scheduler, from `configs/resources.yaml`."
-    known = _read_yaml(project_root()/'configs'/'resources.yaml', dict)
+    known = _read_yaml(shared('configs/resources.yaml'), dict)
     return known.get(method, known['default'])
 
 def read_recipes() -> dict: # name → `Recipe`
     "The recipes of `configs/recipes.yaml`; none where there is no such file."
-    path = project_root()/'configs'/'recipes.yaml'
+    path = shared('configs/recipes.yaml')
     if not path.is_file(): return {}
     return _read_yaml(path, lambda found: {name: Recipe(**r) for name, r in found.items()})
 
 def read_profile(name: str) -> dict: # run id → `Run`
     "The runs of `configs/<name>.yaml`. Raises `FileNotFoundError` for a profile that does not exist."
-    path = project_root()/'configs'/f'{name}.yaml'
+    path = shared(f'configs/{name}.yaml')
     if not path.is_file() or name in NOT_PROFILES:
         known = ', '.join(sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem not in NOT_PROFILES))
         raise FileNotFoundError(f'there is no profile {name!r}: configs/ has {known}.')
@@ -243,15 +243,12 @@ def snakemake_command(
     cluster=None,      # Folder with a Snakemake profile, e.g. `configs/slurm`; None: this machine
 ) -> list:
     "The command that runs a grid."
-    where = ['--snakefile', str(project_root()/'Snakefile'), '--directory', str(project_root())]
+    where = ['--snakefile', str(shared('Snakefile')), '--directory', str(project_root())]
     what = ['--cores', str(cores), '--config', f'profile={profile}', '--rerun-triggers', 'mtime', 'params']
     how = ['--rerun-incomplete', '--nolock', '--keep-going', '--quiet', 'rules', 'reason', 'host']
     on = ['--workflow-profile', str(cluster)] if cluster else []
     last = ['--', *extra] if extra else []
     return [sys.executable, '-m', 'snakemake', *where, *what, *how, *on, *last]
-
-def _all_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def _not_made(profile: str, runs: dict) -> list: # of run ids
     return [i for i in runs if not (runs_dir(profile)/f'{i}.json').is_file()]
@@ -281,7 +278,7 @@ def reproduce(
         for folder in (runs_dir(profile), models_dir(profile)):
             for scratch in folder.glob('.tmp-*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
         print(f'profile {profile}: {len(runs)} runs, {len(_not_made(profile, runs))} of them not made yet', flush=True)
-        done = subprocess.run(snakemake_command(profile, cores or _all_cores(), cluster=cluster))
+        done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster))
     if done.returncode:
         missing = _not_made(profile, runs)
         raise RunFailed(f'{len(missing)} of {len(runs)} runs are not finished (first: {missing[0] if missing else "none"}): '

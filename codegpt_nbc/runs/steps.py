@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
 from .. import __version__
-from ..core.paths import CORPUS, atomic_path, project_root, read_json, sha256, write_json
+from ..core.paths import CORPUS, new_folder, project_root, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
 from .grid import Profile, Recipe, from_start, read_recipes
@@ -217,7 +217,7 @@ def recipe_bars(clock: Clock, quiet: bool = False):
 def budgets_of(profile: str) -> dict: # method → parameters
     "What a profile lets each method spend. Raises `FileNotFoundError` for a profile that does not exist."
     import yaml
-    path = project_root()/'configs'/f'{profile}.yaml'
+    path = shared(f'configs/{profile}.yaml')
     if not path.is_file(): raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
     return Profile(**yaml.safe_load(path.read_text(encoding='utf-8'))).budgets
 
@@ -268,7 +268,7 @@ def apply_recipe(
     import shutil
     refuse_existing(out)
     results = make_recipe(model, recipe, budgets, data, quiet)
-    with atomic_path(out) as tmp: shutil.copytree(results[-1].folder, tmp)
+    with new_folder(out, 'model', [model]) as tmp: shutil.copytree(results[-1].folder, tmp, dirs_exist_ok=True)
     return results[:-1] + [StepResult(Path(out), results[-1].train, results[-1].details)]
 
 # %% ../../nbs/runs/71_steps.ipynb #3e2f16cc

@@ -47,8 +47,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             if revision not in (COMMIT, 'main'): return self.answer(b'', 404, X_Error_Code='RevisionNotFound', X_Error_Message='no')
             folder = self.root/repo.split('/')[1]
             files = [p for p in sorted(folder.rglob('*')) if p.is_file()]
-            tree = [{'type': 'file', 'path': p.relative_to(folder).as_posix(), 'size': p.stat().st_size, 'oid': hashlib.sha1(p.read_bytes()).hexdigest()} for p in files]
-            body = tree if what == 'tree' else {'id': repo, 'sha': COMMIT, 'siblings': [{'rfilename': t['path']} for t in tree]}
+            tree = [{'type': 'file', 'path': p.relative_to(folder).as_posix(), 'size': p.stat().st_size,
+                     'oid': hashlib.sha1(p.read_bytes()).hexdigest()} for p in files]
+            siblings = [{'rfilename': t['path']} for t in tree]
+            body = tree if what == 'tree' else {'id': repo, 'sha': COMMIT, 'siblings': siblings}
             return self.answer(json.dumps(body).encode(), Content_Type='application/json')
         if m := re.fullmatch(r'(?:datasets/)?[^/]+/([^/]+)/resolve/[^/]+/(.+)', path):
             data = (self.root/m[1]/m[2]).read_bytes()
@@ -68,11 +70,15 @@ def hub(made):
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, capsys):
-    "`codegpt-nbc evaluate` in this process, with nothing of this machine's own hub: (exit status, standard output, standard error)."
+    "`codegpt-nbc evaluate` in this process, without this machine's own hub cache: exit status, output and errors."
     def call(model, *args, endpoint='http://127.0.0.1:9', offline=False, n=4):
-        for k, v in dict(CODEGPT_NBC_HOME=tmp_path, HF_HUB_OFFLINE=int(offline), NO_PROXY='127.0.0.1').items(): monkeypatch.setenv(k, str(v))
+        variables = dict(CODEGPT_NBC_HOME=tmp_path, HF_HUB_OFFLINE=int(offline), NO_PROXY='127.0.0.1')
+        for k, v in variables.items(): monkeypatch.setenv(k, str(v))
         monkeypatch.setattr('huggingface_hub.utils._http.time.sleep', lambda s: None)      # it would wait between its attempts
-        for k, v in dict(ENDPOINT=endpoint, HUGGINGFACE_CO_URL_TEMPLATE=endpoint + '/{repo_id}/resolve/{revision}/{filename}', HF_HUB_CACHE=str(tmp_path/'hf'), HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET=True).items(): monkeypatch.setattr(constants, k, v)
+        url = endpoint + '/{repo_id}/resolve/{revision}/{filename}'
+        settings = dict(ENDPOINT=endpoint, HUGGINGFACE_CO_URL_TEMPLATE=url, HF_HUB_CACHE=str(tmp_path/'hf'),
+                        HF_HUB_OFFLINE=offline, HF_HUB_DISABLE_XET=True)
+        for k, v in settings.items(): monkeypatch.setattr(constants, k, v)
         monkeypatch.setattr(sys, 'argv', ['codegpt-nbc', 'evaluate', str(model), '--n', str(n), *map(str, args)])
         try: main(); status = 0
         except SystemExit as e: status = e.code or 0
@@ -118,7 +124,8 @@ def test_what_the_hub_refuses(made, hub, tmp_path, model, said, evaluate):
 
 
 def test_without_the_hub(tmp_path, evaluate):
-    assert 'HF_HUB_OFFLINE is set: fetch it once with HF_HUB_OFFLINE=0, or give a folder' in sentence(evaluate(f'some/codegpt@{COMMIT}', offline=True))
+    offline = sentence(evaluate(f'some/codegpt@{COMMIT}', offline=True))
+    assert 'HF_HUB_OFFLINE is set: fetch it once with HF_HUB_OFFLINE=0, or give a folder' in offline
     assert 'the hub cannot be reached: connect, or give a folder' in sentence(evaluate(f'some/codegpt@{COMMIT}'))
     assert "there is no model 'nobody'" in sentence(evaluate('nobody'))
     assert "there is no code 'nothing'" in sentence(evaluate('codegpt-nano', '--data', 'nothing'))

@@ -68,7 +68,7 @@ def code_dataset(folder, split: str, cache, change=str): # `datasets.Dataset` wi
         if next(rows(), None) is None: return datasets.Dataset.from_dict({'text': []})
         features = datasets.Features({'text': datasets.Value('large_string')})
         try: return datasets.Dataset.from_generator(rows, features, str(cache), fingerprint=split)
-        except datasets.exceptions.DatasetGenerationError as e: raise e.__cause__
+        except datasets.exceptions.DatasetGenerationError as e: raise e.__cause__ from None
 
 # %% ../../nbs/data/14_codexglue.ipynb #eebaf407
 def line_completion_samples(

@@ -8,6 +8,7 @@ __all__ = ['TASKS', 'codexglue_layout', 'large_tokenizer', 'stand_in', 'StandInC
 
 # %% ../../nbs/evidence/64_cost.ipynb #77260687
 import json, os, subprocess, sys, tempfile, time, numpy as np
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
@@ -123,10 +124,9 @@ def _evaluate(folder, out, c):
 
 TASKS = {'prune': _prune, 'int8': _int8, 'int4 (GPTQ)': _int4, 'export': _export, 'evaluate': _evaluate}
 
-def _modules():
-    "Import everything that a task may import, so that it is no task's cost."
-    import onnx, tqdm, accelerate, codegpt_nbc.engines.generate, codegpt_nbc.engines.onnx_export
-    import codegpt_nbc.methods.gptq, codegpt_nbc.methods.prune, codegpt_nbc.methods.quantize
+# Modules that a task may import: they are loaded before the clock starts, so that they are no task's cost
+_MODULES = ('onnx', 'tqdm', 'accelerate', 'codegpt_nbc.engines.generate', 'codegpt_nbc.engines.onnx_export',
+            'codegpt_nbc.methods.gptq', 'codegpt_nbc.methods.prune', 'codegpt_nbc.methods.quantize')
 
 # %% ../../nbs/evidence/64_cost.ipynb #6a7fccfa
 class CostConfig(RunConfig):
@@ -143,7 +143,7 @@ def _worker(task: str, folder: str, out: str, settings: str):
     "Do one task and print its cost."
     import torch
     torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()))
-    _modules()
+    for module in _MODULES: import_module(module)
     c, floor = CostConfig(**json.loads(settings)), peak_memory()
     began, cpu = time.time(), time.process_time()
     TASKS[task](folder, out, c)

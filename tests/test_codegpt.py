@@ -150,7 +150,7 @@ def test_a_folder_that_is_not_whole(made, tmp_path, evaluate):
     assert 'truncated or corrupt' in sentence(evaluate(m))
     (m/'model.safetensors').unlink()
     (m/'pytorch_model.bin').write_bytes(b'pickle')
-    assert 'pickled weights are never loaded' in sentence(evaluate(m))
+    assert 'holds more than weights (UnpicklingError): give the model as safetensors' in sentence(evaluate(m))
 
 
 def test_a_tokenizer_without_end_of_line(made, tmp_path, evaluate):

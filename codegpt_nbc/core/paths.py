@@ -122,7 +122,8 @@ def check_replaceable(
     if not isinstance(own, dict) or own.get('kind') != kind:
         raise FileExistsError(f'{path} is not a {kind} folder written by codegpt_nbc: choose another folder, or remove it yourself.')
     foreign = sorted(set(files) - set(own.get('files', [])))
-    if foreign: raise FileExistsError(f'{path} holds {foreign[0]}, which codegpt_nbc did not write: move it away, or choose another folder.')
+    if foreign: raise FileExistsError(f'{path} holds {foreign[0]}, which codegpt_nbc did not write: '
+                                      'move it away, or choose another folder.')
 
 # %% ../../nbs/core/00_paths.ipynb #1a71a5dc
 @contextmanager

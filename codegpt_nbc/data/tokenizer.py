@@ -43,7 +43,7 @@ def save_tokenizer(tok: Tokenizer, folder):
         clean_up_tokenization_spaces=False, model_max_length=512))
 
 def load_tokenizer(folder=BASE_MODEL) -> Tokenizer:
-    "The tokenizer of a model folder. Stored truncation and padding are ignored, as transformers does. Raises `ValueError` for a damaged one."
+    "A model folder's tokenizer, without stored truncation and padding, as in transformers. Raises `ValueError` if damaged."
     path = Path(folder)/'tokenizer.json'
     if path.is_file():
         try: tok = Tokenizer.from_file(str(path))
@@ -55,10 +55,12 @@ def load_tokenizer(folder=BASE_MODEL) -> Tokenizer:
     return tok
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
-    "Convert `vocab.json` and `merges.txt`. The slow tokenizers of that time strip blanks around added words, and models were trained so."
-    from transformers import AutoTokenizer, GPT2Tokenizer
+    "Convert `vocab.json` and `merges.txt`. Added words strip the blanks around them, as they did when such models were trained."
+    from transformers import GPT2Tokenizer
     try: tok = GPT2Tokenizer.from_pretrained(str(folder)).backend_tokenizer
-    except Exception as e: raise ValueError(f'the tokenizer in {folder} is damaged ({type(e).__name__}: {e}): restore vocab.json and merges.txt.') from None
+    except Exception as e:
+        reason = f'{type(e).__name__}: {e}'
+        raise ValueError(f'the tokenizer in {folder} is damaged ({reason}): restore vocab.json and merges.txt.') from None
     added = tok.get_added_tokens_decoder().values()
     tok.add_special_tokens([AddedToken(t.content, lstrip=True, rstrip=True, normalized=False, special=True) for t in added])
     return tok

@@ -12,13 +12,13 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'PATTERNS',
            'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
            'fig_xtc', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines', 'fig_peers']
 
-# %% ../../nbs/report/84_figures.ipynb #c22dc748
+# %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
                                       measured_ms, pareto_front, percent_of_dense,
                                       precision_of, printed_pruning, published, published_systems, retained,
-                                      split_time, systems, versus, without_steps)
+                                      split_time, systems, without_steps)
 from .prose import paragraph
 from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, method_color, number,
                                       short_label, styled)
@@ -278,7 +278,7 @@ def latency_text(row) -> str:
     if row.name == 'baseline': return f'{number(row.ms, 2)} ms'
     return f'{number(row.ms, 2)} ms · {row.ratio:.1f} × ({row.ratio_low:.1f}–{row.ratio_high:.1f})'
 
-# %% ../../nbs/report/84_figures.ipynb #465e2486
+# %% ../../nbs/report/84_figures.ipynb #1c8de4f7
 @styled
 def fig_latency(fr: pd.DataFrame):
     "Prefill and decoding time of one completion, by method and engine."
@@ -289,7 +289,7 @@ def fig_latency(fr: pd.DataFrame):
     runs = sorted((i for i in timed if i not in slow), key=lambda i: fr.ratio[i])
     fig, ax = plt.subplots(figsize=(WIDTH, 1.5 + .25*len(runs)))
     if runs: stacked_bars(ax, rounds_in_ms(fr, runs), COLORS)
-    for y, (i, row) in enumerate(fr.loc[runs].iterrows()):
+    for y, (_, row) in enumerate(fr.loc[runs].iterrows()):
         ax.annotate(latency_text(row), (row.ms*max(1, row.ratio/row.ratio_low), y), xytext=(6, 0),
                     textcoords='offset points', va='center', fontsize=7.5, color='#444444')
     ax.margins(x=.38); ax.set_xlim(left=0); ax.set_xlabel('ms for one completion, batch 1')

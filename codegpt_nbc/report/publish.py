@@ -6,7 +6,7 @@
 __all__ = ['PAGES', 'save_figure', 'save_table', 'small_table', 'publish', 'publish_all', 'page_text', 'readme', 'rooms',
            'ReportConfig']
 
-# %% ../../nbs/report/85_publish.ipynb #77c782dc
+# %% ../../nbs/report/85_publish.ipynb #0e9b08f1
 import re, pandas as pd
 from pathlib import Path
 from ..core.paths import atomic_path, figures_dir, project_root, read_json, write_text
@@ -15,7 +15,7 @@ from .figures import FIGURES
 from .frame import frame
 from .prose import render
 from .style import RC, small_picture
-from .tables import PROFILE_TABLES, TABLES, as_markdown, tab_peers, tab_size
+from .tables import PROFILE_TABLES, as_markdown, tab_peers, tab_size
 
 # %% ../../nbs/report/85_publish.ipynb #289ed762
 def save_figure(

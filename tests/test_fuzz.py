@@ -1,8 +1,7 @@
-"""Mutated inputs: whatever is broken in a configuration, a tokenizer, weights, code or a profile, there is one sentence or a right answer, never a traceback of another kind.
+"""Mutated configurations, tokenizers, weights, code and profiles: one sentence or a right answer, never a traceback of another kind.
 
 `CODEGPT_NBC_FUZZ=10000` tries so many inputs of each kind; by default few, with fixed seeds. Failures that were found stand as examples."""
-import json, os, random, struct, warnings
-from pathlib import Path
+import json, os, struct
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from codegpt_nbc.core.paths import read_json
@@ -19,8 +18,11 @@ N = int(os.environ.get('CODEGPT_NBC_FUZZ', 60))
 FUZZ = settings(max_examples=N, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 SENTENCE = (ValueError, OSError, RuntimeError, ImportError)   # what the command line shows as one sentence
 
-JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2**40, 2**40) | st.floats() | st.text(max_size=8) | st.sampled_from(['gpt2', 'llama', 'float16', 'codegpt_nbc']),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
+WORDS = st.sampled_from(['gpt2', 'llama', 'float16', 'codegpt_nbc'])
+SCALARS = st.none() | st.booleans() | st.integers(-2**40, 2**40) | st.floats() | st.text(max_size=8) | WORDS
+JUNK = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
+EXTRA = st.sampled_from(['slices', 'rope_scaling', 'rope_parameters', 'quantization_config', 'dtype', 'x'])
+BLOCKS = st.dictionaries(st.sampled_from(['method', 'recipe', 'id', 'sweep', 'set', 'of', 'budgets']), JUNK, max_size=4)
 
 
 def one_sentence(call, *allowed):
@@ -37,12 +39,14 @@ def folders(tmp_path_factory):
     words = d/'words'; words.mkdir()
     save_tokenizer(train_tokenizer(['def f ( x ) : <EOL> return x'], [], 300), words)
     gpt2 = save_model(Decoder(Shape(300, 32, 16, 8, (2, 2), (24, 24))).init_weights(), d/'gpt2', parent=words)
-    llama = save_model(Decoder(Shape(300, 32, 16, 8, (1, 1), (24, 24), 'llama', queries=2, tied=False)).init_weights(), d/'llama', parent=words)
+    shape = Shape(300, 32, 16, 8, (1, 1), (24, 24), 'llama', queries=2, tied=False)
+    llama = save_model(Decoder(shape).init_weights(), d/'llama', parent=words)
     return [gpt2, llama, save_model(quantize(load_model(gpt2)), d/'int8', parent=gpt2)]
 
 
 @FUZZ
-@given(which=st.integers(0, 2), changes=st.dictionaries(st.integers(0, 40), st.just('drop') | JUNK, min_size=1, max_size=3), extra=st.dictionaries(st.sampled_from(['slices', 'rope_scaling', 'rope_parameters', 'quantization_config', 'dtype', 'x']), JUNK, max_size=1))
+@given(which=st.integers(0, 2), changes=st.dictionaries(st.integers(0, 40), st.just('drop') | JUNK, min_size=1, max_size=3),
+       extra=st.dictionaries(EXTRA, JUNK, max_size=1))
 def test_configurations(folders, which, changes, extra):
     config = read_config(folders[which])
     keys = list(config)
@@ -107,7 +111,7 @@ def test_source(source):
 
 
 @FUZZ
-@given(profile=st.dictionaries(st.sampled_from(['about', 'runs', 'set', 'budgets', 'x']), JUNK | st.lists(st.dictionaries(st.sampled_from(['method', 'recipe', 'id', 'sweep', 'set', 'of', 'budgets']), JUNK, max_size=4), max_size=2), max_size=4))
+@given(profile=st.dictionaries(st.sampled_from(['about', 'runs', 'set', 'budgets', 'x']), JUNK | st.lists(BLOCKS, max_size=2), max_size=4))
 def test_profiles(profile):
     one_sentence(lambda: expand(Profile(**profile), 'fuzzed', {}))
 

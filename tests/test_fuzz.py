@@ -20,7 +20,7 @@ SENTENCE = (ValueError, OSError, RuntimeError, ImportError)   # what the command
 
 WORDS = st.sampled_from(['gpt2', 'llama', 'float16', 'codegpt_nbc'])
 SCALARS = st.none() | st.booleans() | st.integers(-2**40, 2**40) | st.floats() | st.text(max_size=8) | WORDS
-JUNK = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3), max_leaves=5)
+JUNK = st.recursive(SCALARS, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=6), x, max_size=3), max_leaves=5)
 EXTRA = st.sampled_from(['slices', 'rope_scaling', 'rope_parameters', 'quantization_config', 'dtype', 'x'])
 BLOCKS = st.dictionaries(st.sampled_from(['method', 'recipe', 'id', 'sweep', 'set', 'of', 'budgets']), JUNK, max_size=4)
 

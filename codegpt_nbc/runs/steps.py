@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
 from .. import __version__
-from ..core.paths import CORPUS, new_folder, project_root, read_json, sha256, shared, write_json
+from ..core.paths import CORPUS, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
 from .grid import Profile, Recipe, from_start, read_recipes

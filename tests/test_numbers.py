@@ -131,5 +131,5 @@ def test_readme_is_short(): assert len((ROOT/'README.md').read_text(encoding='ut
 def test_placeholder_without_a_result_is_an_error(full, tmp_path):
     (tmp_path/'page.md').write_text("{{ run('prune-structured-0.65').raw_mb | num }} MB", encoding='utf-8')
     with pytest.raises(MissingResult) as e: render('page.md', full, folder=tmp_path)
-    assert str(e.value) == ("page.md: {{ run('prune-structured-0.65') }} has no result, because the profile 'full' has no result of the run "
-                            "'prune-structured-0.65': call make reproduce PROFILE=full.")
+    assert str(e.value) == ("page.md: {{ run('prune-structured-0.65') }} has no result, because the profile 'full' has no result of the "
+                            "run 'prune-structured-0.65': call make reproduce PROFILE=full.")

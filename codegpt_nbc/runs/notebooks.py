@@ -91,7 +91,7 @@ def is_stale(path) -> bool:
 
 # %% ../../nbs/runs/75_notebooks.ipynb #077259d5
 def execute(path) -> Path:
-    "Execute a notebook in its own folder and write its outputs into it. If a cell fails, raise `RuntimeError` and leave the file as it was."
+    "Execute a notebook in its own folder, and write its outputs. If a cell fails, raise `RuntimeError` and leave the file as it was."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -120,7 +120,7 @@ def refresh(
     workers: int = 2,    # Notebooks executed at a time
     root=None,           # Checkout; None: this one
 ):
-    "Execute the notebooks whose outputs are stale. Raises `RuntimeError` with the first line of each failure, after the others are done."
+    "Execute the notebooks whose outputs are stale. If some fail, raise `RuntimeError` with a line for each when the others are done."
     due = [path for path in notebooks(root) if every or is_stale(path)]
     print(f'{len(due)} notebooks to execute', flush=True)
     def attempt(path):

@@ -41,8 +41,8 @@ class DistillLoss(Strict):
     def check(self, student: Shape, teacher: Shape):
         "Raise `ValueError` for two models that cannot be compared."
         if student.vocab != teacher.vocab:
-            raise ValueError(f'the student has {student.vocab} tokens and its teacher {teacher.vocab}, but distillation compares distributions '
-                             "over one vocabulary: choose a teacher with the student's tokenizer.")
+            raise ValueError(f'the student has {student.vocab} tokens and its teacher {teacher.vocab}, but distillation compares '
+                             "distributions over one vocabulary: choose a teacher with the student's tokenizer.")
         if self.alpha_cos and student.d_model != teacher.d_model:
             raise ValueError(f'the student is {student.d_model} channels wide and its teacher {teacher.d_model}, so their hidden states '
                              'cannot be compared: set alpha_cos to 0.')
@@ -134,6 +134,7 @@ class Pair(nn.Module):
             h = self.teacher.norm(self.teacher.hidden(ids))[real]
             return h, 0. if self.frozen else hard_loss(h, self.teacher.tokens.output, y)
 
+# %% ../../nbs/methods/37_distill.ipynb #48c0262e
 def pair_loss(pair: nn.Module, batch: tuple): # scalar
     "The loss of `fit` for two models in one module."
     return pair(*batch)
@@ -167,6 +168,7 @@ def files_enough(c) -> int | None: # None: all there are
     "The number of files of a large corpus to read for a `TaughtConfig` that says how many tokens it wants."
     return None if c.tokens is None or c.shortest < 1 else max(20_000, c.tokens//50)
 
+# %% ../../nbs/methods/37_distill.ipynb #44c4c7e2
 def training_rows(
     texts: list,  # Finished CodeXGLUE lines, one a file
     tok,
@@ -247,7 +249,7 @@ class TaughtConfig(RunConfig):
 
     @property
     def work(self) -> Path:
-        "Folder of the checkpoint and the curves of an unfinished run, named after settings and weights, so that only the very same run goes on from it."
+        "Folder of an unfinished run's checkpoint and curves, named after settings and weights: only the very same run goes on from it."
         settings = digest(self.model_dump_json(), self.model_folder, self.teacher_folder)
         return self.out_folder.with_name(f'{self.run_id}-unfinished-{settings}')
 
@@ -260,7 +262,8 @@ def training(self: TaughtConfig,
     "Settings of the training, with enough steps for the tokens asked."
     per_epoch, tokens = Samples(rows, self.batch).per_epoch, sum(len(row) - 1 for row in rows)
     steps = self.epochs*per_epoch if self.tokens is None else max(1, round(self.tokens*per_epoch/tokens))
-    common = dict(steps=steps, lr=self.lr, optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0., clip=self.clip, seed=self.seed)
+    common = dict(steps=steps, lr=self.lr, optimizer=self.optimizer, warmup=round(self.warmup*steps), weight_decay=0.,
+                  clip=self.clip, seed=self.seed)
     return TrainConfig(**common | own)
 
 @patch
@@ -275,7 +278,8 @@ def check_pair(self: TaughtConfig,
     if self.teacher_folder == self.model_folder: return
     theirs, own = (load_tokenizer(folder).get_vocab() for folder in (self.teacher_folder, self.model_folder))
     if theirs != own:
-        raise ValueError(f"{self.teacher_folder.name} has another tokenizer than {self.model_folder.name}: choose a teacher with the student's tokenizer.")
+        raise ValueError(f'{self.teacher_folder.name} has another tokenizer than {self.model_folder.name}: '
+                         "choose a teacher with the student's tokenizer.")
 
 # %% ../../nbs/methods/37_distill.ipynb #60733630
 BETAS = (.9, .98) # AdamW's, DistilBERT's training code
@@ -345,6 +349,7 @@ def layers_of(
     keep = c.layers or max(1, model.shape.n_layer//2)
     return choose(model, keep, partial(batches_loss, batches=data, n=2))
 
+# %% ../../nbs/methods/37_distill.ipynb #b57cffed
 def load_pair(
     c: DistillConfig,
     rows: list,      # From `training_rows`
@@ -403,7 +408,7 @@ def distill(
     return fit(pair, data, c.training(rows), pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
                checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
-# %% ../../nbs/methods/37_distill.ipynb #fcb4f05b
+# %% ../../nbs/methods/37_distill.ipynb #07b8915a
 def validation_batches(c: TaughtConfig, tok) -> Samples: # four batches of four rows
     "Prompts of sixteen validation projects."
     prompts = load_samples('codexglue', 16, 'valid', c.data_folder).input
@@ -417,7 +422,7 @@ def trained_details(r: TrainResult) -> dict:
     "The speed and the length of a training, for a step's details."
     return {'tokens_per_s': round(r.tokens/r.seconds, 1), 'steps': r.step}
 
-# %% ../../nbs/methods/37_distill.ipynb #2d7fe85d
+# %% ../../nbs/methods/37_distill.ipynb #da065598
 def distill_step(
     c: DistillConfig,
     out=None,                # Folder to write; None: the run's
@@ -444,6 +449,7 @@ def distill_step(
     if not keep_work: shutil.rmtree(c.work, ignore_errors=True)
     return StepResult(folder, Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details)
 
+# %% ../../nbs/methods/37_distill.ipynb #cf5ff45f
 def _save_student(student: Decoder, c: DistillConfig, r: TrainResult, loss: DistillLoss, out) -> Path:
     step = {'method': 'distill', 'student': c.student, 'layers': student.shape.n_layer, 'teacher': c.teacher_name, 'frozen': c.frozen,
             'tokens': r.tokens, **loss.model_dump()}

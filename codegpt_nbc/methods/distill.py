@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'STUDENTS', 'BETAS', 'DistillLoss', 'spread', 'least_loss', 'spread_evenly', 'random_student',
-           'reduced_student', 'model_as_student', 'Pair', 'pair_loss', 'clip_each', 'cut_rows', 'files_enough',
-           'training_rows', 'Taught', 'taught', 'TaughtConfig', 'DistillConfig', 'layers_of', 'load_pair',
-           'LearningCurve', 'distill', 'validation_batches', 'validation_loss', 'trained_details', 'distill_step']
+           'reduced_student', 'model_as_student', 'Pair', 'pair_loss', 'clip_each', 'Taught', 'taught', 'TaughtConfig',
+           'DistillConfig', 'layers_of', 'load_pair', 'LearningCurve', 'distill', 'validation_batches',
+           'validation_loss', 'trained_details', 'distill_step']
 
 # %% ../../nbs/methods/37_distill.ipynb #307cac6e
 import numpy as np, shutil, torch
@@ -28,7 +28,8 @@ from ..model.decoder import Decoder, with_layers
 from ..model.folder import digest, load_model, save_model
 from ..model.layers import Shape
 from ..model.losses import OverVocabulary, batches_loss, hard_loss
-from ..model.train import OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, fit, keep_zeros
+from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast,
+                                     files_enough, fit, keep_zeros, training_rows)
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6
 class DistillLoss(Strict):
@@ -149,38 +150,6 @@ def clip_each(
             learns = any(p.grad is not None for p in model.parameters())
             if learns: nn.utils.clip_grad_norm_(model.parameters(), limit)
     return before_step
-
-# %% ../../nbs/methods/37_distill.ipynb #02d14013
-def cut_rows(
-    files: list,     # of lists of token ids
-    length: int,     # inputs of a row
-    least: int = 12, # tokens; shorter rows are dropped
-) -> list: # of lists of at most length + 1 ids
-    "Rows in which each token but a file's first is a target once."
-    rows = []
-    for file in files:
-        for start in range(0, len(file) - 1, length):
-            row = file[start:start+length+1]
-            if len(row) >= least: rows.append(row)
-    return rows
-
-def files_enough(c) -> int | None: # None: all there are
-    "The number of files of a large corpus to read for a `TaughtConfig` that says how many tokens it wants."
-    return None if c.tokens is None or c.shortest < 1 else max(20_000, c.tokens//50)
-
-# %% ../../nbs/methods/37_distill.ipynb #44c4c7e2
-def training_rows(
-    texts: list,  # Finished CodeXGLUE lines, one a file
-    tok,
-    c,            # A `TaughtConfig`
-) -> list: # of lists of ids
-    "Rows of the shortest files if so asked, in random order, as many as an epoch has."
-    files = sorted(encode_batch(tok, texts), key=len)
-    rows = cut_rows(files[:max(1, round(c.shortest*len(files)))], c.length)
-    order = np.random.default_rng(c.seed).permutation(len(rows))
-    if c.tokens is None: return [rows[i] for i in order]
-    seen = np.cumsum([len(rows[i]) - 1 for i in order])              # tokens after each row
-    return [rows[i] for i in order[:1 + int((seen < c.tokens/c.epochs).sum())]]
 
 # %% ../../nbs/methods/37_distill.ipynb #867f1c51
 @dataclass(frozen=True)

@@ -225,6 +225,10 @@ def norm_importance(model: Decoder, groups: list, batches=None, n: int = 0) -> l
     return scores
 
 # %% ../../nbs/methods/30_prune.ipynb #cf4aa9d1
+def _gradient(p):
+    "Zero for a parameter that the loss does not reach, such as the norm before an emptied half of a layer."
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
 def taylor_importance(
     model: Decoder,
     groups: list,
@@ -242,7 +246,7 @@ def taylor_importance(
     model.zero_grad()
     return [score/group.sum(torch.ones_like, model).cpu() for score, group in zip(scores, groups)]
 
-def _weight_times_gradient(p): return p.detach()*p.grad
+def _weight_times_gradient(p): return p.detach()*_gradient(p)
 
 IMPORTANCES = {'norm': norm_importance, 'taylor': taylor_importance}
 

@@ -25,8 +25,7 @@ from ..model.decoder import Decoder
 from ..model.families import FAMILIES
 from ..model.folder import load_model, save_model
 from ..model.layers import Shape
-from ..model.train import Samples
-from .distill import cut_rows
+from ..model.train import Samples, cut_rows
 from .quantize import QuantizedDecoder, float_decoder, quantize, read_quantized
 from .ranges import Affine, Calibrated, EmbeddingGroups, Fixed, Granularity, LeastSquares, MinMax, Quantizer, Symmetric
 from .schemes import Scheme, matching

@@ -219,7 +219,7 @@ def save_trimmed(
     step: dict | None = None, # For the recipe
 ) -> Path:
     "Write a trimmed model with its tokenizer."
-    old, config = load_tokenizer(parent), read_config(parent)
+    old = load_tokenizer(parent)
     def renamed(i): # the new id of an old one, or None; a list of them alike
         if isinstance(i, list): return [new for new in map(renamed, i) if new is not None] or None
         token = None if i is None else old.id_to_token(i)

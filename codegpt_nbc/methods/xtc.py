@@ -23,9 +23,8 @@ from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
 from ..model.layers import Shape
-from ..model.train import Samples, TrainResult, fit
-from .distill import (DistillLoss, TaughtConfig, files_enough, pair_loss, trained_details, training_rows, validation_batches,
-                                         validation_loss)
+from ..model.train import Samples, TrainResult, files_enough, fit, training_rows
+from .distill import DistillLoss, TaughtConfig, pair_loss, trained_details, validation_batches, validation_loss
 from .quantize import float_decoder, quantize, simulated
 from .ranges import SPAN, TERNARY, Binary, Granularity, MeanMagnitude, Quantizer, Ternary, WideSymmetric
 from .schemes import Placement, Scheme

@@ -13,6 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
+from torch.overrides import TorchFunctionMode
 from ..core.paths import BASE_MODEL, new_folder, read_json, sha256, write_json
 from ..data.tokenizer import load_tokenizer
 from .decoder import Decoder
@@ -146,12 +147,19 @@ def _check_left_over(names: set, shape: Shape):
         raise ValueError(f'the weights hold {left[0]!r}{others}, which a {family.model_type} model has no place for: '
                          'check model_type in config.json, or use a model of a supported architecture.')
 
+class _WithoutInit(TorchFunctionMode):
+    "Within it, new modules draw no weights: those of a file take their place. PyTorch's compiler is not imported for it."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__module__', None) == 'torch.nn.init': return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
+
 def from_disk(
     shape: Shape,
     tensors: dict, # Their name → tensor
 ) -> Decoder:
     "A decoder that holds `tensors`. Raises `ValueError` naming a tensor that is missing or has the wrong size."
-    with torch.device('meta'): model = Decoder(shape)
+    with _WithoutInit(), torch.device('meta'): model = Decoder(shape)
     state, wanted, placed = {}, model.state_dict(), set()
     for ours, theirs, transposed in FAMILIES[shape.family].pairs(shape.n_layer):
         if ours not in wanted: continue

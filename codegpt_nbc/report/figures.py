@@ -317,7 +317,8 @@ def pareto_points(fr: pd.DataFrame, name: str) -> pd.DataFrame: # index: run id;
 def draw_points(ax, points: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame: # the front
     "Our systems, theirs, and the front between ours."
     import seaborn as sns
-    style = dict(hue='family', palette=COLORS, style='engine', markers={'PyTorch': 'o', 'ONNX Runtime': '^'}, s=36,
+    colors = {f: COLORS.get(f, COLORS['control']) for f in points.family.unique()}   # a new method is grey until it has a colour
+    style = dict(hue='family', palette=colors, style='engine', markers={'PyTorch': 'o', 'ONNX Runtime': '^'}, s=36,
                  linewidth=.4, edgecolor='white', zorder=4, legend=False)
     if len(points): sns.scatterplot(points, x='x', y='es', ax=ax, **style)
     ax.plot(theirs.x, theirs.es, **DIAMOND)
@@ -351,7 +352,7 @@ def pareto_panel(ax, fr: pd.DataFrame, name: str) -> tuple: # front, drawn point
     front = draw_points(ax, ours, theirs)
     for n, (_, row) in enumerate(front.iterrows(), 1):
         ax.annotate(f'{n}  {short_label(row.label)}', (1.02, 1.02 - .075*n), xycoords='axes fraction', va='center',
-                    fontsize=7.5, color=COLORS[row.family], annotation_clip=False)
+                    fontsize=7.5, color=COLORS.get(row.family, COLORS['control']), annotation_clip=False)
     if below := len(points) - len(ours):
         ax.annotate(f'{below} more below {LEAST} %', (.01, .02), xycoords='axes fraction', fontsize=7,
                     color='#666666')

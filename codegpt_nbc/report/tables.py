@@ -55,7 +55,7 @@ def printed_cells(p) -> dict: # column → text
 # %% ../../nbs/report/82_tables.ipynb #3c359b01
 GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`',
              'recipe-pruned': 'recipe `pruned`',
-             'recipe-half-pruned': 'recipe `half-pruned`'}
+             'recipe-half-pruned': 'half the layers, pruned too'}
 
 def effort(row) -> str:
     "What it took to make a model."

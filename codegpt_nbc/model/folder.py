@@ -60,7 +60,7 @@ class _Sizes(BaseModel):
     heads: Count
     shared: Count | None = None
     d_head: Count | None = None
-    inner: Count | None = None
+    inner: Annotated[int, Field(strict=True, ge=0, le=2**31)] | None = None   # 0 in a sliced model without neurons
     eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 

@@ -23,7 +23,7 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 
 test: $(VENV)/ready lint  ## Run the linter, every notebook and the repository's own tests
 	@# a process for each: a notebook that patches a class would change it for those tested after it
-	find nbs -name '*.ipynb' -not -path '*/.*' | sort | OMP_NUM_THREADS=1 xargs -P 2 -n 1 nbdev_test --path
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
 
 lint: $(VENV)/ready  ## Check notebooks, package and tests with ruff

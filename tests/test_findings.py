@@ -12,6 +12,7 @@ from codegpt_nbc.engines.onnx_export import export_onnx
 from codegpt_nbc.evidence.evaluate import size_of
 from codegpt_nbc.methods.quantize import quantize
 from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.families import is_regular
 from codegpt_nbc.model.folder import load_model, read_config, save_model, shape_of_config
 from codegpt_nbc.model.layers import Shape
 
@@ -183,7 +184,7 @@ def test_a_pickle_that_is_more_than_weights_is_refused(tmp_path, capsys):
 
 
 def test_a_pruned_llama_that_transformers_refuses_is_not_regular():
-    assert not Shape(300, 64, 40, 8, (3, 3), (48, 48), 'llama', queries=2).regular   # 6 query heads do not divide 40 channels
+    assert not is_regular(Shape(300, 64, 40, 8, (3, 3), (48, 48), 'llama', queries=2))   # 6 query heads do not divide 40 channels
 
 
 @pytest.mark.parametrize('where', ['model.layers.0.mlp.up_proj.weight', 'model.norm.weight'])

@@ -16,7 +16,7 @@ from ..core.record import StepResult
 from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_parameters
-from ..model.families import GPT2
+from ..model.families import GPT2, is_regular
 from ..model.folder import INT8, from_disk, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import TrainResult
@@ -53,7 +53,7 @@ def _gpt2(model: Decoder) -> nn.Module:
     from transformers import GPT2LMHeadModel
     if model.shape.family != 'gpt2':
         raise ValueError(f'the toolkit is run on GPT-2 alone, and this model is a {model.shape.family}: take the backend codegpt_nbc.')
-    if not model.shape.regular:
+    if not is_regular(model.shape):
         raise ValueError("the toolkit works on transformers' modules, whose layers are all alike: take a model that has not been sliced.")
     with tempfile.TemporaryDirectory() as d:
         return GPT2LMHeadModel.from_pretrained(save_model(model, f'{d}/m'), torch_dtype=torch.float32)

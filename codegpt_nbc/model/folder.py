@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..core.paths import BASE_MODEL, new_folder, read_json, sha256, write_json
 from ..data.tokenizer import load_tokenizer
 from .decoder import Decoder
-from .families import FAMILIES
+from .families import FAMILIES, is_regular
 from .layers import Shape
 
 # %% ../../nbs/model/23_folder.ipynb #ce70c47a
@@ -121,7 +121,7 @@ def config_of_shape(shape: Shape) -> dict:
     config |= {key: value for key, value in family.fixed.items() if value is not None}
     config['tie_word_embeddings'] = s.tied
     if family.learned: config |= dict(attn_pdrop=0., embd_pdrop=0., resid_pdrop=0.)
-    if s.regular: return config
+    if is_regular(s): return config
     slices = dict(d_head=s.d_head, heads=list(s.heads), inner=list(s.inner))
     return config | dict(architectures=['codegpt_nbc.model.decoder.Decoder'], model_type=SLICED + family.model_type, slices=slices)
 

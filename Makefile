@@ -22,7 +22,6 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 	@codegpt-nbc reproduce $(PROFILE)
 
 test: $(VENV)/ready lint  ## Run the linter, every notebook and the repository's own tests
-	@# a process for each: a notebook that patches a class would change it for those tested after it
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
 	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile tests
 

@@ -50,7 +50,8 @@ def table(self: Graph,
     (n, d), bits = codes.shape, 4 if q.mapping.bits <= 4 else 8
     block = q.block if q.blocked else _block(d)
     if block not in BLOCKS:
-        raise ValueError(f'{name} is quantised in blocks of {block} weights, but ONNX Runtime takes {", ".join(map(str, BLOCKS))}: quantise it again.')
+        raise ValueError(f'{name} is quantised in blocks of {block} weights, but ONNX Runtime takes '
+                         f'{", ".join(map(str, BLOCKS))}: quantise it again.')
     def per_block(t): return rows(t.expand(len(m.weight), -1)).expand(n, -(-d//block))   # (n, blocks)
     scale = per_block(m.scale)
     scale = self.weight(f'{name}.scale', scale.half() if q.halved else scale)
@@ -234,7 +235,10 @@ def export_onnx(
     precision: str = 'fp32',  # 'fp32', 'int8' or 'int4'
     accuracy_level: int = 4,  # see `Graph`
 ) -> Path:
-    "Write a model folder as an ONNX folder. Raises `ValueError` for a model that cannot be written, `FileExistsError` where something would be lost."
+    """Write a model folder as an ONNX folder.
+
+    Raises `ValueError` for a model that cannot be written, and `FileExistsError` where something would be lost.
+    """
     check_replaceable(out, 'model', [folder])
     if (Path(folder)/'model.onnx').is_file():
         raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')

@@ -135,7 +135,8 @@ def open_session(
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e:
         raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
-        raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): install the version in requirements.txt, '
+        raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): '
+                           'install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
     session.tensors = tensors
     return session

@@ -134,7 +134,8 @@ class Writer:
 def build_model(model: Decoder): # openvino.Model
     "The decoder as an OpenVINO model, whatever its shape. Raises `ValueError` for a family other than gpt2."
     if model.shape.family != 'gpt2':
-        raise ValueError(f'OpenVINO folders are written for gpt2 alone, and this model is a {model.shape.family}: export it with export_onnx.')
+        raise ValueError(f'OpenVINO folders are written for gpt2 alone, and this model is a {model.shape.family}: '
+                         'export it with export_onnx.')
     ov, g = openvino(), Writer()
     ops = ov.opset13
     def only_asked(x): return ops.gather_nd(x, g.asked)                              # (B, S, …) → (logits, …)

@@ -178,7 +178,10 @@ def complete(self: Session,
     text: str,                 # In CodeXGLUE's format
     cursor: int | None = None, # Characters before the completion; None: all
 ) -> str:
-    "Complete one line. Afterwards `dropped` tokens were left out, `reused` were in the cache, `read` were new; `written` is the completion."
+    """Complete one line.
+
+    Afterwards `dropped` tokens were left out, `reused` were in the cache, `read` were new; `written` is the completion.
+    """
     if cursor is not None and not 0 <= cursor <= len(text):
         raise ValueError(f'the cursor is at {cursor}, but the text has {len(text)} characters: give a position in the text.')
     ids = self.window(text[:cursor])

@@ -137,8 +137,10 @@ def train_of(results: list) -> Train: # of `TrainResult`, one a stage
 # %% ../../nbs/model/26_pretrain.ipynb #6e3bfd0b
 CARD = """# codegpt-nano
 
-A GPT-2 of {layers} layers, width {width}, {heads} heads, context {context}, and a byte-level BPE of {vocab} tokens ({params:.1f} M parameters),
-trained from scratch on Python in CodeXGLUE's line-completion format. It is small so that every experiment of this repository runs on two cores; it is
+A GPT-2 of {layers} layers, width {width}, {heads} heads, context {context}, and a byte-level BPE of {vocab} tokens \
+({params:.1f} M parameters),
+trained from scratch on Python in CodeXGLUE's line-completion format. \
+It is small so that every experiment of this repository runs on two cores; it is
 not meant for production.
 
 | | |

@@ -40,7 +40,8 @@ def _family_of_config(config: dict): # `Family`
     for key, want in family.fixed.items():
         given = config.get(key, want)
         same = _plain_rotation(given) if key == 'rope_scaling' else given == want or SAME_FUNCTION.get(str(given)) == want
-        if not same: raise ValueError(f'a {family.model_type} model whose {key} is {given!r} is not supported: use one where it is {want!r}.')
+        if not same:
+            raise ValueError(f'a {family.model_type} model whose {key} is {given!r} is not supported: use one where it is {want!r}.')
     rope = config.get('rope_parameters') or {}   # where newer versions of transformers put what older ones have at the top
     share = config.get('partial_rotary_factor', rope.get('partial_rotary_factor', 1)) if isinstance(rope, dict) else 1
     if not _plain_rotation(rope) or share != 1:
@@ -86,8 +87,10 @@ def _slices(config: dict, layers: int) -> _Slices | None:
     if 'slices' not in config: return None
     try: s = _Slices.model_validate(config['slices'])
     except ValidationError as e:
-        raise ValueError(f"'slices' in config.json is damaged ({'.'.join(map(str, e.errors()[0]['loc']))}): make the model again.") from None
-    if {len(s.heads), len(s.inner)} != {layers}: raise ValueError(f"'slices' in config.json does not describe {layers} layers: make the model again.")
+        where = '.'.join(map(str, e.errors()[0]['loc']))
+        raise ValueError(f"'slices' in config.json is damaged ({where}): make the model again.") from None
+    if {len(s.heads), len(s.inner)} != {layers}:
+        raise ValueError(f"'slices' in config.json does not describe {layers} layers: make the model again.")
     return s
 
 # %% ../../nbs/model/23_folder.ipynb #f1fe7b16
@@ -187,14 +190,16 @@ def read_tensors(folder) -> dict: # name → tensor
     out = {}
     for f in files:
         try: out |= load_file(f)
-        except (SafetensorError, OSError, ValueError) as e: raise ValueError(f'{f} is truncated or corrupt ({e}): fetch or make it again.') from None
+        except (SafetensorError, OSError, ValueError) as e:
+            raise ValueError(f'{f} is truncated or corrupt ({e}): fetch or make it again.') from None
     return out
 
 def _read_pickled(folder: Path) -> dict: # name → tensor
     "Tensors of `pytorch_model*.bin`, by PyTorch's reader that makes tensors and runs nothing."
     files = sorted(folder.glob('pytorch_model*.bin'))
     if not files: raise FileNotFoundError(f'{folder} holds no model.safetensors: give a model folder with weights.')
-    warnings.warn(f'{folder} holds pickled weights, which are read as tensors only: model.safetensors is the safer format.', UserWarning, stacklevel=4)
+    warnings.warn(f'{folder} holds pickled weights, which are read as tensors only: model.safetensors is the safer format.',
+                  UserWarning, stacklevel=4)
     out = {}
     for f in files:
         try: part = torch.load(f, map_location='cpu', weights_only=True)
@@ -239,7 +244,8 @@ def load_model(
     if method not in READERS:
         raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     if checksum and sha256(Path(folder)/'model.safetensors') != checksum:
-        raise ValueError(f'{folder}/model.safetensors does not have the checksum that config.json states: it is damaged, fetch or make it again.')
+        raise ValueError(f'{folder}/model.safetensors does not have the checksum that config.json states: '
+                         'it is damaged, fetch or make it again.')
     return reader_of(method)(shape, tensors, config).eval()
 
 # %% ../../nbs/model/23_folder.ipynb #fff41881

@@ -1,8 +1,12 @@
 # The grid. configs/<profile>.yaml lists the runs, and a run does what its template notebook says.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
 import json, sys
+from snakemake.jobs import Job
 from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources, template_of
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+
+async def leave(job): pass
+Job.remove_existing_output = leave   # a run replaces what there is when its own files are whole, see `grid.run_notebook`
 
 PROFILE = config.get('profile', 'quick')
 RUNS = read_profile(PROFILE)
@@ -31,8 +35,7 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
             base=str(BASE_MODEL/'model.safetensors'), corpus=str(CORPUS/'checksums.json'),
             models=lambda w: models_of(w.run),
             results=lambda w: results_for(w.run)
-        # What is there stays until the new one is whole, and comes back if a run fails
-        output: update(NOTEBOOK), update(RESULT), *([] if METHOD in WITHOUT_MODEL else [update(directory(MODEL))])
+        output: NOTEBOOK, RESULT, *([] if METHOD in WITHOUT_MODEL else [directory(MODEL)])
         wildcard_constraints: run='|'.join(r.id for r in RUNS.values() if r.method == METHOD)
         params: lambda w: json.dumps(RUNS[w.run].params)
         # On a cluster, a run that must be alone gets a node of its own

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = '<s> import os <EOL> def f ( path ) : <EOL> return os . path .'
+PROMPT = '<s> def read ( path ) : <EOL> with open ('
 
 
 @pytest.fixture(scope='module')

@@ -101,9 +101,10 @@ def read_json(path) -> dict:
 
 # %% ../../nbs/core/00_paths.ipynb #8da90db5
 OWN_FILES = '.codegpt_nbc.json'   # in every folder written here: its kind, and the names of its files
+_NOT_LISTED = {OWN_FILES, '.snakemake_timestamp'}   # the second one is the grid's mark in a model folder
 
 def _files(folder: Path) -> list: # of names relative to the folder
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if not p.is_dir() and p.name != OWN_FILES)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if not p.is_dir() and p.name not in _NOT_LISTED)
 
 def check_replaceable(
     path,           # Of the folder to write

@@ -3,7 +3,7 @@
 import json, sys
 from snakemake.jobs import Job
 from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources, template_of
-from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+from codegpt_nbc.core.paths import BASE_MODEL, CORPUS, models_dir, write_json
 
 async def leave(job): pass
 Job.remove_existing_output = leave   # a run replaces what there is when its own files are whole, see `grid.run_notebook`
@@ -22,6 +22,9 @@ def results_for(run):
     "The report reads every other result, and so comes last."
     if RUNS[run].method != 'report': return []
     return [RESULT.format(run=r) for r in RUNS if RUNS[r].method != 'report']
+
+# For the line that says how far the grid is
+onstart: write_json(models_dir(PROFILE)/'plan.json', [job.wildcards.run for job in workflow.dag.needrun_jobs() if job.rule.name != 'all'])
 
 rule all:
     input: [f.format(run=r) for r in RUNS for f in (NOTEBOOK, RESULT)]
@@ -43,4 +46,4 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell:
             'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.cli'
-            ' run {input.template} {output[0]} --params {params:q}'
+            ' run {input.template} {output[0]} --params {params:q} --no-bar'

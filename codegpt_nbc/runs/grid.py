@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READS', 'WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'FOLDERS', 'Block', 'Recipe', 'Profile', 'Run',
            'template_of', 'is_step', 'from_start', 'expand', 'resources', 'read_recipes', 'read_profile', 'RunFailed',
-           'template_parameters', 'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'reproduce']
+           'template_parameters', 'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'spell_time',
+           'Progress', 'reproduce']
 
 # %% ../../nbs/runs/70_grid.ipynb #4a03b84d
 import ast, itertools, os, re, shutil, subprocess, sys, tempfile, threading, time
@@ -184,6 +185,7 @@ def run_notebook(
     out,               # The executed notebook; appears when it is complete
     params: dict,
     kernel: str | None = None, # Jupyter kernel; None: its backend's, or else the template's own
+    bar: bool = True,  # Count the cells on a terminal
 ) -> Path:
     """Execute a template with papermill. A failed one is kept under `build/` and named in the error; the results of an earlier run stay
     until the new ones are whole. Relative paths among the parameters are the caller's."""
@@ -193,11 +195,11 @@ def run_notebook(
     profile, run_id = _place_of(template, params, out)
     params = _from_here(params, profile)
     quiet = ['--IPKernelApp.log_level=40']   # its standing warning about local TCP would break the progress bars
-    bar = {'desc': f'{out.stem:<32}', 'unit': 'cell', 'leave': False}
+    cells = {'desc': f'{out.stem:<32}', 'leave': False, 'disable': None, 'bar_format': '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'}
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
         try:
             papermill.execute_notebook(str(template), str(tmp), params, kernel_name=kernel, cwd=str(project_root()),
-                                       extra_arguments=quiet, progress_bar=bar)
+                                       extra_arguments=quiet, progress_bar=bar and cells)
         except papermill.PapermillExecutionError as e: raise _failed(out, tmp, e) from None
         _tidy(tmp, kernel)
     return out
@@ -294,13 +296,14 @@ def snakemake_command(
     "The command that runs a grid."
     where = ['--snakefile', str(shared('Snakefile')), '--directory', str(project_root())]
     what = ['--cores', str(cores), '--config', f'profile={profile}', '--rerun-triggers', 'mtime', 'params']
-    how = ['--rerun-incomplete', '--keep-incomplete', '--nolock', '--keep-going', '--quiet', 'rules', 'reason', 'host']
+    how = ['--rerun-incomplete', '--keep-incomplete', '--nolock', '--keep-going', '--quiet', 'rules', 'reason', 'host', 'progress']
     on = ['--workflow-profile', str(cluster)] if cluster else []
     last = ['--', *extra] if extra else []
     return [sys.executable, '-m', 'snakemake', *where, *what, *how, *on, *last]
 
 def _not_made(profile: str, runs: dict) -> list: # of run ids
-    return [i for i in runs if not (runs_dir(profile)/f'{i}.json').is_file()]
+    "A run counts when it has both its result and its notebook, which comes last."
+    return [i for i in runs if not all((runs_dir(profile)/f'{i}{end}').is_file() for end in ('.json', '.ipynb'))]
 
 @contextmanager
 def _only_grid():
@@ -311,6 +314,80 @@ def _only_grid():
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError('another grid is running in this checkout: wait for it to end, or use a second clone.') from None
     with lock: yield
+
+# %% ../../nbs/runs/70_grid.ipynb #7be1a9d4
+def spell_time(seconds: float) -> str:
+    "A duration as one would say it: `about 40 min`."
+    if seconds < 90: return f'about {max(1, round(seconds))} s'
+    if seconds < 5400: return f'about {round(seconds/60)} min'
+    return f'about {seconds/3600:.1f} h'
+
+def _seconds_of(profile: str, run_id: str) -> float | None:
+    "The seconds that the result of a run took; None: there is no such result."
+    try: return read_json(runs_dir(profile)/f'{run_id}.json')['provenance']['seconds']
+    except (OSError, ValueError, KeyError, TypeError): return None
+
+def _mean(values) -> float | None:
+    known = [v for v in values if v]
+    return sum(known)/len(known) if known else None
+
+class Progress:
+    "How far a grid is. How long the rest will take is read from the results of earlier runs, scaled by the pace of this grid."
+    def __init__(self, profile: str, runs: dict):
+        self.profile, self.runs, self.began = profile, runs, time.time()
+        self.before = {i: _seconds_of(profile, i) for i in runs}
+
+    def due(self) -> list: # of run ids; empty until Snakemake has planned
+        "The runs that this grid makes."
+        path = models_dir(self.profile)/'plan.json'   # written by the Snakefile
+        return read_json(path) if path.is_file() and path.stat().st_mtime >= self.began else []
+
+    def _made(self, run_id: str) -> bool:
+        notebook = runs_dir(self.profile)/f'{run_id}.ipynb'
+        return notebook.is_file() and notebook.stat().st_mtime >= self.began
+
+    def running(self) -> list: # of run ids
+        names = [folder.name for folder in models_dir(self.profile).glob('.tmp-*')]
+        return [i for i in self.runs if any(n.rpartition('-')[0] == f'.tmp-{i}' for n in names)]
+
+    def left(self, due: list, made: list) -> float | None: # seconds; None: nothing to tell it from
+        "How long the runs that are due and not made will take."
+        now = {i: _seconds_of(self.profile, i) for i in made}
+        def expected(run_id):
+            alike = [now.get(i) or s for i, s in self.before.items() if self.runs[i].method == self.runs[run_id].method]
+            return now.get(run_id) or self.before[run_id] or _mean(alike) or _mean([*now.values(), *self.before.values()])
+        ahead, behind = ([expected(i) for i in due if (i in made) == done] for done in (False, True))
+        if None in ahead: return None
+        planned = (models_dir(self.profile)/'plan.json').stat().st_mtime
+        pace = (time.time() - planned)/sum(behind) if behind and sum(behind) else 1.
+        return max(1., sum(ahead)*pace)
+
+    def lines(self): # yields (what makes it a new line, the line)
+        "Say where the grid is."
+        if not (due := self.due()): return
+        made, running = [i for i in due if self._made(i)], self.running()
+        doing = f': {", ".join(running)}' if running else ''
+        left = self.left(due, made) if len(made) < len(due) else None
+        yield (len(made), running), f'{len(made)} of {len(due)} runs{f", {spell_time(left)} left" if left else ""}{doing}'
+
+@contextmanager
+def _watched(progress: Progress, every: float = 2.):
+    "Within the block, say on each change which run is going on, and how long the rest will take."
+    done = threading.Event()
+    def watch():
+        said, last = None, False
+        while not last:
+            last = done.wait(every)
+            for state, line in progress.lines():
+                if state != said: print(line, file=sys.stderr, flush=True)
+                said = state
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try: yield
+    finally:
+        done.set()
+        thread.join()
+
 
 # %% ../../nbs/runs/70_grid.ipynb #d12b58a9
 def reproduce(
@@ -327,7 +404,7 @@ def reproduce(
         for folder in (runs_dir(profile), models_dir(profile)):
             for scratch in folder.glob('.tmp-*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
         print(f'profile {profile}: {len(runs)} runs, {len(_not_made(profile, runs))} of them not made yet', flush=True)
-        done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster))
+        with _watched(Progress(profile, runs)): done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster))
     if done.returncode:
         missing = _not_made(profile, runs)
         raise RunFailed(f'{len(missing)} of {len(runs)} runs are not finished (first: {missing[0] if missing else "none"}): '

@@ -1,8 +1,12 @@
 # The grid. configs/<profile>.yaml lists the runs, and a run does what its template notebook says.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
 import json, sys
+from snakemake.jobs import Job
 from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources, template_of
-from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+from codegpt_nbc.core.paths import BASE_MODEL, CORPUS, models_dir, write_json
+
+async def leave(job): pass
+Job.remove_existing_output = leave   # a run replaces what there is when its own files are whole, see `grid.run_notebook`
 
 PROFILE = config.get('profile', 'quick')
 RUNS = read_profile(PROFILE)
@@ -19,6 +23,9 @@ def results_for(run):
     if RUNS[run].method != 'report': return []
     return [RESULT.format(run=r) for r in RUNS if RUNS[r].method != 'report']
 
+# For the line that says how far the grid is
+onstart: write_json(models_dir(PROFILE)/'plan.json', [job.wildcards.run for job in workflow.dag.needrun_jobs() if job.rule.name != 'all'])
+
 rule all:
     input: [f.format(run=r) for r in RUNS for f in (NOTEBOOK, RESULT)]
 
@@ -31,8 +38,7 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
             base=str(BASE_MODEL/'model.safetensors'), corpus=str(CORPUS/'checksums.json'),
             models=lambda w: models_of(w.run),
             results=lambda w: results_for(w.run)
-        # What is there stays until the new one is whole, and comes back if a run fails
-        output: update(NOTEBOOK), update(RESULT), *([] if METHOD in WITHOUT_MODEL else [update(directory(MODEL))])
+        output: NOTEBOOK, RESULT, *([] if METHOD in WITHOUT_MODEL else [directory(MODEL)])
         wildcard_constraints: run='|'.join(r.id for r in RUNS.values() if r.method == METHOD)
         params: lambda w: json.dumps(RUNS[w.run].params)
         # On a cluster, a run that must be alone gets a node of its own
@@ -40,4 +46,4 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell:
             'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.cli'
-            ' run {input.template} {output[0]} --params {params:q}'
+            ' run {input.template} {output[0]} --params {params:q} --no-bar'

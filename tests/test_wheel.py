@@ -1,10 +1,10 @@
 """The package as others have it: a wheel in an environment of its own, used from another folder, under another locale."""
-import os, subprocess, sys, sysconfig
+import os, shutil, subprocess, sys, sysconfig
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = '<s> import os <EOL> def f ( path ) : <EOL> return os . path .'
+PROMPT = '<s> def read ( path ) : <EOL> with open ('
 
 
 @pytest.fixture(scope='module')
@@ -12,7 +12,8 @@ def installed(tmp_path_factory):
     "An environment with the wheel, which finds what the package needs in this one; and an empty folder to work in."
     d = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    made = subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(d), str(ROOT)], capture_output=True, text=True)
+    source = shutil.copytree(ROOT, d/'source', ignore=shutil.ignore_patterns('build', 'papermill_runs', 'figures', '*.egg-info', '.*', '_site'))   # building leaves files behind
+    made = subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(d), str(source)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(d/'env')], check=True)
     site = next((d/'env').glob('lib/python*/site-packages'))

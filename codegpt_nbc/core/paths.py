@@ -8,7 +8,7 @@ __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'CORPUS', 'OWN_FILES', 'project_ro
            'new_folder', 'sha256', 'verify_checksums', 'write_checksums']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
-import ctypes, hashlib, json, os, shutil, tempfile
+import ctypes, errno, hashlib, json, os, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,15 +64,27 @@ def atomic_path(
     path, # The file that exists, complete, if the block ends without an error; for a folder see `new_folder`
 ):
     "Yield a temporary path next to `path`; rename it to `path` on success, delete it on failure."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{path.name}-', dir=path.parent))
+    path, scratch = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{path.name}-', dir=path.parent))
         tmp = scratch/path.name
         yield tmp
         if tmp.is_dir() and path.exists(): _swap(tmp, path)
         else: tmp.rename(path)
-    finally: shutil.rmtree(scratch, ignore_errors=True)
+    except Exception as e:
+        if not (reason := _disk_refuses(e)): raise
+        remedy = 'make room or choose another place; an earlier one is unchanged.'
+        raise OSError(f'{path} cannot be written ({reason}): {remedy}') from None
+    finally:
+        if scratch: shutil.rmtree(scratch, ignore_errors=True)
+
+def _disk_refuses(e: Exception) -> str | None:
+    "Why the disk takes no more files, where that is the error; safetensors has an error of its own, which only says so in its text."
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        words = os.strerror(code)
+        if getattr(e, 'errno', None) == code or (type(e).__name__ == 'SafetensorError' and words in str(e)): return words
+    return None
 
 def _swap(tmp: Path, path: Path):
     "Let two folders change places: in one step on Linux, elsewhere in two, as a folder cannot be renamed to a filled one."
@@ -101,9 +113,10 @@ def read_json(path) -> dict:
 
 # %% ../../nbs/core/00_paths.ipynb #8da90db5
 OWN_FILES = '.codegpt_nbc.json'   # in every folder written here: its kind, and the names of its files
+_NOT_LISTED = {OWN_FILES, '.snakemake_timestamp'}   # the second one is the grid's mark in a model folder
 
 def _files(folder: Path) -> list: # of names relative to the folder
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if not p.is_dir() and p.name != OWN_FILES)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*') if not p.is_dir() and p.name not in _NOT_LISTED)
 
 def check_replaceable(
     path,           # Of the folder to write

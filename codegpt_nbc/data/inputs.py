@@ -6,6 +6,7 @@
 __all__ = ['resolve_model', 'resolve_data', 'RunConfig']
 
 # %% ../../nbs/data/17_inputs.ipynb #58a0b057
+import os
 from fastcore.basics import patch
 from functools import cached_property
 from pathlib import Path
@@ -56,11 +57,17 @@ class RunConfig(Strict):
     @property
     def out_folder(self) -> Path:
         "The model folder that the run writes."
-        return models_dir(self.profile)/self.run_id
+        return (self._scratch or models_dir(self.profile))/self.run_id
     @property
     def result_path(self) -> Path:
         "The JSON that the run writes."
-        return runs_dir(self.profile)/f'{self.run_id}.json'
+        return (self._scratch or runs_dir(self.profile))/f'{self.run_id}.json'
+    @property
+    def _scratch(self) -> Path | None:
+        "Where the run that is executed keeps its files until all of them are whole: `CODEGPT_NBC_SCRATCH`, see `runs.grid`."
+        scratch = Path(os.environ.get('CODEGPT_NBC_SCRATCH', ''))
+        own = scratch.parent == models_dir(self.profile) and scratch.name.rpartition('-')[0] == f'.tmp-{self.run_id}'
+        return scratch if own else None
 
 # %% ../../nbs/data/17_inputs.ipynb #aead051e
 _PLAIN = (bool, int, float, str, list, tuple, dict, type(None))   # what a parameter may be

@@ -88,12 +88,13 @@ def run(
     template: Annotated[Path, typer.Argument(help='a notebook of nbs/experiments')],
     out: Annotated[Path, typer.Argument(help='the executed notebook')],
     params: Annotated[str, typer.Option(help='parameters as JSON')] = '{}',
+    bar: Annotated[bool, typer.Option(help='count the cells on a terminal')] = True,
 ):
     "Execute one template notebook with papermill."
     from codegpt_nbc.runs.grid import run_notebook
     try: given = json.loads(params)
     except json.JSONDecodeError as e: raise ValueError(f"--params is not JSON ({e}): write, for instance, '{{\"seed\": 1}}'.") from None
-    run_notebook(template, out, given)
+    run_notebook(template, out, given, bar=bar)
 
 # %% ../../nbs/runs/73_cli.ipynb #34119c2c
 def main():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', 'step_config', 'apply_step', 'refuse_existing',
-           'make_step', 'training_tokens', 'Clock', 'spell_time', 'recipe_bars', 'budgets_of', 'recipe_named',
-           'make_recipe', 'apply_recipe', 'before_after', 'CompressConfig']
+           'make_step', 'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'make_recipe',
+           'apply_recipe', 'before_after', 'CompressConfig']
 
 # %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.paths import CORPUS, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from .grid import Profile, Recipe, from_start, read_recipes
+from .grid import Profile, Recipe, from_start, read_recipes, spell_time
 
 # %% ../../nbs/runs/71_steps.ipynb #df325a50
 METHODS = {   # method → (its configuration, its step function)
@@ -175,12 +175,6 @@ class Clock:
         if not self.rate or not self.todo: return None
         ahead = self.todo[0][self.loop:] + [tokens for loops in self.todo[1:] for tokens in loops]
         return (sum(ahead) - share*(ahead[0] if self.todo[0][self.loop:] else 0))/self.rate
-
-def spell_time(seconds: float) -> str:
-    "A duration as one would say it: `about 40 min`."
-    if seconds < 90: return f'about {max(1, round(seconds))} s'
-    if seconds < 5400: return f'about {round(seconds/60)} min'
-    return f'about {seconds/3600:.1f} h'
 
 # %% ../../nbs/runs/71_steps.ipynb #2fe7a651
 def _bar_for(clock: Clock, quiet: bool):

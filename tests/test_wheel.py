@@ -18,10 +18,12 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(d/'env')], check=True)
     site = next((d/'env').glob('lib/python*/site-packages'))
     subprocess.run([*pip, 'install', '--no-deps', '--no-compile', '--target', str(site), str(next(d.glob('*.whl')))], check=True)
-    (site/'others.pth').write_text(sysconfig.get_path('purelib') + '\n', encoding='utf-8')   # its own .pth files, such as an editable install's, are not read
+    # The .pth files of a folder named in a .pth file, such as an editable install's, are not read
+    (site/'others.pth').write_text(sysconfig.get_path('purelib') + '\n', encoding='utf-8')
     for p in site.rglob('*'): p.chmod(0o555 if p.is_dir() else 0o444)
     (d/'elsewhere').mkdir()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'CODEGPT', 'LC_', 'LANG'))} | {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'CODEGPT', 'LC_', 'LANG'))}
+    env |= {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
 
     def run(*args, code=None):
         command = [str(d/'env'/'bin'/'python'), *(['-c', code] if code else ['-m', 'codegpt_nbc.runs.cli', *args])]
@@ -58,7 +60,9 @@ def test_the_library_is_there_too(installed):
 
 def test_recipes_profiles_and_templates_came_along(installed):
     run, _, site = installed
-    code = "from codegpt_nbc.runs.grid import read_profile, read_recipes, template_of; print(len(read_profile('quick')), len(read_recipes()), template_of('prune').is_file())"
+    code = ('from codegpt_nbc.runs.grid import read_profile, read_recipes, template_of\n'
+            "print(len(read_profile('quick')), len(read_recipes()), template_of('prune').is_file())")
     runs, recipes, template = ok(run(code=code)).split()
     assert int(runs) > 20 and int(recipes) > 5 and template == 'True'
-    assert run('compress', 'codegpt-nano', '-o', 'x', '--recipe', 'magic').stderr.strip().splitlines()[-1].startswith("codegpt-nbc: unknown recipe 'magic': ")
+    wrong = run('compress', 'codegpt-nano', '-o', 'x', '--recipe', 'magic')
+    assert wrong.stderr.strip().splitlines()[-1].startswith("codegpt-nbc: unknown recipe 'magic': ")

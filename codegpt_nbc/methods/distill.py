@@ -220,7 +220,7 @@ class TaughtConfig(RunConfig):
     def work(self) -> Path:
         "Folder of an unfinished run's checkpoint and curves, named after settings and weights: only the very same run goes on from it."
         settings = digest(self.model_dump_json(), self.model_folder, self.teacher_folder)
-        return self.out_folder.with_name(f'{self.run_id}-unfinished-{settings}')
+        return models_dir(self.profile)/f'{self.run_id}-unfinished-{settings}'
 
 # %% ../../nbs/methods/37_distill.ipynb #d55742c9
 @patch

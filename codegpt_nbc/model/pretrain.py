@@ -118,7 +118,8 @@ def pretrain_step(
     "Pretrain from scratch through all stages. Checkpoints lie beside the folder, so a killed run goes on where it was."
     out = Path(out or c.out_folder)
     folder, ids, valid, data = packed_corpus(c)
-    model, results = pretrain(c, ids, load_tokenizer(folder).get_vocab_size(), out.with_name(f'{out.name}-checkpoints'))
+    work = (out.parent if out != c.out_folder else models_dir(c.profile))/f'{out.name}-checkpoints'
+    model, results = pretrain(c, ids, load_tokenizer(folder).get_vocab_size(), work)
     valid_loss = mean_loss(model, valid)
     stages = [asdict(r) | {'config': stage} for r, stage in zip(results, c.stages)]
     with new_folder(out, 'model', [folder]) as tmp:

@@ -115,7 +115,8 @@ def test_relative_folders_are_the_callers(tree, tmp_path):
     shutil.copytree(tree.root/'toy', tmp_path/'here'/'mine')
     def run(**params):
         given = json.dumps(dict(codexglue=0, thesis=0, profile='from-elsewhere', run_id='int8') | params)
-        command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'run', str(tree.root/'nbs'/'experiments'/'quantize.ipynb'), 'out.ipynb', '--params', given]
+        template = str(tree.root/'nbs'/'experiments'/'quantize.ipynb')
+        command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'run', template, 'out.ipynb', '--params', given]
         return subprocess.run(command, cwd=tmp_path/'here', env=tree.env, capture_output=True, text=True)
     assert (p := run(model='mine')).returncode == 0, p.stderr[-2000:]
     assert (tmp_path/'here'/'out.ipynb').is_file()
@@ -148,7 +149,8 @@ else:
 before = files()
 big = Decoder(Shape(load_tokenizer().get_vocab_size(), 64, 64, 16, (4,), (64,))).init_weights()
 for write in (lambda: write_json(disk/'old.json', {'new': 'x'*100_000}), lambda: save_model(big, disk/'model'),
-              lambda: save_model(big, disk/'another'), lambda: export_onnx(toy, disk/'onnx', 'fp32'), lambda: export_onnx(toy, disk/'another', 'fp32')):
+              lambda: save_model(big, disk/'another'), lambda: export_onnx(toy, disk/'onnx', 'fp32'),
+              lambda: export_onnx(toy, disk/'another', 'fp32')):
     try: write()
     except OSError as e: said = str(e)
     else: raise SystemExit('it was written')
@@ -164,7 +166,8 @@ def test_a_disk_that_takes_nothing_leaves_the_old_state(tree, tmp_path, state, w
     inside = 'mount -t tmpfs -o size=16m none "$1" || exit 77; exec "$0" -c "$2" "$1" "$3" "$4"'
     unshare = shutil.which('unshare')
     if not unshare: pytest.skip('a small disk needs the command unshare')
-    command = [unshare, '--user', '--map-root-user', '--mount', 'sh', '-c', inside, sys.executable, str(tmp_path/'disk'), DISK, str(tree.root/'toy'), state]
+    alone = [unshare, '--user', '--map-root-user', '--mount']
+    command = [*alone, 'sh', '-c', inside, sys.executable, str(tmp_path/'disk'), DISK, str(tree.root/'toy'), state]
     p = subprocess.run(command, env=tree.env, cwd=tree.root, capture_output=True, text=True)
     if p.returncode == 77 or 'unshare' in p.stderr.split(':')[0]: pytest.skip('mounting a small disk is not permitted here')
     assert p.returncode == 0 and words in p.stdout, p.stderr[-2000:]

@@ -12,8 +12,10 @@ def installed(tmp_path_factory):
     "An environment with the wheel, which finds what the package needs in this one; and an empty folder to work in."
     d = tmp_path_factory.mktemp('wheel')
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
-    source = shutil.copytree(ROOT, d/'source', ignore=shutil.ignore_patterns('build', 'papermill_runs', 'figures', '*.egg-info', '.*', '_site'))   # building leaves files behind
-    made = subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(d), str(source)], capture_output=True, text=True)
+    left_out = shutil.ignore_patterns('build', 'papermill_runs', 'figures', '*.egg-info', '.*', '_site')
+    source = shutil.copytree(ROOT, d/'source', ignore=left_out)   # building leaves files behind
+    command = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(d), str(source)]
+    made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(d/'env')], check=True)
     site = next((d/'env').glob('lib/python*/site-packages'))

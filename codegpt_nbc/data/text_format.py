@@ -122,7 +122,7 @@ def _is_raw(word: str) -> bool:
 def raw_sign(
     text: str, # A prompt
 ) -> str | None: # The first sign; None: it may be in the format
-    "What shows that a prompt is Python source as people write it: a line break, a tab, a bare literal, or a name and an operator in one word."
+    "The sign that a prompt is raw Python source: a line break, a tab, a bare literal, or a name and an operator in one word."
     words = text.split(' ')
     if _MARKS.intersection(words): return None
     if text[:1] == ' ' and text.strip(): return ' '

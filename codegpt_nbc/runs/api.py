@@ -37,7 +37,7 @@ class Model:
         max_new: int = 48,  # Tokens at most
         raw: bool = False,  # Complete the prompt even if it is not in the format
     ) -> str:
-        "The rest of the line, greedily. Warns (`Truncated`) if the prompt is longer than the context; raises `ValueError` if it is raw source."
+        "The rest of the line, greedily. Warns (`Truncated`) if the prompt is too long; raises `ValueError` if it is raw source."
         from codegpt_nbc.engines.generate import complete
         if not raw: check_prompt(prompt)
         return complete(self.engine, self.tokenizer, prompt, max_new)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
-from ..core.paths import BASE_MODEL, OWN_FILES, PACKAGE, all_cores, atomic_path, check_replaceable, models_dir, project_root, read_json, runs_dir, shared
+from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, all_cores, atomic_path, check_replaceable, models_dir,
+                                    project_root, read_json, runs_dir, shared)
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
 class Block(Strict):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'SourceFile', 'is_permissive', 'folder_sources', 'stdlib_sources', 'installed_sources', 'read_source',
-           'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks']
+           'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks', 'shingles', 'ShingleIndex',
+           'drop_near_duplicates']
 
 # %% ../../nbs/data/11_corpus.ipynb #1b873857
-import ast, re, sys, sysconfig, tokenize, warnings, pandas as pd
+import ast, re, sys, sysconfig, tokenize, warnings, numpy as np, pandas as pd
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -167,3 +168,49 @@ def drop_leaks(
         lines = _long_lines(text)
         return bool(lines) and len(lines & held) > threshold*len(lines)
     return df[(df.split != 'train') | ~df.text.map(leaks)].reset_index(drop=True)
+
+# %% ../../nbs/data/11_corpus.ipynb #73a7e76a
+def shingles(text: str, n: int = 5) -> np.ndarray: # distinct hashes, uint64, sorted
+    "Hashes of the runs of `n` tokens of a finished file."
+    tokens = np.fromiter(map(hash, text.split(' ')), np.int64).view(np.uint64)
+    tokens ^= tokens >> np.uint64(29)
+    runs = np.zeros(max(0, len(tokens) - n + 1), np.uint64)
+    for i in range(n): runs = runs*np.uint64(0x9E3779B97F4A7C15) + tokens[i:len(runs)+i]
+    return np.unique(runs)
+
+class ShingleIndex:
+    "The shingles of some files, and which of the files have each."
+    def __init__(self, texts):
+        own = [shingles(t) for t in texts]
+        self.sizes = np.array([len(s) for s in own], int)             # (files,)
+        runs = np.concatenate(own) if own else np.empty(0, np.uint64)
+        order = np.argsort(runs, kind='stable')
+        self.known, self.first, self.count = np.unique(runs[order], return_index=True, return_counts=True)   # (shingles,)
+        self.owners = np.repeat(np.arange(len(own)), self.sizes)[order]   # files, those of one shingle side by side
+
+    def shared(self, own: np.ndarray) -> np.ndarray: # (files,)
+        "How many shingles each file has in common with the file of `own`."
+        if not len(self.known): return np.zeros(len(self.sizes), int)
+        at = np.minimum(np.searchsorted(self.known, own), len(self.known) - 1)
+        at = at[self.known[at] == own]
+        first, count = self.first[at], self.count[at]
+        ends = np.cumsum(count)                                   # the ranges first[i] … first[i] + count[i], one after another:
+        places = np.repeat(first - ends + count, count) + np.arange(ends[-1] if len(ends) else 0)
+        return np.bincount(self.owners[places], minlength=len(self.sizes))
+
+# %% ../../nbs/data/11_corpus.ipynb #b521a5ef
+def drop_near_duplicates(
+    df: pd.DataFrame,         # With `split`
+    jaccard: float = .7,      # Shared shingles over those of both files together
+    containment: float = .8,  # Shared shingles over those of the shorter file
+    least: int = 50,          # Shingles; a shorter file is judged by `jaccard` alone
+) -> pd.DataFrame:
+    "Drop training files that nearly repeat a file of the `valid` or `test` split, contain one, or lie in one."
+    held = ShingleIndex(df.text[df.split != 'train'])
+    def repeats(text: str) -> bool:
+        own = shingles(text)
+        shared, shorter = held.shared(own), np.minimum(held.sizes, len(own))
+        same = shared >= jaccard*(held.sizes + len(own) - shared)
+        inside = (shared >= containment*shorter) & (shorter >= least)
+        return bool(((shared > 0) & (same | inside)).any())
+    return df[(df.split != 'train') | ~df.text.map(repeats).astype(bool)].reset_index(drop=True)

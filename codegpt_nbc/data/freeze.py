@@ -10,7 +10,7 @@ import sys, pandas as pd
 from collections import Counter
 from pydantic import Field
 from ..core.paths import CORPUS, new_folder, write_checksums, write_json
-from .corpus import add_split, deduplicate, drop_leaks, is_permissive, read_all
+from .corpus import add_split, deduplicate, drop_leaks, drop_near_duplicates, is_permissive, read_all
 from .inputs import RunConfig
 from .samples import make_samples
 from .text_format import Literals, abstract
@@ -24,7 +24,7 @@ def build_corpus(
     read, skipped = read_all(sources, workers)
     distinct = add_split(deduplicate(read))
     skipped['duplicate'] += len(read) - len(distinct)
-    df = drop_leaks(distinct)
+    df = drop_near_duplicates(drop_leaks(distinct))
     skipped['repeats a held-out project'] += len(distinct) - len(df)
     literals = Literals.count(df.text[df.split == 'train'])
     return df.assign(text=[abstract(t, literals) for t in df.text]), literals, skipped

@@ -24,7 +24,7 @@ from ..model.decoder import Decoder
 from ..model.families import FAMILIES
 from ..model.folder import CHECKSUM, INT8, load_model, save_model
 from ..model.layers import Shape
-from ..model.train import Samples, TrainConfig, fit, keep_zeros
+from ..model.train import Samples, TrainConfig, fit, keep_zeros, within_context
 from .int8 import Int8Embedding, Int8Linear, Int8Matrix, pack, unpack
 from .ranges import Quantizer
 from .schemes import MISSED_BLOCKS, Scheme, assign, study_scheme, weight_schemes
@@ -258,10 +258,10 @@ def lineage(self: QuantizeConfig) -> dict:
     return {'method': 'quantize', **self.model_dump(include={'backend', *self.OWN})}
 
 # %% ../../nbs/methods/34_quantize.ipynb #d4fe9be5
-def _finetuning_samples(c: QuantizeConfig) -> Samples:
-    "Training files, cut to `length`."
+def _finetuning_samples(c: QuantizeConfig, shape: Shape) -> Samples:
+    "Training files, cut to `length` and to the model's context."
     rows = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, c.finetune_samples))
-    return Samples(rows, c.batch, c.length, c.seed)
+    return Samples(rows, c.batch, within_context(c.length, shape), c.seed)
 
 def quantize_step(
     c: QuantizeConfig,
@@ -272,7 +272,7 @@ def quantize_step(
         raise ValueError(f'quantize_step has no backend {c.backend}: call methods.itrex.itrex_quantize_step.')
     dense, train = load_model(c.model_folder), None
     if c.finetune_samples:
-        samples = _finetuning_samples(c)
+        samples = _finetuning_samples(c, dense.shape)
         training = TrainConfig(steps=samples.per_epoch, lr=c.lr, seed=c.seed)
         quantized, result = finetune_quantized(dense, c.scheme, samples, training)
         train = Train(tokens=result.tokens, seconds=result.seconds, curve=result.curve)

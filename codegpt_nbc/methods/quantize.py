@@ -22,7 +22,7 @@ from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
-from ..model.folder import CHECKSUM, INT8, load_model, save_model
+from ..model.folder import CHECKSUM, INT8, check_finite, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import Samples, TrainConfig, fit, keep_zeros, within_context
 from .int8 import Int8Embedding, Int8Linear, Int8Matrix, pack, unpack
@@ -113,10 +113,9 @@ def quantize(
     "Quantise after training. Raises `ValueError` for weights that are not finite, or a placement that matches nothing."
     schemes = schemes or (Scheme(),)
     state = {n: p.detach().cpu() for n, p in model.state_dict().items()}
+    for name, t in state.items(): check_finite(name, t)
     for name, scheme in assign(model, schemes).items():
         w = state[f'{name}.weight']              # (out, in)
-        if not w.isfinite().all():
-            raise ValueError(f'{name}.weight holds values that are not finite: train or restore the model first.')
         codes, scale, zero = (rounded or {}).get(name) or scheme.weights(w)
         state |= {f'{name}.weight': codes, f'{name}.scale': scale, f'{name}.zero_point': zero.to(torch.int8)}
     state = {n: t if t.dtype == torch.int8 else t.clone() for n, t in state.items()}   # shares no floats with `model`
@@ -142,7 +141,7 @@ def read_quantized(
     tensors: dict,  # of the file, by name
     config: dict,   # config.json
 ) -> QuantizedDecoder:
-    "Read a folder quantised here, for `load_model`. Raises `ValueError` for a tensor that is missing or of another size."
+    "Read a folder quantised here, for `load_model`. Raises `ValueError` for a tensor that is missing, of another size, or not finite."
     written = {k: v for k, v in config['quantization_config'].items() if k not in ('quant_method', CHECKSUM)}
     q = _skeleton(shape, *(Scheme(**s) for s in written.get('schemes', [written])))
     wanted = q.packed()      # without memory: sizes and types
@@ -154,6 +153,7 @@ def read_quantized(
         if (found.shape, found.dtype) != (want.shape, want.dtype):
             raise ValueError(f'{t.in_file!r} is {found.dtype} {tuple(found.shape)}, '
                              f'but the configuration asks for {want.dtype} {tuple(want.shape)}.')
+        check_finite(t.in_file, found)
         state[t.name] = t.read(found).contiguous()
     return _fill(q, state)
 

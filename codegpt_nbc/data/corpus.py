@@ -8,7 +8,7 @@ __all__ = ['MAX_BYTES', 'SourceFile', 'is_permissive', 'folder_sources', 'stdlib
            'drop_near_duplicates']
 
 # %% ../../nbs/data/11_corpus.ipynb #1b873857
-import ast, re, sys, sysconfig, tokenize, warnings, numpy as np, pandas as pd
+import ast, io, re, sys, sysconfig, tokenize, warnings, numpy as np, pandas as pd
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -99,19 +99,29 @@ def installed_sources(
 # %% ../../nbs/data/11_corpus.ipynb #50292db4
 MAX_BYTES = 500_000  # larger files are tables and generated parsers
 
+def _decoded(file) -> str:
+    "The text of a source file, by its byte order mark or coding line, else as UTF-8. Raises `UnicodeError`."
+    data = Path(file).read_bytes()
+    lines = io.BytesIO(data.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))   # `tokenize.open` knows no lines that end at `\r`
+    try:
+        encoding, _ = tokenize.detect_encoding(lines.readline)
+        return io.TextIOWrapper(io.BytesIO(data), encoding).read()
+    except (SyntaxError, LookupError, ValueError) as e:   # a coding line that names no text encoding, or bytes that are not what it says
+        raise UnicodeError(str(e)) from None
+
 def read_source(
     f: SourceFile,
 ) -> tuple: # (spelled-out text or None, reason it was skipped or '')
     "Read and spell out one file; never raises."
     try:
         if Path(f.file).stat().st_size > MAX_BYTES: return None, 'too large'
-        with tokenize.open(f.file) as fh: source = fh.read()
-        if max(map(len, source.splitlines()), default=0) > 1000: return None, 'machine-made'
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
+            warnings.simplefilter('ignore')   # about the code that is read
+            source = _decoded(f.file)
+            if max(map(len, source.split('\n'))) > 1000: return None, 'machine-made'
             ast.parse(source)
-        text = spell_out(source)
-    except (UnicodeDecodeError, LookupError): return None, 'wrong encoding'
+            text = spell_out(source)
+    except UnicodeError: return None, 'wrong encoding'
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError): return None, 'does not parse'
     except OSError: return None, 'unreadable'
     return (text, '') if text.count('<EOL>') >= 5 else (None, 'under six lines')

@@ -9,14 +9,15 @@ __all__ = ['QUOTES', 'spell_out', 'Literals', 'abstract', 'raw_sign']
 import io, re, tokenize
 from collections import Counter
 from dataclasses import dataclass
-from token import COMMENT, DEDENT, ENCODING, ENDMARKER, EXACT_TOKEN_TYPES, INDENT, NEWLINE, NL, NUMBER, STRING, tok_name
+from token import (COMMENT, DEDENT, ENCODING, ENDMARKER, ERRORTOKEN, EXACT_TOKEN_TYPES, INDENT, NAME, NEWLINE, NL, NUMBER, STRING,
+                   tok_name)
 
 # %% ../../nbs/data/10_text_format.ipynb #0d224614
 def _python_tokens(source: str):
     "Yield `(type, text)` of the tokens of `source`, an f-string as one STRING on every Python version."
-    lines = io.StringIO(source).readlines()   # rows as tokenize counts them: `str.splitlines` also cuts at form feeds and the like
+    lines = io.StringIO(source.removeprefix('\ufeff'), newline=None).readlines()   # `str.splitlines` also cuts at form feeds and the like
     depth, start = 0, None                    # of f-strings that are open
-    for t in tokenize.generate_tokens(iter([*lines, '']).__next__):
+    for t in _whole_names(tokenize.generate_tokens(iter([*lines, '']).__next__)):
         name = tok_name[t.type]
         if name in ('FSTRING_START', 'TSTRING_START'):
             if not depth: start = t.start
@@ -25,6 +26,19 @@ def _python_tokens(source: str):
             depth -= 1
             if not depth: yield STRING, _span(lines, start, t.end)
         elif not depth: yield t.type, t.string
+
+def _whole_names(tokens):
+    "Yield `tokens`; the pieces of a name with characters that `re` calls no letters, which Python 3.11 gives one by one, are joined."
+    name = None   # token that may go on
+    for t in tokens:
+        piece = t.type in (NAME, ERRORTOKEN, NUMBER)
+        if name and piece and t.start == name.end and (name.string + t.string).isidentifier():
+            name = name._replace(type=NAME, string=name.string + t.string, end=t.end)
+            continue
+        if name: yield name
+        name = t if piece and t.string.isidentifier() else None
+        if not name: yield t
+    if name: yield name
 
 def _span(lines: list, start: tuple, end: tuple) -> str:
     "The text between two `(row, column)` positions; rows count from 1."
@@ -54,7 +68,9 @@ _SILENT = {COMMENT, INDENT, DEDENT, ENCODING, ENDMARKER}
 def spell_out(
     source: str, # Python source
 ) -> str: # Blank-separated tokens, every literal with its content
-    "The first half of the format: tokens and line ends. Raises `SyntaxError` on source that does not parse."
+    """The first half of the format: tokens and line ends.
+
+    Raises `SyntaxError` or `tokenize.TokenError` on source that cannot be cut into tokens; `ast.parse` finds the other errors."""
     out, at_line_start = [], True
     for kind, text in _python_tokens(source):
         text = ' '.join(text.split())

@@ -21,7 +21,7 @@ class Engine(Protocol):
     context: int  # most positions of a row
     vocab: int
     def start(self, batch: int, capacity: int):
-        "Allocate the cache: `capacity` positions for each of `batch` rows."
+        "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
     def prefill(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: # (B, S) and (B,) → (B, vocab)
         "Logits after each right-padded prompt."
     def step(self, tokens: np.ndarray) -> np.ndarray: # (B,) → (B, vocab)

@@ -6,7 +6,7 @@
 __all__ = ['BLOCKS', 'HEAD_MULTIPLE', 'build_graph', 'export_onnx', 'count_onnx_parameters', 'OnnxConfig', 'onnx_step']
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #439edf08
-import time, numpy as np, torch
+import time, warnings, numpy as np, torch
 from pathlib import Path
 from typing import Literal
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
-from ..model.folder import describe, load_model, read_config, shape_of_config
+from ..model.folder import check_finite, describe, load_model, read_config, shape_of_config
 from ..model.layers import GatedFeedForward, RotaryAttention, rotation
 from ..methods.quantize import PRECISIONS, in_precision
 from .onnx_run import DOMAIN, Graph, nibbles
@@ -219,6 +219,7 @@ def build_graph(
 ): # onnx.ModelProto, checked
     "The decoder as an ONNX model. Raises `ValueError` for one that cannot be written."
     from onnx import checker, helper
+    for name, t in model.state_dict().items(): check_finite(name, t)
     g = Graph(accuracy_level, _gated(model.shape))
     with torch.no_grad(): _write(g, model)
     graph = helper.make_graph(g.nodes, 'decoder', *_inputs_and_outputs(model.shape))
@@ -229,6 +230,15 @@ def build_graph(
     return proto
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #cb31cbe2
+def _lineage(model: Decoder, precision: str, accuracy_level: int) -> dict: # the step, for the recipe
+    "The step that an export is. Warns where ranges that were calibrated are not written."
+    step = {'method': 'onnx', 'precision': precision}
+    if accuracy_level != 4: step['accuracy_level'] = accuracy_level
+    if not hasattr(model, 'ranges'): return step
+    warnings.warn('the calibrated ranges of activations are not written to ONNX: the runtime finds ranges of its own for each token.',
+                  UserWarning, stacklevel=3)
+    return step | {'ranges': 'dynamic'}
+
 def export_onnx(
     folder=BASE_MODEL,        # A model folder with safetensors
     out='model-onnx',         # Written whole, or not at all
@@ -242,13 +252,12 @@ def export_onnx(
     check_replaceable(out, 'model', [folder])
     if (Path(folder)/'model.onnx').is_file():
         raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
-    model = in_precision(load_model(folder), precision)
+    found = load_model(folder)
+    step, model = _lineage(found, precision, accuracy_level), in_precision(found, precision)
     proto = build_graph(model, accuracy_level)
     size = proto.ByteSize()
     if size > 2**31 - 1:
         raise ValueError(f'{folder} needs {size/2**30:.1f} GiB, but one ONNX file holds 2: choose int8 or a smaller model.')
-    step = {'method': 'onnx', 'precision': precision}
-    if accuracy_level != 4: step['accuracy_level'] = accuracy_level
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
            'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
     with new_folder(out, 'model', [folder]) as tmp:

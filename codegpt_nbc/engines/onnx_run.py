@@ -272,9 +272,17 @@ class OrtEngine:
         return [open_session(path, threads, spin=False, profile=profile), prompts]
 
     def start(self, batch, capacity):
-        "Allocate the cache: `capacity` positions for each of `batch` rows."
+        "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
         self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}   # (B, H, capacity, d)
-        self.lengths = np.zeros(batch, np.int64)              # (B,) positions filled
+        self.lengths, self.capacity = np.zeros(batch, np.int64), capacity   # (B,) positions filled, and those that there is room for
+        self._bind()
+
+    def _reserve(self, positions: int): # per row
+        "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
+        if positions <= self.capacity: return
+        room = max(positions, min(positions + positions//2, self.context))
+        def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, room - self.capacity), (0, 0)))   # (B, H, room, d)
+        self.cache, self.capacity = {name: grown(a) for name, a in self.cache.items()}, room
         self._bind()
 
     def _bind(self):
@@ -283,10 +291,11 @@ class OrtEngine:
 
     def _run(self, ids, asked): # (B, S) and (logits, 2) → (logits, vocab)
         "Append `ids` to the cache, and compute logits where asked. The caller advances the lengths."
-        new = ids.shape[1]
+        new, filled = ids.shape[1], self.lengths.max(keepdims=True)
+        self._reserve(int(filled[0]) + new)
         bound = self.bound[-1 if new >= PROMPT else 0]
         return bound.run(input_ids=ids, position_ids=self.lengths[:, None] + np.arange(new), asked=asked,
-                         seqlens_k=self.lengths + (new - 1), total_sequence_length=self.lengths.max(keepdims=True) + new)
+                         seqlens_k=self.lengths + (new - 1), total_sequence_length=filled + new)
 
     def prefill(self, ids, lengths): # (B, S) and (B,) → (B, vocab)
         "Logits after each right-padded prompt."

@@ -140,8 +140,9 @@ def build_model(model: Decoder): # openvino.Model
     ops = ov.opset13
     def only_asked(x): return ops.gather_nd(x, g.asked)                              # (B, S, …) → (logits, …)
     last = max((l for l, heads in enumerate(model.shape.heads) if heads), default=-1)   # the last layer with attention
-    tokens = table(model.tokens)
-    x = ops.add(_embed(g.input_ids, model.tokens, tokens), _embed(g.position_ids, model.positions, table(model.positions)))
+    lookup, head = (model.tokens,)*2 if model.shape.tied else (model.tokens.lookup, model.tokens.head)
+    tokens = table(lookup)
+    x = ops.add(_embed(g.input_ids, lookup, tokens), _embed(g.position_ids, model.positions, table(model.positions)))
     if last < 0: x = only_asked(x)
     for l, block in enumerate(model.blocks):
         if block.attn is not None:
@@ -151,7 +152,7 @@ def build_model(model: Decoder): # openvino.Model
         if block.mlp is not None:
             neurons = ops.gelu(_linear(_norm(x, block.norm2), block.mlp.up), 'tanh')
             x = ops.add(x, _linear(neurons, block.mlp.down))
-    logits = _product(_norm(x, model.norm), model.tokens, tokens)                    # (logits, vocab)
+    logits = _product(_norm(x, model.norm), head, tokens if model.shape.tied else table(head))   # (logits, vocab)
     logits.output(0).set_names({'logits'})
     return ov.Model([ops.result(logits)], g.sinks, [getattr(g, name) for name in INPUTS], 'decoder')
 

@@ -24,7 +24,7 @@ class TorchEngine:
         self.context, self.vocab = self.model.shape.context, self.model.shape.vocab
 
     def start(self, batch, capacity):
-        "Allocate the cache: `capacity` positions for each of `batch` rows."
+        "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
         self.cache = KVCache(self.model.shape, batch, capacity)
 
     @torch.inference_mode()

@@ -152,7 +152,7 @@ class Session:
 
     def forget(self):
         "Begin anew."
-        self.engine.start(1, self.engine.context)
+        self.engine.start(1, min(64, self.engine.context))   # the cache grows with the text
         self.encode.lines, self.cached, self.dropped = {}, np.zeros(0, np.int64), 0
 
 # %% ../../nbs/engines/55_session.ipynb #38c5a292

@@ -19,6 +19,7 @@ from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
 from ..model.folder import load_model, save_model
+from ..model.train import cut_to_context, within_context
 from .int8 import Int8Matrix
 from .quantize import QuantizedDecoder, quantize, simulate_input
 from .ranges import Affine, Quantizer
@@ -172,6 +173,7 @@ def gptq(
     from tqdm import tqdm
     chosen = assign(model, schemes)
     m, rounded = _prepared(model, chosen)
+    windows = windows[:, :within_context(windows.shape[1], model.shape)]
     xs = [m.embed(ids, torch.arange(ids.shape[1])) for ids in windows.split(batch)]     # (batch, length, d) each
     steps = list(_residual_steps(m))
     for parts, step in tqdm(steps, desc=desc, disable=desc is None, unit='half layer', mininterval=2):
@@ -284,7 +286,9 @@ def gptq_step(
     out=None,   # Folder to write; None: `c.out_folder`
 ) -> StepResult:
     "Quantise the model of a run with GPTQ, judge it against rounding to the nearest, and save it."
-    dense, (windows, unseen) = load_model(c.model_folder), calibration_sets(c)
+    dense = load_model(c.model_folder)
+    c = cut_to_context(c, dense.shape)
+    windows, unseen = calibration_sets(c)
     began = time.time()
     quantized = gptq(dense, windows, *c.schemes, damp=c.damp, act_order=c.act_order, desc='GPTQ')
     seconds = time.time() - began

@@ -17,9 +17,9 @@ from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_parameters
 from ..model.families import GPT2, is_regular
-from ..model.folder import INT8, from_disk, load_model, save_model
+from ..model.folder import INT8, check_finite, from_disk, load_model, save_model
 from ..model.layers import Shape
-from ..model.train import TrainResult
+from ..model.train import TrainResult, cut_to_context
 from .int8 import Int8Embedding
 from .prune import PruneConfig, PruneReport, pruning_rows, save_pruned
 from .quantize import QuantizeConfig
@@ -101,6 +101,7 @@ def prune_with_toolkit(
     "The toolkit's group lasso: an epoch or more under the penalty, one-shot pruning, and an epoch to recover."
     toolkit, Trainer = _toolkit()
     theirs, losses, began = _gpt2(model), [], time.time()
+    c = cut_to_context(c, model.shape)
     tokens = c.epochs*sum(min(len(row), c.length) - 1 for row in rows)
     last_epoch = c.epochs - 1, c.epochs - 1                                          # all at once, as it begins
     matrices = [name for name, p in theirs.named_parameters() if p.ndim == 2]
@@ -159,10 +160,11 @@ class ToolkitDecoder(Decoder):
 
 # %% ../../nbs/methods/40_itrex.ipynb #21253562
 def read_toolkit(shape: Shape, tensors: dict, config: dict) -> ToolkitDecoder:
-    "The reader that `load_model` calls for such a folder. Raises `ValueError` naming a tensor that is missing."
+    "The reader that `load_model` calls for such a folder. Raises `ValueError` naming a tensor that is missing or not finite."
     with torch.device('meta'): model = ToolkitDecoder(shape)
     missing = sorted(set(model.state_dict()) - set(tensors))
     if missing: raise ValueError(f'the weights lack the tensor {missing[0]!r}: the folder is incomplete.')
+    for name, t in tensors.items(): check_finite(name, t)
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False)
 

@@ -27,7 +27,7 @@ from ..model.families import FAMILIES
 from ..model.folder import load_model, save_model
 from ..model.layers import Shape
 from ..model.losses import batches_loss
-from ..model.train import Samples, TrainConfig, autocast, fit, next_token_loss
+from ..model.train import Samples, TrainConfig, autocast, cut_to_context, fit, next_token_loss
 
 # %% ../../nbs/methods/30_prune.ipynb #42350809
 @dataclass(frozen=True)
@@ -474,6 +474,7 @@ def prune(
 ) -> tuple: # (Decoder, `PruneReport`)
     "Prune in one shot between penalised training and recovery."
     pattern, dense = pattern_of(c), count_parameters(model)[0]
+    c = cut_to_context(c, model.shape)
     data = Samples(rows, c.batch, c.length, c.seed)
     penalised, recover = _phases(c, pattern.lr, data.per_epoch)
     runs, details, hooks = [], {}, pattern.recovery()

@@ -22,9 +22,9 @@ from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
-from ..model.folder import CHECKSUM, INT8, load_model, save_model
+from ..model.folder import CHECKSUM, INT8, check_finite, load_model, save_model
 from ..model.layers import Shape
-from ..model.train import Samples, TrainConfig, fit, keep_zeros
+from ..model.train import Samples, TrainConfig, fit, keep_zeros, within_context
 from .int8 import Int8Embedding, Int8Linear, Int8Matrix, pack, unpack
 from .ranges import Quantizer
 from .schemes import MISSED_BLOCKS, Scheme, assign, study_scheme, weight_schemes
@@ -113,10 +113,9 @@ def quantize(
     "Quantise after training. Raises `ValueError` for weights that are not finite, or a placement that matches nothing."
     schemes = schemes or (Scheme(),)
     state = {n: p.detach().cpu() for n, p in model.state_dict().items()}
+    for name, t in state.items(): check_finite(name, t)
     for name, scheme in assign(model, schemes).items():
         w = state[f'{name}.weight']              # (out, in)
-        if not w.isfinite().all():
-            raise ValueError(f'{name}.weight holds values that are not finite: train or restore the model first.')
         codes, scale, zero = (rounded or {}).get(name) or scheme.weights(w)
         state |= {f'{name}.weight': codes, f'{name}.scale': scale, f'{name}.zero_point': zero.to(torch.int8)}
     state = {n: t if t.dtype == torch.int8 else t.clone() for n, t in state.items()}   # shares no floats with `model`
@@ -142,7 +141,7 @@ def read_quantized(
     tensors: dict,  # of the file, by name
     config: dict,   # config.json
 ) -> QuantizedDecoder:
-    "Read a folder quantised here, for `load_model`. Raises `ValueError` for a tensor that is missing or of another size."
+    "Read a folder quantised here, for `load_model`. Raises `ValueError` for a tensor that is missing, of another size, or not finite."
     written = {k: v for k, v in config['quantization_config'].items() if k not in ('quant_method', CHECKSUM)}
     q = _skeleton(shape, *(Scheme(**s) for s in written.get('schemes', [written])))
     wanted = q.packed()      # without memory: sizes and types
@@ -154,6 +153,7 @@ def read_quantized(
         if (found.shape, found.dtype) != (want.shape, want.dtype):
             raise ValueError(f'{t.in_file!r} is {found.dtype} {tuple(found.shape)}, '
                              f'but the configuration asks for {want.dtype} {tuple(want.shape)}.')
+        check_finite(t.in_file, found)
         state[t.name] = t.read(found).contiguous()
     return _fill(q, state)
 
@@ -258,10 +258,10 @@ def lineage(self: QuantizeConfig) -> dict:
     return {'method': 'quantize', **self.model_dump(include={'backend', *self.OWN})}
 
 # %% ../../nbs/methods/34_quantize.ipynb #d4fe9be5
-def _finetuning_samples(c: QuantizeConfig) -> Samples:
-    "Training files, cut to `length`."
+def _finetuning_samples(c: QuantizeConfig, shape: Shape) -> Samples:
+    "Training files, cut to `length` and to the model's context."
     rows = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, c.finetune_samples))
-    return Samples(rows, c.batch, c.length, c.seed)
+    return Samples(rows, c.batch, within_context(c.length, shape), c.seed)
 
 def quantize_step(
     c: QuantizeConfig,
@@ -272,7 +272,7 @@ def quantize_step(
         raise ValueError(f'quantize_step has no backend {c.backend}: call methods.itrex.itrex_quantize_step.')
     dense, train = load_model(c.model_folder), None
     if c.finetune_samples:
-        samples = _finetuning_samples(c)
+        samples = _finetuning_samples(c, dense.shape)
         training = TrainConfig(steps=samples.per_epoch, lr=c.lr, seed=c.seed)
         quantized, result = finetune_quantized(dense, c.scheme, samples, training)
         train = Train(tokens=result.tokens, seconds=result.seconds, curve=result.curve)

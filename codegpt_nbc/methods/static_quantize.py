@@ -23,9 +23,9 @@ from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
-from ..model.folder import load_model, save_model
+from ..model.folder import check_finite, load_model, save_model
 from ..model.layers import Shape
-from ..model.train import Samples, cut_rows
+from ..model.train import Samples, cut_rows, within_context
 from .quantize import QuantizedDecoder, float_decoder, quantize, read_quantized
 from .ranges import Affine, Calibrated, EmbeddingGroups, Fixed, Granularity, LeastSquares, MinMax, Quantizer, Symmetric
 from .schemes import Scheme, matching
@@ -131,14 +131,15 @@ def calibrate(
     estimator: Calibrated = Calibrated(),
 ) -> dict: # place name → (channels, 2) least and greatest
     "Ranges of all activations. Raises `ValueError` if there is no batch, or values are not finite."
-    seen = {}
+    seen, batches = {}, list(batches)
+    length = within_context(max((ids.shape[1] for ids in batches), default=1), model.shape)
     def watch(p):
         def f(x):
             seen[p.name] = estimator.update(seen.get(p.name), x.reshape(-1, p.width))   # (values, channels)
             return x
         return f
     with attached(model, {p.name: watch(p) for p in places(model.shape)}):
-        for ids in batches: model.norm(model.hidden(ids))
+        for ids in batches: model.norm(model.hidden(ids[:, :length]))
     if not seen: raise ValueError('there is no batch to calibrate on: give at least one.')
     for name, r in seen.items():
         if not r.isfinite().all():
@@ -265,7 +266,7 @@ def read_static(
     tensors: dict,  # of the file, by name
     config: dict,   # config.json
 ) -> StaticDecoder:
-    "Read a statically quantised folder, for `load_model`. Raises `ValueError` for a missing or misshapen tensor."
+    "Read a statically quantised folder, for `load_model`. Raises `ValueError` for a tensor that is missing, misshapen or not finite."
     weights = dict(config['quantization_config'])
     activations = tuple(StaticScheme(**s) for s in weights.pop('activations'))
     found = {'range': {}, 'order': {}}
@@ -274,6 +275,7 @@ def read_static(
         if tensors[n].shape != want.shape:
             raise ValueError(f'{n!r} has shape {tuple(tensors[n].shape)}, '
                              f'but the configuration asks for {tuple(want.shape)}.')
+        check_finite(n, tensors[n])
         place, _, kind = n.removeprefix('activations.').rpartition('.')
         found[kind][place] = tensors[n]
     q = read_quantized(shape, tensors, config | {'quantization_config': weights})
@@ -351,7 +353,7 @@ def static_quantize_step(
     "Quantise weights and activations of the model of a run and save it. A quantised model is made float first."
     dense, tok = float_decoder(load_model(c.model_folder)), load_tokenizer(c.model_folder)
     assign_places(dense.shape, c.activations)      # raises now, not after calibration
-    length = min(c.length, dense.shape.context)
+    length = within_context(c.length, dense.shape)
     q, batches = quantize(dense, c.weights), calibration_ids(c, tok, length)
     seen = calibrate(q, batches, c.estimator)
     prompts = load_samples('codexglue', 32, 'valid', c.data_folder).input.tolist()

@@ -23,8 +23,9 @@ from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
 from ..model.layers import Shape
-from ..model.train import Samples, TrainResult, files_enough, fit, training_rows
-from .distill import DistillLoss, TaughtConfig, pair_loss, trained_details, validation_batches, validation_loss
+from ..model.train import Samples, TrainResult, cut_to_context, files_enough, fit, training_rows
+from .distill import (DistillLoss, Layers, TaughtConfig, number_of, pair_loss, spread, trained_details,
+                                         validation_batches, validation_loss)
 from .quantize import float_decoder, quantize, simulated
 from .ranges import SPAN, TERNARY, Binary, Granularity, MeanMagnitude, Quantizer, Ternary, WideSymmetric
 from .schemes import Placement, Scheme
@@ -190,7 +191,7 @@ def attention_loss(self: Watched, qk, qk_t, real): # dicts of layers, (batch, n)
 # %% ../../nbs/methods/38_xtc.ipynb #44e2c973
 class XtcConfig(TaughtConfig):
     "Parameters of `experiments/xtc`."
-    layers: list[int] | None = None                 # indices of those that stay; None: all
+    layers: Layers | None = None                    # those that stay: indices, or a share or a number, evenly spread; None: all
     bits: Literal[1, 2, 32] = 1                     # of a weight; 2: ternary; 32: layer reduction alone
     alpha_logits: float = Field(1., ge=0)
     alpha_hidden: float = Field(1., ge=0)
@@ -212,12 +213,16 @@ class XtcConfig(TaughtConfig):
         return XtcLoss(**{name: getattr(self, name) for name in XtcLoss.model_fields})
 
 # %% ../../nbs/methods/38_xtc.ipynb #d03db68d
+def _indices(layers, of: int) -> list:
+    "The indices that `XtcConfig.layers` names in a model of `of` layers."
+    return layers if isinstance(layers, list) else spread(of, number_of(layers, of))
+
 def load_models(c: XtcConfig) -> tuple: # (student, teacher), both float
     """Student and teacher of a run; a quantised model is taken as the float model of its weights.
     Raises `ValueError` where they do not fit together."""
     start, teacher = (float_decoder(load_model(folder)) for folder in (c.model_folder, c.teacher_folder))
-    c.check_pair(start.shape, teacher.shape)
-    student = start if c.layers is None else with_layers(start, c.layers)
+    c.check_pair()
+    student = start if c.layers is None else with_layers(start, _indices(c.layers, start.shape.n_layer))
     c.loss.check(student.shape, teacher.shape)
     return student, teacher
 
@@ -259,6 +264,7 @@ def xtc(
     work=None,          # Folder for checkpoints: where a killed run left one, this one goes on
 ) -> tuple: # (Decoder, `TrainResult`, loss curves); the decoder is a `QuantizedDecoder` unless bits is 32
     "Train `student` through its quantisation to compute as `teacher` does, then quantise it."
+    c = cut_to_context(c, student.shape, teacher.shape)
     schemes, settings, pair = xtc_schemes(c.bits), c.training(rows), Watched(student, teacher, c.loss)
     curves = LossCurves(pair, settings.steps, path=work and Path(work)/'curves.json')
     with simulated(student, *schemes):
@@ -291,20 +297,21 @@ def xtc_step(
     keep_work: bool = False, # Leave the folder `c.work` of a resumable run for the caller to remove
 ) -> StepResult: # details: losses before and after, curves of the loss's parts, bytes of each part of the file
     "Compress the model of `c.model_folder` beside the teacher of `c.teacher_folder`, on texts of `c.data_folder`, and write it."
-    tok, schemes = load_tokenizer(c.model_folder), xtc_schemes(c.bits)
+    tok, schemes, work = load_tokenizer(c.model_folder), xtc_schemes(c.bits), c.work
+    c = cut_to_context(c, *c.shapes)
     rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
     (student, teacher), held = load_models(c), validation_batches(c, tok)
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}
     before = {name: validation_loss(model, held) for name, model in before.items()}
-    compressed, r, loss_parts = xtc(student, teacher, rows, c, c.work)
+    compressed, r, loss_parts = xtc(student, teacher, rows, c, work)
     step = {'method': 'xtc', **c.model_dump(include={'layers', 'bits'}), 'teacher': c.teacher_folder.name, 'tokens': r.tokens}
     folder = save_model(compressed, out or c.out_folder, parent=c.model_folder, step=step)
     _check_file(folder, compressed)
     by_part, params = bytes_by_part(folder), count_parameters(compressed)[0]
     details = {'bytes_by_part': by_part, 'loss_parts': loss_parts, **trained_details(r), 'loss_before': before,
                'loss_after': validation_loss(compressed, held), 'bits_per_parameter': round(8*sum(by_part.values())/params, 3)}
-    if not keep_work: shutil.rmtree(c.work, ignore_errors=True)
+    if not keep_work: shutil.rmtree(work, ignore_errors=True)
     return StepResult(folder, Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details)
 
 # %% ../../nbs/methods/38_xtc.ipynb #9fd262db

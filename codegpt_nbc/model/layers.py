@@ -39,18 +39,27 @@ class Shape:
 
 # %% ../../nbs/model/20_layers.ipynb #110739c2
 class KVCache:
-    "Keys and values of every layer, written in place. Each row of the batch has its own length."
+    "Keys and values of every layer, written in place. Each row of the batch has its own length; where more positions are needed, it grows."
     def __init__(self,
         shape: Shape,
         batch: int,      # Rows (B)
-        capacity: int,   # Positions per row
+        capacity: int,   # Positions per row to begin with
         dtype=torch.float32,
     ):
         def empty(heads): return torch.zeros(batch, heads, capacity, shape.d_head, dtype=dtype)
         self.k = [empty(h) for h in shape.heads]   # per layer (B, H, capacity, d)
         self.v = [empty(h) for h in shape.heads]   # per layer (B, H, capacity, d)
         self.length = torch.zeros(batch, dtype=torch.long)   # (B,) positions filled
-        self.capacity = capacity
+        self.capacity, self.context = capacity, shape.context
+
+    def reserve(self,
+        positions: int, # per row
+    ):
+        "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
+        if positions <= self.capacity: return
+        room = max(positions, min(positions + positions//2, self.context))
+        def grown(t): return F.pad(t, (0, 0, 0, room - self.capacity))   # (B, H, room, d)
+        self.k, self.v, self.capacity = [grown(k) for k in self.k], [grown(v) for v in self.v], room
 
     def keep(self,
         rows, # (n,) indices into the batch
@@ -112,7 +121,9 @@ class Attention(Half):
         if cache is not None and positions is not None:
             y = self._continue(q, k, v, cache, layer, positions)  # (B, G·H, S, d)
         else:
-            if cache is not None: cache.k[layer][:, :, :S], cache.v[layer][:, :, :S] = k, v
+            if cache is not None:
+                cache.reserve(S)
+                cache.k[layer][:, :, :S], cache.v[layer][:, :, :S] = k, v
             y = self.attend(q, self.each(k), self.each(v))        # (B, G·H, S, d)
         joined = y.transpose(1, 2).reshape(B, S, -1)              # (B, S, G·H·d)
         return self.proj(joined)                                  # (B, S, D)
@@ -127,10 +138,10 @@ class Attention(Half):
 
     def _continue(self, q, k, v, cache, layer, positions): # (B, G·H, S, d)
         "Write keys and values at `positions`, then attend. The queries of a head become its rows, so the cache is not copied for each."
-        rows = torch.arange(len(positions))[:, None]
+        rows, filled = torch.arange(len(positions))[:, None], int(positions.max()) + 1   # (B, 1), T
+        cache.reserve(filled)
         cache.k[layer][rows, :, positions] = k.transpose(1, 2)
         cache.v[layer][rows, :, positions] = v.transpose(1, 2)
-        filled = int(positions.max()) + 1                                           # T
         seen = torch.arange(filled) <= positions[:, None, :, None]                  # (B, 1, S, T)
         if self.queries > 1: seen = seen.repeat(1, 1, self.queries, 1)              # (B, 1, G·S, T)
         grouped = q if self.queries == 1 else q.reshape(len(q), self.n_head, -1, self.d_head)   # (B, H, G·S, d)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
-           'Samples', 'cut_rows', 'files_enough', 'training_rows', 'save_checkpoint', 'load_checkpoint', 'share',
-           'TrainResult', 'next_token_loss', 'fit', 'keep_zeros']
+           'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough', 'training_rows',
+           'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
-import math, time, numpy as np, torch
+import math, time, warnings, numpy as np, torch
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
@@ -123,6 +123,23 @@ class Samples:
         return ids, targets
 
 # %% ../../nbs/model/24_train.ipynb #6b2b65cf
+def within_context(
+    length: int, # Tokens of a row, as asked
+    *shapes,     # Of the models that read it
+) -> int:
+    "`length`, or the least context of `shapes` with a warning, as longer rows are cut. Every method that trains or calibrates asks here."
+    context = min(shape.context for shape in shapes)
+    if length <= context: return length
+    warnings.warn(f'length is {length}, but the model has {context} positions: longer rows are cut.', UserWarning, stacklevel=3)
+    return context
+
+def cut_to_context(
+    c,       # A configuration with `length`
+    *shapes, # Of the models that read the rows
+):
+    "The same configuration with rows that fit into all models, see `within_context`."
+    return c.model_copy(update={'length': within_context(c.length, *shapes)})
+
 def cut_rows(
     files: list,     # Lists of token ids
     length: int,     # Inputs of a row, in tokens

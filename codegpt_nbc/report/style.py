@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'DENSE', 'SETTING_LABELS', 'MethodStyle',
            'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_prune', 'label_int8',
-           'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'label_distill', 'label_xtc',
-           'label_static', 'label_dense', 'run_label', 'short_label', 'chain_of', 'compressor', 'family_of', 'number',
-           'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
+           'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
+           'label_distill', 'label_xtc', 'label_static', 'label_dense', 'run_label', 'short_label', 'chain_of',
+           'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
+           'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
 from functools import wraps
@@ -137,17 +138,22 @@ def distill_variant(c) -> str:
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
     return ''.join(f', {s}' for s in said)
 
+def layers_said(layers) -> str:
+    "How many layers a parameter `layers` asks for: a share, a number or a list of indices."
+    if isinstance(layers, float): return f'{100*layers:.0f} % of the layers'
+    if layers is None: return 'half of the layers'
+    return f'{len(layers) if isinstance(layers, list) else layers} layers'
+
 def label_distill(c) -> str:
     "Where a student comes from, and what sets it apart."
     student = c.get('student', 'reduced')
     if student == 'model': return 'distilled back' + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
-    return f"{c.get('layers')} layers{origin}, distilled" + distill_variant(c)
+    return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)
 
 def label_xtc(c) -> str:
     "Bits a weight; 32 bits stand for a reduction of layers alone."
-    layers = len(c.get('layers') or [])
-    return {1: '1 bit a weight', 2: 'ternary', 32: f"{layers} layers, by XTC's loss"}[c.get('bits', 1)]
+    return {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
 
 def label_static(c) -> str:
     "Where static int8 departs from one range for each tensor."

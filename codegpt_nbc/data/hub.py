@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.paths import atomic_path, project_root
 
 # %% ../../nbs/data/16_hub.ipynb #c383af58
-_ON_HUB = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
+_ON_HUB = re.compile(r'(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?')
 _FILES = {'model': ['*.safetensors', '*.json', 'merges.txt'],   # no pickles
           'dataset': ['*.parquet', '*.txt', '*.json']}
 
@@ -59,7 +59,7 @@ def find(
     if not on_hub: return None
     repo, revision = on_hub.groups()
     if revision: return from_hub(repo, revision, kind)
-    raise ValueError(f'{name!r} is no folder here, and as a {kind} on the hub it lacks a revision: '
+    raise ValueError(f'{name} does not exist: give a {kind} folder; as a {kind} on the hub it lacks a revision: '
                      f'write {name}@COMMIT.')
 
 # %% ../../nbs/data/16_hub.ipynb #17c37319

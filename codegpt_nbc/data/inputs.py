@@ -22,8 +22,14 @@ def resolve_model(name: str, profile: str) -> Path:
     run = models_dir(profile)/name
     folder = run if (run/'config.json').is_file() else find(name)
     if folder and (folder/'config.json').is_file(): return folder
-    raise ValueError(f'there is no model {name!r}: give {BASE_MODEL.name!r}, a run of the profile {profile!r} '
-                     'that has finished, a model folder, or owner/name@revision on the hub.')
+    raise ValueError(_no_model(name, profile, folder))
+
+def _no_model(name: str, profile: str, folder) -> str:
+    "Why a name leads to no model, and the remedy."
+    if folder: return f'{name} has no config.json: give a model folder.'
+    if '/' in name: return f'{name} does not exist: give a model folder, or owner/name@revision on the hub.'
+    run = '' if profile == 'try' else f'a run of the profile {profile!r} that has finished, '
+    return f'there is no model {name!r}: give {BASE_MODEL.name!r}, {run}a model folder, or owner/name@revision on the hub.'
 
 def resolve_data(name: str) -> Path:
     "The frozen corpus, or other code in CodeXGLUE's format, made to look like it. Raises `ValueError` if there is none."

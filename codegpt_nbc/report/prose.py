@@ -10,7 +10,7 @@ __all__ = ['PROSE', 'SHORT_NAMES', 'MissingResult', 'RunView', 'figures_of', 'Pr
 import pandas as pd
 from functools import cached_property
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, pass_context
-from ..core.paths import ASSETS, figures_dir, project_root
+from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
 from ..evidence.other_engines import PEERS
 from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, growth, hours_of,
@@ -255,6 +255,10 @@ class Placeholders(Quotations):
     def corpus(self) -> dict: # files, projects
         "How large the shipped corpus is."
         return corpus_facts()
+
+    def shipped_mb(self) -> float:
+        "MB of the embedded model's file as the package ships it, in float16."
+        return (BASE_MODEL/'model.safetensors').stat().st_size/1e6
 
     def hours(self, profile: str) -> float:
         "Hours of computing of a profile."

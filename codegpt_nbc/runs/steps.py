@@ -20,6 +20,7 @@ from ..data.inputs import RunConfig
 from .grid import Profile, Recipe, from_start, read_recipes, spell_time
 
 # %% ../../nbs/runs/71_steps.ipynb #df325a50
+# A new method needs no entry where its module `methods.NAME` holds `NameConfig` and `NAME_step`: see `method_of`.
 METHODS = {   # method → (its configuration, its step function)
     'prune': ('methods.prune.PruneConfig', 'methods.prune.prune_step'),
     'quantize': ('methods.quantize.QuantizeConfig', 'methods.quantize.quantize_step'),

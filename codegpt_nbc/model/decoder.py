@@ -88,7 +88,9 @@ class Decoder(nn.Module):
         ids,         # (B, S) token ids
         cache=None,  # `KVCache` to read and extend; the caller advances its lengths
     ): # (B, S, D)
-        "The residual stream after the last block, before the last norm."
+        "The residual stream after the last block, before the last norm. Raises `ValueError` for rows longer than the context."
+        if ids.shape[1] > self.shape.context:
+            raise ValueError(f'a row has {ids.shape[1]} tokens, but the model has {self.shape.context} positions: cut the rows.')
         new = torch.arange(ids.shape[1], device=ids.device)      # (S,)
         first = cache is None or not bool(cache.length.any())
         at = new if first else cache.length[:, None] + new       # (S,) or (B, S)

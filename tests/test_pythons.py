@@ -1,10 +1,25 @@
-"""Text, corpora, tokenizers, configuration, records and the grid's profiles need no PyTorch, and give the same under every Python from 3.11 on."""
+"""Text, corpora, tokenizers, configuration, records and profiles need no PyTorch, and give the same under every Python from 3.11 on."""
+
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ['numpy', 'pandas', 'pyarrow', 'pydantic', 'tokenizers', 'tqdm', 'hypothesis', 'pytest', 'fastcore', 'datasets', 'filelock', 'yaml', 'Levenshtein']
+PACKAGES = [
+    'numpy',
+    'pandas',
+    'pyarrow',
+    'pydantic',
+    'tokenizers',
+    'tqdm',
+    'hypothesis',
+    'pytest',
+    'fastcore',
+    'datasets',
+    'filelock',
+    'yaml',
+    'Levenshtein',
+]
 ANSWERS = """
 import json, sys
 from hashlib import sha256
@@ -40,29 +55,37 @@ print(json.dumps(answers))
 
 def python_of(version: str) -> str | None:
     "The interpreter of `make pythons`, else one on PATH or of pyenv; the first that starts and has the packages, else None."
-    places = [ROOT/f'.venv-{version}'/'bin'/'python', shutil.which(f'python{version}')]
-    places += sorted(Path(os.environ.get('PYENV_ROOT', Path.home()/'.pyenv')).glob(f'versions/{version}.*/bin/python'))
+    places = [ROOT / f'.venv-{version}' / 'bin' / 'python', shutil.which(f'python{version}')]
+    places += sorted(Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')).glob(f'versions/{version}.*/bin/python'))
     imports = f'import sys, {", ".join(PACKAGES)}; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split(".")))})'
     for p in filter(None, places):
-        if Path(p).is_file() and not subprocess.run([p, '-c', imports], capture_output=True).returncode: return str(p)
+        if Path(p).is_file() and not subprocess.run([p, '-c', imports], capture_output=True).returncode:
+            return str(p)
     return None
 
 
 def run(python: str, *args, **env) -> subprocess.CompletedProcess:
     "Run a Python on this copy of the package."
-    return subprocess.run([python, *args], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'} | env)
+    return subprocess.run(
+        [python, *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'} | env,
+    )
 
 
 @pytest.fixture(params=['3.12', '3.13'])
 def python(request):
     found = python_of(request.param)
-    if found is None: pytest.skip(f'no Python {request.param} with the packages that these tests need: call make pythons')
+    if found is None:
+        pytest.skip(f'no Python {request.param} with the packages that these tests need: call make pythons')
     return found
 
 
 @pytest.fixture(scope='module')
 def own():
-    done = run(sys.executable, '-c', ANSWERS, str(ROOT/'tests'))
+    done = run(sys.executable, '-c', ANSWERS, str(ROOT / 'tests'))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -73,6 +96,6 @@ def test_the_tests_of_text_and_wings_pass(python):
 
 
 def test_the_answers_are_those_of_this_python(python, own):
-    done = run(python, '-c', ANSWERS, str(ROOT/'tests'))
+    done = run(python, '-c', ANSWERS, str(ROOT / 'tests'))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == own and own['pytorch'] is False

@@ -38,14 +38,10 @@ def words(tmp_path_factory):
 def corpus(tmp_path_factory):
     "Sixty files of more than 100 tokens, in the frozen corpus's layout."
     d = tmp_path_factory.mktemp('corpus')
-    pd.DataFrame(
-        {'project': [f'p{i}' for i in range(60)], 'path': 'a.py', 'text': [LINE.replace('x', f'x{i}') for i in range(60)]}
-    ).to_parquet(d / 'train.parquet')
-    samples = pd.DataFrame(
-        {'project': [f'q{i}' for i in range(40)], 'path': 'a.py', 'input': [LINE.removesuffix(' </s>')] * 40, 'gt': ['x'] * 40}
-    )
-    for name in ('test_codexglue', 'valid_codexglue', 'test_thesis'):
-        samples.to_parquet(d / f'{name}.parquet')
+    texts = [LINE.replace('x', f'x{i}') for i in range(60)]
+    pd.DataFrame({'project': [f'p{i}' for i in range(60)], 'path': 'a.py', 'text': texts}).to_parquet(d/'train.parquet')
+    samples = pd.DataFrame({'project': [f'q{i}' for i in range(40)], 'path': 'a.py'}).assign(input=LINE.removesuffix(' </s>'), gt='x')
+    for name in ('test_codexglue', 'valid_codexglue', 'test_thesis'): samples.to_parquet(d/f'{name}.parquet')
     return d
 
 
@@ -73,10 +69,9 @@ def test_rows_longer_than_the_context_are_cut_with_one_warning(method, shape, wo
     c = config(run_id=method, profile='limits', model=str(source), data=str(corpus), codexglue=0, thesis=0, **own)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always')
-        made = step(c, tmp_path / 'out').folder
-    assert [str(w.message) for w in seen if 'longer rows are cut' in str(w.message)] == [
-        'length is 100, but the model has 32 positions: longer rows are cut.'
-    ]
+        made = step(c, tmp_path/'out').folder
+    said = [str(w.message) for w in seen if 'longer rows are cut' in str(w.message)]
+    assert said == ['length is 100, but the model has 32 positions: longer rows are cut.']
     ids = torch.arange(32)[None]
     with torch.no_grad():
         assert load_model(made)(ids).isfinite().all()
@@ -97,18 +92,17 @@ def test_rows_that_are_given_directly_are_cut_or_refused_in_a_sentence(shape):
     with pytest.warns(UserWarning, match='longer rows are cut') as seen:
         calibrate(model, iter([rows, rows]))
     assert len(seen) == 1
-    with pytest.raises(ValueError, match='a row has 100 tokens, but the model has 32 positions'):
-        model(rows)
-    with pytest.raises(ValueError, match='a row has 99 tokens'):
-        finetune_quantized(model, Scheme(), Samples(rows.tolist(), 2, 100), TrainConfig(steps=1))
+    with pytest.raises(ValueError, match='a row has 100 tokens, but the model has 32 positions'): model(rows)
+    samples = Samples(rows.tolist(), 2, 100)
+    with pytest.raises(ValueError, match='a row has 99 tokens'): finetune_quantized(model, Scheme(), samples, TrainConfig(steps=1))
 
 
 # Values that are not finite
 
+WHERE = ['blocks.0.mlp.up.bias', 'blocks.1.norm1.weight', 'blocks.1.attn.proj.weight', 'tokens.weight', 'norm.bias']
 
-@pytest.mark.parametrize(
-    'where', ['blocks.0.mlp.up.bias', 'blocks.1.norm1.weight', 'blocks.1.attn.proj.weight', 'tokens.weight', 'norm.bias']
-)
+
+@pytest.mark.parametrize('where', WHERE)
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_nothing_is_made_of_values_that_are_not_finite(where, value, words, tmp_path):
     model = Decoder(TOY).init_weights()
@@ -203,11 +197,8 @@ def test_a_batch_of_rows_grows_too():
 
 # Shares of layers
 
-
-@pytest.mark.parametrize(
-    'layers, of, want',
-    [(0.5, 12, 6), (0.5, 8, 4), (0.5, 4, 2), (0.5, 1, 1), (0.25, 12, 3), (1.0, 5, 5), (6, 12, 6), (1, 12, 1), (0.01, 12, 1)],
-)
+@pytest.mark.parametrize('layers, of, want', [
+    (.5, 12, 6), (.5, 8, 4), (.5, 4, 2), (.5, 1, 1), (.25, 12, 3), (1., 5, 5), (.01, 12, 1), (6, 12, 6), (1, 12, 1)])
 def test_a_share_of_layers_is_of_the_model_at_hand(layers, of, want):
     assert number_of(layers, of) == want
     model = Decoder(replace(TOY, heads=(2,) * of, inner=(32,) * of)).init_weights()

@@ -63,12 +63,11 @@ with tempfile.TemporaryDirectory() as d:
 def test_a_head_of_its_own_is_written_where_openvino_is():
     python = sys.executable if find_spec('openvino') else str(PEERS)
     if not Path(python).is_file(): pytest.skip('no environment with OpenVINO: call make peers')
-    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
-    p = subprocess.run([python, '-c', UNTIED], env=env, capture_output=True, text=True)
+    path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
+    p = subprocess.run([python, '-c', UNTIED], env=os.environ | {'PYTHONPATH': path}, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr[-3000:]
 
 
 def test_another_family_is_refused_in_one_sentence():
-    said = 'OpenVINO folders are written for gpt2 alone, and this model is a llama: export it with export_onnx.'
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match='written for gpt2 alone, and this model is a llama: export it with export_onnx.'):
         build_model(Decoder(Shape(300, 64, 32, 8, (2,), (48,), 'llama', queries=2)))

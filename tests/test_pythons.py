@@ -1,25 +1,11 @@
-"""Text, corpora, tokenizers, configuration, records and profiles need no PyTorch, and give the same under every Python from 3.11 on."""
-
+"""Text, corpora, tokenizers, configuration, records and profiles need no PyTorch, and are the same from Python 3.11 on."""
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = [
-    'numpy',
-    'pandas',
-    'pyarrow',
-    'pydantic',
-    'tokenizers',
-    'tqdm',
-    'hypothesis',
-    'pytest',
-    'fastcore',
-    'datasets',
-    'filelock',
-    'yaml',
-    'Levenshtein',
-]
+PACKAGES = ['numpy', 'pandas', 'pyarrow', 'pydantic', 'tokenizers', 'tqdm', 'hypothesis', 'pytest', 'fastcore', 'datasets',
+            'filelock', 'yaml', 'Levenshtein']
 ANSWERS = """
 import json, sys
 from hashlib import sha256
@@ -66,13 +52,8 @@ def python_of(version: str) -> str | None:
 
 def run(python: str, *args, **env) -> subprocess.CompletedProcess:
     "Run a Python on this copy of the package."
-    return subprocess.run(
-        [python, *args],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'} | env,
-    )
+    settings = {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
+    return subprocess.run([python, *args], cwd=ROOT, capture_output=True, text=True, env=os.environ | settings | env)
 
 
 @pytest.fixture(params=['3.12', '3.13'])

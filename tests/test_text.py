@@ -2,7 +2,6 @@
 
 These tests need no PyTorch; tests/test_pythons.py runs them under other versions of Python, too.
 `CODEGPT_NBC_FUZZ=10000` tries so many sources."""
-
 import ast, io, json, os, re, sys, tokenize, warnings
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
@@ -32,9 +31,12 @@ def lines_of(spelled: str) -> list:
 
 NAMES = st.sampled_from(['a', 'size', 'é', 'naïve', '变量', 'º', 'ª1', '℘', '℘x', 'b·c', 'µ2', '_', 'print', 'f', 'rb'])
 NUMBERS = st.sampled_from(['0', '1', '1_000', '0xFF', '1.5e-3', '.5', '2j', '0b11'])
-CONTENT = st.lists(
-    st.sampled_from(['a', 'é', ',', ' ', '<', '>', '#', '变', '\\\\', '\\n', '<EOL>', '\t', 'x y', *SEPARATORS]), max_size=6
-).map(''.join)
+PIECES = ['a', 'é', ',', ' ', '<', '>', '#', '变', '\\\\', '\\n', '<EOL>', '\t', 'x y', *SEPARATORS]
+CONTENT = st.lists(st.sampled_from(PIECES), max_size=6).map(''.join)
+BITS = ['a', 'é', '1', ' ', '\n', '    ', '\t', '(', ')', '[', ']', ':', ',', '.', '=', 'if ', 'in ', '"', "'", '"""', 'b"', '#', '\\\n',
+        '\x0c', '-', '{', '}', *SEPARATORS]
+GAPS = ['', '\n', '\x0c\n', '   \n', '# \u2028\n']                 # between two statements
+HEADS = [b'', b'\xef\xbb\xbf', *(f'# coding: {name}\n'.encode() for name in ('latin-1', 'utf-7', 'utf-16', 'idna', 'unicode_escape'))]
 
 
 @st.composite
@@ -53,17 +55,10 @@ def f_strings(draw, depth=0):
     "An f-string, perhaps with one inside, in quotes of another kind as Python 3.11 wants it."
     quote = '"' if depth else "'"
     inner = st.sampled_from(['a', 'é + 1', 'b·c!r', 'a:>{w}', 'x[0]', 'd["k"]' if quote == "'" else "x.y"])
-    if not depth:
-        inner |= f_strings(1)
-    parts = draw(
-        st.lists(
-            CONTENT.map(lambda s: s.replace('\\n', '').replace('\\\\', ''))
-            | inner.map('{{{}}}'.format)
-            | st.sampled_from(['{{', '}}', '{{{a}}}']),
-            min_size=1,
-            max_size=4,
-        )
-    )
+    if not depth: inner |= f_strings(1)
+    plain = CONTENT.map(lambda s: s.replace('\\n', '').replace('\\\\', ''))
+    part = plain | inner.map('{{{}}}'.format) | st.sampled_from(['{{', '}}', '{{{a}}}'])
+    parts = draw(st.lists(part, min_size=1, max_size=4))
     return 'f' + quote + ''.join(parts) + quote
 
 
@@ -80,14 +75,8 @@ def statements(draw):
 
 
 @TRY
-@given(
-    made=st.lists(statements(), min_size=1, max_size=5),
-    end=st.sampled_from(ENDS),
-    mark=st.booleans(),
-    last=st.booleans(),
-    nested=st.sampled_from(['', ' ', '\t', '        ']),
-    gap=st.sampled_from(['', '\n', '\x0c\n', '   \n', '# \u2028\n']),
-)
+@given(made=st.lists(statements(), min_size=1, max_size=5), end=st.sampled_from(ENDS), mark=st.booleans(), last=st.booleans(),
+       nested=st.sampled_from(['', ' ', '\t', '        ']), gap=st.sampled_from(GAPS))
 def test_what_is_written_reads_back_as_the_tokens_that_were_there(made, end, mark, last, nested, gap):
     body = ('\n' + gap).join(nested + text for text, _ in made)
     source = ('if x:\n' if nested else '') + body + ('\n' if last else '')
@@ -104,43 +93,7 @@ def test_what_is_written_reads_back_as_the_tokens_that_were_there(made, end, mar
 
 
 @TRY
-@given(
-    source=st.lists(
-        st.sampled_from(
-            [
-                'a',
-                'é',
-                '1',
-                ' ',
-                '\n',
-                '    ',
-                '\t',
-                '(',
-                ')',
-                '[',
-                ']',
-                ':',
-                ',',
-                '.',
-                '=',
-                'if ',
-                'in ',
-                '"',
-                "'",
-                '"""',
-                'b"',
-                '#',
-                '\\\n',
-                '\x0c',
-                '-',
-                '{',
-                '}',
-                *SEPARATORS,
-            ]
-        ),
-        max_size=25,
-    ).map(''.join)
-)
+@given(source=st.lists(st.sampled_from(BITS), max_size=25).map(''.join))
 def test_whatever_parses_gives_pythons_own_tokens(source):
     "Against `tokenize` itself, for source without f-strings, whose tokens it gives alike on every version."
     with warnings.catch_warnings():
@@ -182,16 +135,9 @@ def read(tmp_path, data: bytes) -> tuple:
 
 
 @pytest.mark.parametrize('end', ENDS)
-@pytest.mark.parametrize(
-    'encoding, head',
-    [
-        ('utf-8', ''),
-        ('utf-8-sig', ''),
-        ('latin-1', '# -*- coding: latin-1 -*-\n'),
-        ('cp1252', '#!/usr/bin/python\n# vim: set fileencoding=cp1252 :\n'),
-        ('utf-8-sig', '# coding: utf-8\n'),
-    ],
-)
+@pytest.mark.parametrize('encoding, head', [
+    ('utf-8', ''), ('utf-8-sig', ''), ('latin-1', '# -*- coding: latin-1 -*-\n'), ('utf-8-sig', '# coding: utf-8\n'),
+    ('cp1252', '#!/usr/bin/python\n# vim: set fileencoding=cp1252 :\n')])
 def test_encodings_and_line_ends_are_read_as_python_reads_them(tmp_path, encoding, head, end):
     source = f"{head}é = 'ü'\n{LINES}\n"
     assert read(tmp_path, source.replace('\n', end).encode(encoding)) == (f"é = '<STR_LIT:ü>' <EOL> {SPELLED}", '')
@@ -228,20 +174,7 @@ def test_what_is_skipped_has_its_reason(tmp_path, data, why):
 
 
 @TRY
-@given(
-    data=st.binary(max_size=60) | st.text(max_size=60).map(lambda s: (LINES + '\n' + s).encode('utf-8', 'replace')),
-    head=st.sampled_from(
-        [
-            b'',
-            b'\xef\xbb\xbf',
-            b'# coding: latin-1\n',
-            b'# coding: utf-7\n',
-            b'# coding: utf-16\n',
-            b'# coding: idna\n',
-            b'# coding: unicode_escape\n',
-        ]
-    ),
-)
+@given(data=st.binary(max_size=60) | st.text(max_size=60).map(lambda s: s.encode('utf-8', 'replace')), head=st.sampled_from(HEADS))
 def test_no_file_stops_the_reading_of_the_others(data, head, tmp_path_factory):
     text, why = read(tmp_path_factory.mktemp('s'), head + LINES.encode() + b'\n' + data)
     assert (text is None) == bool(why)
@@ -251,12 +184,8 @@ def test_no_file_stops_the_reading_of_the_others(data, head, tmp_path_factory):
 
 
 @TRY
-@given(
-    rows=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=5),
-    mark=st.booleans(),
-    plain=st.booleans(),
-    end=st.sampled_from(['\n', '\r\n']),
-)
+@given(rows=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=5), mark=st.booleans(), plain=st.booleans(),
+       end=st.sampled_from(['\n', '\r\n']))
 def test_json_lines_are_split_at_newlines_only(rows, mark, plain, end, tmp_path_factory):
     file = tmp_path_factory.mktemp('j') / 'test.json'
     text = ''.join(json.dumps({'id': i, 'input': f'<s> {a}', 'gt': b}, ensure_ascii=not plain) + end for i, (a, b) in enumerate(rows))
@@ -278,26 +207,10 @@ def test_nothing_of_this_imports_pytorch():
     "In a process of its own, as other tests do import it."
     import subprocess
     from pathlib import Path
-
-    rooms = [
-        'core.paths',
-        'core.config',
-        'core.record',
-        'data.text_format',
-        'data.corpus',
-        'data.samples',
-        'data.freeze',
-        'data.codexglue',
-        'data.tokenizer',
-        'data.inputs',
-        'evidence.metrics',
-        'runs.grid',
-    ]
-    code = (
-        'import sys\n'
-        + '\n'.join(f'import codegpt_nbc.{room}' for room in rooms)
-        + "\nprint(sorted({'torch', 'onnxruntime', 'transformers', 'accelerate'} & set(sys.modules)))"
-    )
+    rooms = ['core.paths', 'core.config', 'core.record', 'data.text_format', 'data.corpus', 'data.samples', 'data.freeze',
+             'data.codexglue', 'data.tokenizer', 'data.inputs', 'evidence.metrics', 'runs.grid']
+    code = 'import sys\n' + '\n'.join(f'import codegpt_nbc.{room}' for room in rooms)
+    code += "\nprint(sorted({'torch', 'onnxruntime', 'transformers', 'accelerate'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == '[]'

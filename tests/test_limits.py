@@ -1,5 +1,4 @@
 """Limits of models and inputs: each is lifted, or said in one sentence, alike in every method."""
-
 import json, warnings
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
@@ -24,7 +23,7 @@ from codegpt_nbc.runs.steps import apply_step, method_of
 
 TOY = Shape(vocab=300, context=32, d_model=16, d_head=8, heads=(2, 2), inner=(32, 32))
 LLAMA = replace(TOY, family='llama', queries=2, tied=False, heads=(1, 1))
-LINE = '<s> ' + ' <EOL> '.join(f'def f{i} ( x ) : <EOL> return x + y{i} * z' for i in range(12)) + ' </s>'  # of more than 100 tokens
+LINE = '<s> ' + ' <EOL> '.join(f'def f{i} ( x ) : <EOL> return x + y{i} * z' for i in range(12)) + ' </s>'   # of more than 100 tokens
 
 
 @pytest.fixture(scope='module')
@@ -45,18 +44,17 @@ def corpus(tmp_path_factory):
     return d
 
 
-def saved(shape, folder, words):
-    return save_model(Decoder(shape).init_weights(), folder, parent=words)
+def saved(shape, folder, words): return save_model(Decoder(shape).init_weights(), folder, parent=words)
 
 
 # Rows longer than the context
 
 METHODS = {
-    'prune': dict(samples=4, epochs=2, sparsity=0.2, length=100),
+    'prune': dict(samples=4, epochs=2, sparsity=.2, length=100),
     'quantize': dict(finetune_samples=4, length=100),
     'static_quantize': dict(calibration_batches=2, batch=2, length=100),
     'gptq': dict(calibration=4, length=100),
-    'distill': dict(tokens=600, length=100, student='reduced', layers=0.5, choice='spread', teacher='self', batch=4),
+    'distill': dict(tokens=600, length=100, student='reduced', layers=.5, choice='spread', teacher='self', batch=4),
     'xtc': dict(tokens=600, length=100, bits=1, batch=4),
 }
 
@@ -64,7 +62,7 @@ METHODS = {
 @pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
 @pytest.mark.parametrize('method', METHODS)
 def test_rows_longer_than_the_context_are_cut_with_one_warning(method, shape, words, corpus, tmp_path):
-    source, (config, step) = saved(shape, tmp_path / 'm', words), method_of(method)
+    source, (config, step) = saved(shape, tmp_path/'m', words), method_of(method)
     own = {k: str(source) if v == 'self' else v for k, v in METHODS[method].items()}
     c = config(run_id=method, profile='limits', model=str(source), data=str(corpus), codexglue=0, thesis=0, **own)
     with warnings.catch_warnings(record=True) as seen:
@@ -73,24 +71,21 @@ def test_rows_longer_than_the_context_are_cut_with_one_warning(method, shape, wo
     said = [str(w.message) for w in seen if 'longer rows are cut' in str(w.message)]
     assert said == ['length is 100, but the model has 32 positions: longer rows are cut.']
     ids = torch.arange(32)[None]
-    with torch.no_grad():
-        assert load_model(made)(ids).isfinite().all()
+    with torch.no_grad(): assert load_model(made)(ids).isfinite().all()
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_a_recipe_fits_its_steps_to_the_model(method, words, corpus, tmp_path):
-    source = saved(TOY, tmp_path / 'm', words)
+    source = saved(TOY, tmp_path/'m', words)
     own = {k: str(source) if v == 'self' else v for k, v in METHODS[method].items()}
-    assert (apply_step({'method': method}, source, tmp_path / 'out', own, str(corpus)).folder / 'config.json').is_file()
+    assert (apply_step({'method': method}, source, tmp_path/'out', own, str(corpus)).folder/'config.json').is_file()
 
 
 @pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
 def test_rows_that_are_given_directly_are_cut_or_refused_in_a_sentence(shape):
     model, rows = Decoder(shape).init_weights(), torch.randint(0, 300, (4, 100))
-    with pytest.warns(UserWarning, match='longer rows are cut'):
-        gptq(model, rows, *weight_schemes())
-    with pytest.warns(UserWarning, match='longer rows are cut') as seen:
-        calibrate(model, iter([rows, rows]))
+    with pytest.warns(UserWarning, match='longer rows are cut'): gptq(model, rows, *weight_schemes())
+    with pytest.warns(UserWarning, match='longer rows are cut') as seen: calibrate(model, iter([rows, rows]))
     assert len(seen) == 1
     with pytest.raises(ValueError, match='a row has 100 tokens, but the model has 32 positions'): model(rows)
     samples = Samples(rows.tolist(), 2, 100)
@@ -107,17 +102,13 @@ WHERE = ['blocks.0.mlp.up.bias', 'blocks.1.norm1.weight', 'blocks.1.attn.proj.we
 def test_nothing_is_made_of_values_that_are_not_finite(where, value, words, tmp_path):
     model = Decoder(TOY).init_weights()
     model.state_dict()[where].view(-1)[3] = value
-    with pytest.raises(ValueError, match=where):
-        quantize(model)
-    with pytest.raises(ValueError, match=where):
-        quantize(model, *weight_schemes())
-    with pytest.raises(ValueError, match=where):
-        build_graph(model)
-    source = save_model(model, tmp_path / 'm', parent=words)
+    with pytest.raises(ValueError, match=where): quantize(model)
+    with pytest.raises(ValueError, match=where): quantize(model, *weight_schemes())
+    with pytest.raises(ValueError, match=where): build_graph(model)
+    source = save_model(model, tmp_path/'m', parent=words)
     for precision in ('fp32', 'int8', 'int4'):
-        with pytest.raises(ValueError, match='not finite'):
-            export_onnx(source, tmp_path / 'o', precision)
-    assert not (tmp_path / 'o').exists()
+        with pytest.raises(ValueError, match='not finite'): export_onnx(source, tmp_path/'o', precision)
+    assert not (tmp_path/'o').exists()
 
 
 def quantised_folders(words, folder):
@@ -125,53 +116,48 @@ def quantised_folders(words, folder):
     model, ids = Decoder(TOY).init_weights(), [torch.arange(32)[None]]
     static = static_quantize(quantize(model), calibrate(model, ids), *mixed_precision())
     made = {'int8': quantize(model), 'int4': quantize(model, *weight_schemes()), 'static': static}
-    return {name: save_model(m, folder / name, parent=words) for name, m in made.items()}
+    return {name: save_model(m, folder/name, parent=words) for name, m in made.items()}
 
 
 @pytest.mark.parametrize('kind', ['int8', 'int4', 'static'])
 def test_readers_of_quantised_folders_name_what_is_not_finite(kind, words, tmp_path):
     folder = quantised_folders(words, tmp_path)[kind]
-    whole, config = load_file(folder / 'model.safetensors'), read_config(folder)
-    config['quantization_config'].pop('weights_sha256')  # as in a folder from elsewhere
-    (folder / 'config.json').write_text(json.dumps(config))
+    whole, config = load_file(folder/'model.safetensors'), read_config(folder)
+    config['quantization_config'].pop('weights_sha256')   # as in a folder from elsewhere
+    (folder/'config.json').write_text(json.dumps(config))
     for name, t in whole.items():
-        if not t.is_floating_point():
-            continue
+        if not t.is_floating_point(): continue
         broken = t.clone()
         broken.view(-1)[-1] = float('nan')
-        save_file({**whole, name: broken}, folder / 'model.safetensors', metadata={'format': 'pt'})
-        with pytest.raises(ValueError, match=f"'{name}' holds values that are not finite"):
-            load_model(folder)
+        save_file({**whole, name: broken}, folder/'model.safetensors', metadata={'format': 'pt'})
+        with pytest.raises(ValueError, match=f"'{name}' holds values that are not finite"): load_model(folder)
         for precision in ('fp32', 'int8', 'int4'):
-            with pytest.raises(ValueError):
-                export_onnx(folder, tmp_path / 'o', precision)
-    assert not (tmp_path / 'o').exists()
+            with pytest.raises(ValueError): export_onnx(folder, tmp_path/'o', precision)
+    assert not (tmp_path/'o').exists()
 
 
 # Caches grow with the text
-
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
 @pytest.mark.parametrize('runtime', ['torch', 'onnx'])
 def test_a_session_takes_memory_for_its_text_not_for_the_context(family, runtime, words, tmp_path):
     shape = replace(TOY if family == 'gpt2' else LLAMA, context=4096)
-    source = saved(shape, tmp_path / 'm', words)
-    engine, tok = open_engine(source if runtime == 'torch' else export_onnx(source, tmp_path / 'o', 'fp32'), threads=1)
+    source = saved(shape, tmp_path/'m', words)
+    engine, tok = open_engine(source if runtime == 'torch' else export_onnx(source, tmp_path/'o', 'fp32'), threads=1)
     s = Session(engine, tok, max_new=8, until_eol=False)
     text = LINE[:100]
-    while len(s.encode(text)) < 40:
-        text += ' x'
+    while len(s.encode(text)) < 40: text += ' x'
     s.complete(text)
     needs = len(s.cached) + 1
     assert 40 <= needs <= 60
-    for longer in (1, 3, 10, 30):  # and growing changes nothing
-        own, other = s.complete(text * longer), Session(engine, tok, max_new=8, until_eol=False)
+    for longer in (1, 3, 10, 30):   # and growing changes nothing
+        own, other = s.complete(text*longer), Session(engine, tok, max_new=8, until_eol=False)
         other.engine.start(1, 4096)
-        assert own == other.complete(text * longer) and s.written.tokens == other.written.tokens
+        assert own == other.complete(text*longer) and s.written.tokens == other.written.tokens
         needs = len(s.cached) + 1
         arrays = s.engine.cache.k + s.engine.cache.v if runtime == 'torch' else list(s.engine.cache.values())
         assert {a.shape[2] for a in arrays} == {s.engine.cache.capacity if runtime == 'torch' else s.engine.capacity}
-        assert max(a.shape[2] for a in arrays) < 2 * needs
+        assert max(a.shape[2] for a in arrays) < 2*needs
 
 
 @pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
@@ -181,18 +167,18 @@ def test_logits_are_those_of_a_cache_of_the_whole_context(shape):
     whole.start(1, 512)
     ids, at = np.random.default_rng(0).integers(0, 300, 500), 0
     for n in (1, 30, 1, 1, 90, 7, 300, 70):
-        assert np.array_equal(grown.extend(ids[at : at + n], min(n, 3)), whole.extend(ids[at : at + n], min(n, 3)))
+        assert np.array_equal(grown.extend(ids[at:at+n], min(n, 3)), whole.extend(ids[at:at+n], min(n, 3)))
         at += n
     assert grown.cache.capacity <= 512
 
 
 def test_a_batch_of_rows_grows_too():
     cache = KVCache(TOY, 3, 4)
-    cache.k[0][:] = 1.0
+    cache.k[0][:] = 1.
     cache.reserve(5)
     assert cache.capacity == 7 and cache.k[0].shape == (3, 2, 7, 8) and cache.k[0][:, :, :4].all() and not cache.k[0][:, :, 4:].any()
     cache.reserve(30)
-    assert cache.capacity == 32 == cache.v[1].shape[2]  # no more than the model has
+    assert cache.capacity == 32 == cache.v[1].shape[2]   # no more than the model has
 
 
 # Shares of layers
@@ -201,48 +187,44 @@ def test_a_batch_of_rows_grows_too():
     (.5, 12, 6), (.5, 8, 4), (.5, 4, 2), (.5, 1, 1), (.25, 12, 3), (1., 5, 5), (.01, 12, 1), (6, 12, 6), (1, 12, 1)])
 def test_a_share_of_layers_is_of_the_model_at_hand(layers, of, want):
     assert number_of(layers, of) == want
-    model = Decoder(replace(TOY, heads=(2,) * of, inner=(32,) * of)).init_weights()
+    model = Decoder(replace(TOY, heads=(2,)*of, inner=(32,)*of)).init_weights()
     c = DistillConfig(run_id='x', student='random', layers=layers)
-    assert len(layers_of(model, c, [[1] * 20])) == want
+    assert len(layers_of(model, c, [[1]*20])) == want
 
 
 @pytest.mark.parametrize('n', [4, 8])
 def test_the_recipe_half_halves_any_model(n, words, corpus, tmp_path):
-    source = saved(replace(TOY, heads=(2,) * n, inner=(32,) * n), tmp_path / 'm', words)
+    source = saved(replace(TOY, heads=(2,)*n, inner=(32,)*n), tmp_path/'m', words)
     recipes = read_recipes()
     shares = {s['layers'] for r in recipes.values() for s in r.steps if 'layers' in s}
-    assert shares == {0.5}
-    made = apply_step(recipes['half'].steps[0], source, tmp_path / 'half', dict(tokens=300, length=32, batch=4), str(corpus)).folder
-    assert load_model(made).shape.n_layer == n // 2
-    assert recipe_of(made)[-1]['layers'] == n // 2
+    assert shares == {.5}
+    made = apply_step(recipes['half'].steps[0], source, tmp_path/'half', dict(tokens=300, length=32, batch=4), str(corpus)).folder
+    assert load_model(made).shape.n_layer == n//2
+    assert recipe_of(made)[-1]['layers'] == n//2
 
 
 @pytest.mark.parametrize('n, want', [(4, [0, 3]), (8, [0, 2, 5, 7])])
 def test_xtc_takes_a_share_a_number_or_indices(n, want, words, tmp_path):
-    source = saved(replace(TOY, heads=(2,) * n, inner=(32,) * n), tmp_path / 'm', words)
+    source = saved(replace(TOY, heads=(2,)*n, inner=(32,)*n), tmp_path/'m', words)
     start = load_model(source)
-    for layers in (0.5, n // 2, want):
+    for layers in (.5, n//2, want):
         student, _ = load_models(XtcConfig(run_id='x', model=str(source), layers=layers, length=32))
-        for own, theirs in enumerate(want):
-            assert torch.equal(student.blocks[own].mlp.up.weight, start.blocks[theirs].mlp.up.weight)
+        for own, theirs in enumerate(want): assert torch.equal(student.blocks[own].mlp.up.weight, start.blocks[theirs].mlp.up.weight)
 
 
-@pytest.mark.parametrize('layers', [0, -1, 0.0, 1.5, 'six', [[1]]])
+@pytest.mark.parametrize('layers', [0, -1, 0., 1.5, 'six', [[1]]])
 def test_other_layers_are_refused_in_a_sentence(layers):
     for config in (DistillConfig, XtcConfig):
-        with pytest.raises(ValueError, match='layers') as e:
-            config(run_id='x', layers=layers)
+        with pytest.raises(ValueError, match='layers') as e: config(run_id='x', layers=layers)
         assert '\n' not in str(e.value)
 
 
 # What is not written says so
 
-
 def test_an_export_of_static_ranges_says_that_they_are_dropped(words, tmp_path):
     folders = quantised_folders(words, tmp_path)
-    with pytest.warns(UserWarning, match='calibrated ranges') as seen:
-        made = export_onnx(folders['static'], tmp_path / 'o', 'int8')
+    with pytest.warns(UserWarning, match='calibrated ranges') as seen: made = export_onnx(folders['static'], tmp_path/'o', 'int8')
     assert len(seen) == 1 and recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'int8', 'ranges': 'dynamic'}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert 'ranges' not in recipe_of(export_onnx(folders['int8'], tmp_path / 'p', 'int8'))[-1]
+        assert 'ranges' not in recipe_of(export_onnx(folders['int8'], tmp_path/'p', 'int8'))[-1]

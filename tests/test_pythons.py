@@ -41,12 +41,11 @@ print(json.dumps(answers))
 
 def python_of(version: str) -> str | None:
     "The interpreter of `make pythons`, else one on PATH or of pyenv; the first that starts and has the packages, else None."
-    places = [ROOT / f'.venv-{version}' / 'bin' / 'python', shutil.which(f'python{version}')]
-    places += sorted(Path(os.environ.get('PYENV_ROOT', Path.home() / '.pyenv')).glob(f'versions/{version}.*/bin/python'))
+    places = [ROOT/f'.venv-{version}'/'bin'/'python', shutil.which(f'python{version}')]
+    places += sorted(Path(os.environ.get('PYENV_ROOT', Path.home()/'.pyenv')).glob(f'versions/{version}.*/bin/python'))
     imports = f'import sys, {", ".join(PACKAGES)}; sys.exit(sys.version_info[:2] != {tuple(map(int, version.split(".")))})'
     for p in filter(None, places):
-        if Path(p).is_file() and not subprocess.run([p, '-c', imports], capture_output=True).returncode:
-            return str(p)
+        if Path(p).is_file() and not subprocess.run([p, '-c', imports], capture_output=True).returncode: return str(p)
     return None
 
 
@@ -59,14 +58,13 @@ def run(python: str, *args, **env) -> subprocess.CompletedProcess:
 @pytest.fixture(params=['3.12', '3.13'])
 def python(request):
     found = python_of(request.param)
-    if found is None:
-        pytest.skip(f'no Python {request.param} with the packages that these tests need: call make pythons')
+    if found is None: pytest.skip(f'no Python {request.param} with the packages that these tests need: call make pythons')
     return found
 
 
 @pytest.fixture(scope='module')
 def own():
-    done = run(sys.executable, '-c', ANSWERS, str(ROOT / 'tests'))
+    done = run(sys.executable, '-c', ANSWERS, str(ROOT/'tests'))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -77,6 +75,6 @@ def test_the_tests_of_text_and_wings_pass(python):
 
 
 def test_the_answers_are_those_of_this_python(python, own):
-    done = run(python, '-c', ANSWERS, str(ROOT / 'tests'))
+    done = run(python, '-c', ANSWERS, str(ROOT/'tests'))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == own and own['pytorch'] is False

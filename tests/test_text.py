@@ -11,20 +11,18 @@ from codegpt_nbc.data.text_format import Literals, abstract, spell_out
 
 N = int(os.environ.get('CODEGPT_NBC_FUZZ', 150))
 TRY = settings(max_examples=N, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-SEPARATORS = ['\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\x85', '\u2028', '\u2029']  # where `str.splitlines` cuts and Python does not
+SEPARATORS = ['\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\x85', '\u2028', '\u2029']   # where `str.splitlines` cuts and Python does not
 ENDS = ['\n', '\r\n', '\r']
 
 
 def read_back(token: str) -> str:
     "The Python token that a spelled-out token stands for, blanks in strings as single ones."
-    if m := re.fullmatch(r'<NUM_LIT:(.*)>', token):
-        return m[1]
+    if m := re.fullmatch(r'<NUM_LIT:(.*)>', token): return m[1]
     m = re.fullmatch(r'([a-z]*(?:\'\'\'|"""|\'|")?)<STR_LIT:(.*)>(\'\'\'|"""|\'|"|)', token)
     return m[1] + m[2].replace('U+0020', ' ').replace('U+002C', ',') + m[3] if m else token
 
 
-def lines_of(spelled: str) -> list:
-    return [[read_back(t) for t in line.split(' ')] for line in spelled.split(' <EOL> ')] if spelled else []
+def lines_of(spelled: str) -> list: return [[read_back(t) for t in line.split(' ')] for line in spelled.split(' <EOL> ')] if spelled else []
 
 
 # Generated sources, whose tokens are known from how they were made
@@ -45,8 +43,7 @@ def strings(draw):
     quote = draw(st.sampled_from(["'", '"', "'''", '"""']))
     body = draw(CONTENT) + (draw(st.sampled_from(['', '\n', '\n  ', '\\\n'])) + draw(CONTENT) if len(quote) == 3 else '')
     prefix = draw(st.sampled_from(['', 'r', 'b', 'rb', 'u']))
-    if 'b' in prefix:
-        body = body.encode('ascii', 'ignore').decode()
+    if 'b' in prefix: body = body.encode('ascii', 'ignore').decode()
     return prefix + quote + body + quote
 
 
@@ -67,8 +64,7 @@ def statements(draw):
     "(source lines without line end, tokens)"
     atom = NAMES | NUMBERS | strings() | f_strings()
     tokens = [draw(NAMES), '='] + [draw(atom)]
-    for _ in range(draw(st.integers(0, 3))):
-        tokens += [draw(st.sampled_from(['+', '-', ',', '==', '@', '**'])), draw(atom)]
+    for _ in range(draw(st.integers(0, 3))): tokens += [draw(st.sampled_from(['+', '-', ',', '==', '@', '**'])), draw(atom)]
     blank = st.sampled_from([' ', '  ', '\t', ' \x0c', ' \\\n '])
     text = tokens[0] + ''.join(draw(blank) + t for t in tokens[1:])
     return text + draw(st.sampled_from(['', '  # note', *(f'  # {s} é' for s in SEPARATORS)])), tokens
@@ -82,12 +78,10 @@ def test_what_is_written_reads_back_as_the_tokens_that_were_there(made, end, mar
     source = ('if x:\n' if nested else '') + body + ('\n' if last else '')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try:
-            ast.parse(source)
-        except SyntaxError:
-            assume(False)
+        try: ast.parse(source)
+        except SyntaxError: assume(False)
     want = ([['if', 'x', ':']] if nested else []) + [[' '.join(t.split()) for t in tokens] for _, tokens in made]
-    spelled = spell_out('\ufeff' * mark + source.replace('\n', end))
+    spelled = spell_out('\ufeff'*mark + source.replace('\n', end))
     assert not set(spelled) & {'\n', '\r', '\t', *SEPARATORS}
     assert lines_of(spelled) == want
 
@@ -98,26 +92,20 @@ def test_whatever_parses_gives_pythons_own_tokens(source):
     "Against `tokenize` itself, for source without f-strings, whose tokens it gives alike on every version."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        try:
-            ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return
+        try: ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError): return
     want, line = [], []
     for t in tokenize.generate_tokens(io.StringIO(source).readline):
-        if t.type in (tokenize.NEWLINE, tokenize.NL):
-            want, line = want + [line] * bool(line), []
-        elif t.type not in (tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            line.append(' '.join(t.string.split()))
-    assert lines_of(spell_out(source)) == want + [line] * bool(line)
+        if t.type in (tokenize.NEWLINE, tokenize.NL): want, line = want + [line]*bool(line), []
+        elif t.type not in (tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER): line.append(' '.join(t.string.split()))
+    assert lines_of(spell_out(source)) == want + [line]*bool(line)
 
 
 @TRY
 @given(text=st.text(max_size=40))
 def test_a_finished_line_is_one_line(text):
-    try:
-        spelled = spell_out(text)
-    except (SyntaxError, tokenize.TokenError, ValueError):
-        return
+    try: spelled = spell_out(text)
+    except (SyntaxError, tokenize.TokenError, ValueError): return
     line = abstract(spelled, Literals(frozenset(), frozenset()))
     assert len(line.splitlines()) == 1
 
@@ -129,7 +117,7 @@ SPELLED = ' <EOL> '.join(f'x{i} = <NUM_LIT:{i}>' for i in range(7))
 
 
 def read(tmp_path, data: bytes) -> tuple:
-    file = tmp_path / 'a.py'
+    file = tmp_path/'a.py'
     file.write_bytes(data)
     return read_source(SourceFile('p', '', '', 'a.py', str(file)))
 
@@ -143,32 +131,27 @@ def test_encodings_and_line_ends_are_read_as_python_reads_them(tmp_path, encodin
     assert read(tmp_path, source.replace('\n', end).encode(encoding)) == (f"é = '<STR_LIT:ü>' <EOL> {SPELLED}", '')
 
 
-@pytest.mark.parametrize(
-    'data, why',
-    [
-        (f'{LINES}\nprint "x"\n'.encode(), 'does not parse'),  # Python 2
-        (f'{LINES}\nexcept ValueError, e: raise\n'.encode(), 'does not parse'),
-        (f'{LINES}\nx = 0777L\n'.encode(), 'does not parse'),
-        (f'%matplotlib inline\n{LINES}\n'.encode(), 'does not parse'),  # a notebook's magic
-        (f'{LINES}\n!ls\n'.encode(), 'does not parse'),
-        (f'{LINES}\nx = "a\0b"\n'.encode(), 'does not parse'),
-        (f'{LINES}\n\0\n'.encode(), 'does not parse'),
-        (f'if x:\n\ty = 1\n        z = 2\n{LINES}\n'.encode(), 'does not parse'),  # tabs and blanks mixed
-        (f'x = "é"\n{LINES}\n'.encode('latin-1'), 'wrong encoding'),  # no coding line
-        ((f'{LINES}\n' * 30 + 'x = "é"\n').encode('latin-1'), 'wrong encoding'),
-        (f'# coding: latin-9000\n{LINES}\n'.encode(), 'wrong encoding'),
-        (f'# coding: rot13\n{LINES}\n'.encode(), 'wrong encoding'),
-        (f'{LINES}\n'.encode('utf-16'), 'wrong encoding'),
-        (b'\xef\xbb\xbf# coding: latin-1\n' + LINES.encode(), 'wrong encoding'),  # a byte order mark of another encoding
-        (f'x = "{"a" * 2000}"\n{LINES}\n'.encode(), 'machine-made'),
-        (('x = "' + 'a' * 600 + '\x0c' + 'a' * 600 + f'"\n{LINES}\n').encode(), 'machine-made'),  # a form feed ends no line
-        (f'{LINES}\nx = {"(" * 3000}1{")" * 3000}\n'.encode(), 'machine-made'),
-        (('(\n' * 600 + '1' + ')\n' * 600 + LINES).encode(), 'does not parse'),  # too many nested parentheses
-        (b'', 'under six lines'),
-        (b'\xef\xbb\xbf', 'under six lines'),
-        (b'\n' * 50, 'under six lines'),
-    ],
-)
+@pytest.mark.parametrize('data, why', [
+    (f'{LINES}\nprint "x"\n'.encode(), 'does not parse'),                       # Python 2
+    (f'{LINES}\nexcept ValueError, e: raise\n'.encode(), 'does not parse'),
+    (f'{LINES}\nx = 0777L\n'.encode(), 'does not parse'),
+    (f'%matplotlib inline\n{LINES}\n'.encode(), 'does not parse'),              # a notebook's magic
+    (f'{LINES}\n!ls\n'.encode(), 'does not parse'),
+    (f'{LINES}\nx = "a\0b"\n'.encode(), 'does not parse'),
+    (f'{LINES}\n\0\n'.encode(), 'does not parse'),
+    (f'if x:\n\ty = 1\n        z = 2\n{LINES}\n'.encode(), 'does not parse'),   # tabs and blanks mixed
+    (f'x = "é"\n{LINES}\n'.encode('latin-1'), 'wrong encoding'),                # no coding line
+    ((f'{LINES}\n'*30 + 'x = "é"\n').encode('latin-1'), 'wrong encoding'),
+    (f'# coding: latin-9000\n{LINES}\n'.encode(), 'wrong encoding'),
+    (f'# coding: rot13\n{LINES}\n'.encode(), 'wrong encoding'),
+    (f'{LINES}\n'.encode('utf-16'), 'wrong encoding'),
+    (b'\xef\xbb\xbf# coding: latin-1\n' + LINES.encode(), 'wrong encoding'),    # a byte order mark of another encoding
+    (f'x = "{"a"*2000}"\n{LINES}\n'.encode(), 'machine-made'),
+    (('x = "' + 'a'*600 + '\x0c' + 'a'*600 + f'"\n{LINES}\n').encode(), 'machine-made'),   # a form feed ends no line
+    (f'{LINES}\nx = {"("*3000}1{")"*3000}\n'.encode(), 'machine-made'),
+    (('(\n'*600 + '1' + ')\n'*600 + LINES).encode(), 'does not parse'),         # too many nested parentheses
+    (b'', 'under six lines'), (b'\xef\xbb\xbf', 'under six lines'), (b'\n'*50, 'under six lines'),
+])
 def test_what_is_skipped_has_its_reason(tmp_path, data, why):
     assert read(tmp_path, data) == (None, why)
 
@@ -182,14 +165,13 @@ def test_no_file_stops_the_reading_of_the_others(data, head, tmp_path_factory):
 
 # JSON lines and published lines end at newlines alone
 
-
 @TRY
 @given(rows=st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=5), mark=st.booleans(), plain=st.booleans(),
        end=st.sampled_from(['\n', '\r\n']))
 def test_json_lines_are_split_at_newlines_only(rows, mark, plain, end, tmp_path_factory):
-    file = tmp_path_factory.mktemp('j') / 'test.json'
+    file = tmp_path_factory.mktemp('j')/'test.json'
     text = ''.join(json.dumps({'id': i, 'input': f'<s> {a}', 'gt': b}, ensure_ascii=not plain) + end for i, (a, b) in enumerate(rows))
-    file.write_bytes(('\ufeff' * mark + text).encode())
+    file.write_bytes(('\ufeff'*mark + text).encode())
     found = line_completion_samples(file)
     assert found['input'].tolist() == [f'<s> {a}'.strip() for a, _ in rows] and found['gt'].tolist() == [b.strip() for _, b in rows]
 
@@ -199,7 +181,7 @@ def test_json_lines_are_split_at_newlines_only(rows, mark, plain, end, tmp_path_
 def test_published_files_are_split_at_newlines_only(files, mark, end, tmp_path_factory):
     folder = tmp_path_factory.mktemp('c')
     lines = [f'<s> a <EOL> {text} </s>' for text in files]
-    (folder / 'train.txt').write_bytes(('\ufeff' * mark + end.join(lines) + end).encode())
+    (folder/'train.txt').write_bytes(('\ufeff'*mark + end.join(lines) + end).encode())
     assert list(code_lines(folder, 'train')) == lines
 
 

@@ -195,7 +195,7 @@ def run_notebook(
     kernel, out = kernel or kernel_of(params), Path(out)
     profile, run_id = _place_of(template, params, out)
     params = _from_here(params, profile)
-    quiet = ['--IPKernelApp.log_level=40']   # its standing warning about local TCP would break the progress bars
+    quiet = ['--IPKernelApp.log_level=50']   # it calls local TCP and its own orderly end errors; those of a cell are in the notebook
     cells = {'desc': f'{out.stem:<32}', 'leave': False, 'disable': None, 'bar_format': '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'}
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
         try:

@@ -101,7 +101,7 @@ def execute(path) -> Path:
     for cell in code: cell.outputs = []
     live = nbformat.v4.new_notebook(cells=[cell for cell in code if not _LEFT_OUT.search(cell.source)])   # shares its cells with `nb`
     client = NotebookClient(live, timeout=None, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
-                            extra_arguments=['--IPKernelApp.log_level=40'])   # its standing warning about local TCP
+                            extra_arguments=['--IPKernelApp.log_level=50'])   # it calls local TCP and its own orderly end errors
     try: client.execute()
     except CellExecutionError as e: raise RuntimeError(f'{path.name} failed: {e.ename}: {e.evalue}') from None
     nb.metadata['executed'] = fingerprint(nb)

@@ -19,7 +19,7 @@ from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
 from ..model.folder import check_finite, describe, load_model, read_config, shape_of_config
-from ..model.layers import GatedFeedForward, RotaryAttention, rotation
+from ..model.layers import GatedFeedForward, GroupedQueryAttention, rotation
 from ..methods.quantize import PRECISIONS, in_precision
 from .onnx_run import DOMAIN, Graph, nibbles
 
@@ -150,7 +150,7 @@ def _attention(g: Graph, l: int, attn, x: str, s) -> str: # (B, S, D) → (B, S,
     def project(name): return g.linear(x, f'blocks.{l}.attn.{name}', getattr(attn, name), rows=lambda t: _pad_heads(t, _section(s)[0], 0))
     past = [f'past_key_values.{l}.{kv}' for kv in ('key', 'value')]
     present = [name.replace('past_key_values', 'present') for name in past]
-    rotary = isinstance(attn, RotaryAttention)
+    rotary = isinstance(attn, GroupedQueryAttention)
     qkv = [project(name) for name in 'qkv'] if rotary else [project('qkv'), '', '']
     turns = _turns(g, s) if rotary else []
     how = dict(num_heads=attn.n_head*attn.queries, kv_num_heads=attn.n_head, scale=attn.d_head**-.5)

@@ -139,7 +139,11 @@ class Int8Linear(Int8Matrix):
     def forward(self, x): return self.linear(x, self.bias)
 
 class Int8Embedding(Int8Matrix):
-    "Embedding and head from one int8 matrix (tokens, channels): its rows are looked up, or multiplied."
+    "Embedding and head from one int8 matrix (tokens, channels): its rows are looked up, or multiplied. The head may have a float bias."
+    def __init__(self, rows: int, cols: int, scheme: Scheme, bias: bool = False):
+        super().__init__(rows, cols, scheme)
+        self.register_parameter('bias', nn.Parameter(torch.empty(rows)) if bias else None)
+
     def forward(self, ids): # (…,) → (…, channels)
         "The rows of `ids`, dequantised."
         q, channels = self.scheme.weights, self.weight.shape[1]
@@ -149,4 +153,4 @@ class Int8Embedding(Int8Matrix):
 
     def project(self, h): # (…, channels) → (…, tokens)
         "The logits of hidden states."
-        return self.linear(h)
+        return self.linear(h, self.bias)

@@ -23,7 +23,7 @@ from ..data.inputs import RunConfig
 from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of, count_parameters, halves
-from ..model.families import FAMILIES
+from ..model.families import FAMILIES, resolved
 from ..model.folder import load_model, save_model
 from ..model.layers import Shape
 from ..model.losses import batches_loss
@@ -174,8 +174,9 @@ def scale_(self: Groups,
 
 # %% ../../nbs/methods/30_prune.ipynb #0284fb5d
 def coupled_groups(s: Shape) -> list: # of `Groups`
-    "Heads and neurons of every layer, and the residual channels, last."
-    family = FAMILIES[s.family]
+    """Heads and neurons of every layer, and the residual channels, last. A head has all queries that share its key, so a multi-query
+    layer has one. Norms of queries and keys, which all heads share, and the bias of the output head are in no group."""
+    family, s = FAMILIES[s.family], resolved(s)
     norm_tensors = [name for name, _ in family.norm(1).named_parameters()]
     tables = ['tokens'] if s.tied else ['tokens.lookup', 'tokens.head']
     if family.learned: tables.append('positions')
@@ -186,7 +187,7 @@ def coupled_groups(s: Shape) -> list: # of `Groups`
             owned = []                                                            # by a head or neuron
             for m in maps:
                 module = f'blocks.{layer}.{half}.{m.name}'
-                tensors = ['weight', 'bias'] if m.name in family.biased else ['weight']
+                tensors = ['weight', 'bias'] if m.name in s.biased else ['weight']
                 if m.into:                                                        # weight (units, channels), bias (units,)
                     owned += _parts(module, tensors, 0, m.packed, m.per)
                     channels += _parts(module, ['weight'], 1)
@@ -194,7 +195,7 @@ def coupled_groups(s: Shape) -> list: # of `Groups`
                     owned += _parts(module, ['weight'], 1, 1, m.per)
                     channels += _parts(module, tensors, 0)
             groups.append(Groups(kind, layer, units[layer], tuple(owned)))
-        for norm in ('norm1', 'norm2'): channels += _parts(f'blocks.{layer}.{norm}', norm_tensors, 0)
+        for norm in ('norm1', 'norm2')[:family.norms]: channels += _parts(f'blocks.{layer}.{norm}', norm_tensors, 0)
     return groups + [Groups('channels', None, s.d_model, tuple(channels))]
 
 def _parts(module: str, tensors: list, *layout) -> list: # of `Part`
@@ -251,16 +252,16 @@ def _weight_times_gradient(p): return p.detach()*_gradient(p)
 IMPORTANCES = {'norm': norm_importance, 'taylor': taylor_importance}
 
 # %% ../../nbs/methods/30_prune.ipynb #57e8c398
-def unit_costs(s: Shape, d: int) -> dict: # kind → (parameters of a unit, output biases of its half of a layer)
-    "The parameters that a head or a neuron frees at width `d`. The output biases go with the last unit of a half."
-    family, costs = FAMILIES[s.family], {}
-    for _, kind, _, maps in halves(s):
-        unit = output_biases = 0
+def unit_costs(s: Shape, d: int) -> dict: # kind → (parameters of a unit, parameters that all units of half a layer share)
+    "The parameters that a head or neuron frees at width `d`. Output biases and norms of queries and keys go with the last unit of a half."
+    family, s, costs = FAMILIES[s.family], resolved(s), {}
+    for (_, kind, _, maps), half in zip(halves(s), (family.attention, family.ffn)):
+        unit, shared = 0, half.common(s)
         for m in maps:
-            biased = m.name in family.biased
+            biased = m.name in s.biased
             unit += m.packed*m.per*(d + (m.into and biased))
-            output_biases += d*(biased and not m.into)
-        costs[kind] = unit, output_biases
+            shared += d*(biased and not m.into)
+        costs[kind] = unit, shared
     return costs
 
 def removal_order(
@@ -293,20 +294,20 @@ def keep_at_width(
         for i, unit in order:
             if left <= room: break
             kind, last = groups[i].kind, units[i] == 1
-            of_unit, output_biases = costs[kind]
-            frees = of_unit + output_biases*last
+            of_unit, shared = costs[kind]
+            frees = of_unit + shared*last
             waits = kind == 'heads' and frees > left - room and not any_head
-            if not kept[i][unit] or waits or (last and _needs_a_unit(shape, costs)): continue
+            if not kept[i][unit] or waits or (last and _needs_a_unit(shape)): continue
             kept[i][unit] = False
             units[i] -= 1
             left -= frees
     return [k.nonzero().flatten() for k in kept] if left <= room else None
 
 # %% ../../nbs/methods/30_prune.ipynb #e65c1cd2
-def _needs_a_unit(s: Shape, costs: dict) -> bool:
+def _needs_a_unit(s: Shape) -> bool:
     "Must every half of a layer keep a unit? The output bias of an emptied half might find no earlier bias or position to join."
-    biases = [output_biases for _, output_biases in costs.values()]
-    return any(biases) and not (FAMILIES[s.family].learned and all(biases))
+    biased = [any(m.name in resolved(s).biased and not m.into for m in maps) for _, _, _, maps in halves(s)]
+    return any(biased) and not (FAMILIES[s.family].learned and all(biased))
 
 # %% ../../nbs/methods/30_prune.ipynb #531c0b75
 def sliced_shape(s: Shape, groups: list, keep: list) -> Shape:
@@ -317,19 +318,27 @@ def sliced_shape(s: Shape, groups: list, keep: list) -> Shape:
     return replace(s, d_model=left['channels', None], heads=heads, inner=inner)
 
 # %% ../../nbs/methods/30_prune.ipynb #7779a054
+def _stages(s: Shape) -> list: # of lists of (name of a half, units left in it, its output bias)
+    "Halves of layers in the order in which they add to the stream. Those that are parallel add together."
+    out = []
+    for layer in range(s.n_layer):
+        parts = [(f'blocks.{layer}.{half}', units[layer], f'blocks.{layer}.{half}.{m.name}.bias')
+                 for half, _, units, maps in halves(s) for m in maps if not m.into]
+        out += [parts] if resolved(s).parallel else [[part] for part in parts]
+    return out
+
 def fold_biases(model: Decoder, shape: Shape) -> dict: # name → tensor, of `model`'s sizes
-    """Weights in which the halves of layers that `shape` empties have handed their output bias to the nearest earlier half that stays.
-    Raises `ValueError` where there is none."""
+    """Weights in which the halves of layers that `shape` empties have handed their output bias to the nearest half that stays:
+    a parallel one, or an earlier one that nothing has read from since. Raises `ValueError` where there is none."""
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     sink = 'positions.weight' if 'positions.weight' in state else None
-    for layer in range(shape.n_layer):
-        for half, _, units, maps in halves(shape):
-            biases = [f'blocks.{layer}.{half}.{m.name}.bias' for m in maps if not m.into]
-            bias = next((name for name in biases if name in state), None)
-            if units[layer]: sink = bias
-            elif bias and not sink:
-                raise ValueError(f'{bias} has no place to go, as no earlier bias stays: keep a unit of blocks.{layer}.{half}.')
-            elif bias: state[sink] += state[bias]
+    for stage in _stages(shape):
+        staying = [bias for _, left, bias in stage if left]
+        if staying: sink = next((bias for bias in staying if bias in state), None)
+        for half, left, bias in stage:
+            if left or bias not in state: continue
+            if not sink: raise ValueError(f'{bias} has no place to go, as no bias stays before it is read: keep a unit of {half}.')
+            state[sink] += state[bias]
     return state
 
 # %% ../../nbs/methods/30_prune.ipynb #d9412fbc

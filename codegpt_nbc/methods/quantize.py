@@ -37,9 +37,8 @@ class QuantizedDecoder(Decoder):
         self.schemes = schemes
         for name, scheme in assign(self, schemes).items():
             m = self.get_submodule(name)
-            if isinstance(m, nn.Linear): codes = Int8Linear(*m.weight.shape, scheme, m.bias is not None)
-            else: codes = Int8Embedding(*m.weight.shape, scheme)
-            self.set_submodule(name, codes)
+            kind, bias = Int8Linear if isinstance(m, nn.Linear) else Int8Embedding, getattr(m, 'bias', None)
+            self.set_submodule(name, kind(*m.weight.shape, scheme, bias is not None))
         self.requires_grad_(False)
 
 @dataclass(frozen=True)

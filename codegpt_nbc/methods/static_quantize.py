@@ -22,7 +22,7 @@ from ..data.inputs import RunConfig
 from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
-from ..model.families import FAMILIES
+from ..model.families import FAMILIES, resolved
 from ..model.folder import check_finite, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import Samples, cut_rows, within_context
@@ -45,11 +45,10 @@ class Place:
         if not self.name.endswith(('.input', '.output', '.sum')): return self.name
         return self.name.rpartition('.')[0].removesuffix('.attn').removesuffix('.mlp')
 
-def _half_layer(part: str, norm: str, stream: str, d: int, units: int, maps: tuple) -> list: # of `Place`
-    "The places of half a layer, from the residual stream that it reads to the output that it adds."
+def _half_layer(part: str, d: int, units: int, maps: tuple) -> list: # of `Place`
+    "The places of half a layer, after its norm, up to the output that it adds."
     *into, back = maps
-    attention, module = part.endswith('attn'), f'{part}.{back.name}'
-    out = [Place(stream, norm, 'input', d), Place(f'{part}.input', norm, 'output', d)]
+    attention, module, out = part.endswith('attn'), f'{part}.{back.name}', []
     if attention or len(into) > 1:     # after an FFN's only map into its neurons, the place is `hidden`
         out += [Place(f'{part}.{m.name}', f'{part}.{m.name}', 'output', m.packed*m.per*units) for m in into]
     if attention: out += [Place(f'{part}.{side}', part, side, 1) for side in ('scores', 'probabilities')]
@@ -60,17 +59,28 @@ def _half_layer(part: str, norm: str, stream: str, d: int, units: int, maps: tup
 # %% ../../nbs/methods/35_static_quantize.ipynb #88d2500e
 PROBLEM = ('*.mlp.input', '*.mlp.output', '*.sum')   # the FFN's input, its output, the residual sum
 
+def _layer(s: Shape, l: int, stream: str) -> tuple: # (list of `Place`, name of the stream after the layer); `s` is resolved
+    """The places of a layer. Halves that are parallel read one stream, which the first norm reaches, and add to it together.
+    An input that both read from one norm is called the FFN's, the more sensitive half."""
+    family, block, out, reached = FAMILIES[s.family], f'blocks.{l}', [], set()
+    halves = (('attn', 'norm1', s.heads[l], family.attention), ('mlp', f'norm{family.norms}', s.inner[l], family.ffn))
+    halves = [half for half in halves if half[2]]      # the others were pruned away
+    for name, norm, units, kind in halves:
+        part, norm, reader = f'{block}.{name}', f'{block}.{norm}', name if family.norms == 2 else halves[-1][0]
+        if stream not in reached: out.append(Place(stream, norm, 'input', s.d_model))
+        if norm not in reached: out.append(Place(f'{block}.{reader}.input', norm, 'output', s.d_model))
+        reached |= {stream, norm}
+        out += _half_layer(part, s.d_model, units, kind.maps(s))
+        if not s.parallel: stream = f'{part}.sum'
+    return out, f'{block}.sum' if s.parallel and halves else stream
+
 def places(shape: Shape) -> list: # of `Place`
     "All activations of a decoder, in the order of computation. A residual sum is reached where the next norm reads it."
-    family, out, stream = FAMILIES[shape.family], [], 'embedding.sum'
-    for l, (heads, neurons) in enumerate(zip(shape.heads, shape.inner)):
-        halves = (('attn', 'norm1', heads, family.attention), ('mlp', 'norm2', neurons, family.ffn))
-        for name, norm, units, kind in halves:
-            if not units: continue     # pruned away
-            part = f'blocks.{l}.{name}'
-            out += _half_layer(part, f'blocks.{l}.{norm}', stream, shape.d_model, units, kind.maps(shape))
-            stream = f'{part}.sum'
-    return [*out, Place(stream, 'norm', 'input', shape.d_model), Place('head.input', 'norm', 'output', shape.d_model)]
+    out, stream, s = [], 'embedding.sum', resolved(shape)
+    for l in range(s.n_layer):
+        of_layer, stream = _layer(s, l, stream)
+        out += of_layer
+    return [*out, Place(stream, 'norm', 'input', s.d_model), Place('head.input', 'norm', 'output', s.d_model)]
 
 # %% ../../nbs/methods/35_static_quantize.ipynb #ad86efc3
 SCORES = 2**21   # attention scores made at a time

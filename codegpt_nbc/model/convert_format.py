@@ -84,8 +84,8 @@ def with_words(
     vocab = max([model.shape.vocab, *(i + 1 for i in ids)])
     state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     for name in [n for n in state if n.startswith('tokens.')]:
-        old = state[name]                                           # (old vocab, D)
-        rows = torch.zeros(vocab, model.shape.d_model)              # (vocab, D)
+        old = state[name]                                           # (old vocab, D), of the head's bias (old vocab,)
+        rows = torch.zeros(vocab, *old.shape[1:])                   # (vocab, D) or (vocab,)
         rows[:len(old)] = old
         for i, spelling in zip(ids, pieces): rows[i] = old[spelling].mean(0)
         state[name] = rows
@@ -100,7 +100,7 @@ def with_context(
     "The model with fewer positions. Raises `ValueError` if it has fewer already."
     if context > model.shape.context:
         raise ValueError(f'the model has {model.shape.context} positions, so it cannot have {context}: ask for fewer.')
-    model.shape = replace(model.shape, context=context)
+    model.shape = replace(model.shape, context=context, windowed=None)
     if model.positions is not None:
         kept = model.positions.weight[:context].detach().clone()    # (context, D)
         model.positions = nn.Embedding.from_pretrained(kept, freeze=False)

@@ -64,7 +64,8 @@ def _rope(config: dict) -> dict:
     """What a configuration says about rotary positions, where older and newer versions of transformers put it.
     Raises `ValueError` if it is no object."""
     rope = config.get('rope_scaling') or config.get('rope_parameters') or {}
-    if not isinstance(rope, dict): raise ValueError(f'rotary positions of the kind {rope!r} are not supported: use a model with plain ones.')
+    if not isinstance(rope, dict):
+        raise ValueError(f'rotary positions of the kind {rope!r} are not supported: use a model with plain ones.')
     return rope
 
 def _sizes(config: dict, family: Family) -> _Sizes:
@@ -150,7 +151,8 @@ def _activation(n: _Sizes, family: Family) -> str: # a key of `ACTIVATIONS`
     found = [name for name, spelled in SPELLINGS.items() if n.activation in spelled]
     if not found:
         key, known = family.keys['activation'], ', '.join(name for spelled in SPELLINGS.values() for name in spelled)
-        raise ValueError(f'a {family.model_type} model whose {key} is {n.activation!r} is not supported: use one where it is one of {known}.')
+        raise ValueError(f'a {family.model_type} model whose {key} is {n.activation!r} is not supported: '
+                         f'use one where it is one of {known}.')
     return found[0]
 
 def _head_sizes(n: _Sizes, family: Family, sliced) -> tuple: # (heads of keys and values, queries for each, channels of each)

@@ -7,20 +7,25 @@ __all__ = ['CHUNK', 'OverVocabulary', 'hard_loss', 'batches_loss']
 
 # %% ../../nbs/model/25_losses.ipynb #0cf96c2f
 import torch
+from torch.nn import functional as F
 from .decoder import Decoder
 from .train import autocast, next_token_loss
 
 # %% ../../nbs/model/25_losses.ipynb #64ebb84e
 CHUNK = 128 # positions at a time
 
+def _with_one(h, head): # (n, D) and (vocab, D) or (vocab, D + 1) → (n, columns of head)
+    "Hidden states, with a 1 for the bias where the head has one."
+    return h if h.shape[1] == head.shape[1] else F.pad(h, (0, 1), value=1.)
+
 class OverVocabulary(torch.autograd.Function):
     "Soft and hard loss from last hidden states. Gradients are computed on the way, so no logits are kept."
     @staticmethod
     def forward(ctx,
         h,        # (n, D) the student's hidden states after the last norm
-        head,     # (vocab, D) its output matrix
+        head,     # (vocab, D) its output matrix, or (vocab, D + 1) with a bias in the last column
         h_t,      # (n, D') the teacher's hidden states
-        head_t,   # (vocab, D') its output matrix
+        head_t,   # (vocab, D') or (vocab, D' + 1) its output matrix
         targets,  # (n,) true tokens
         ce,       # weight of the soft loss; 0: none, and the teacher is not used
         clm,      # weight of the hard loss
@@ -33,14 +38,14 @@ class OverVocabulary(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             h, head, h_t, head_t = (t.to(low) for t in (h, head, h_t, head_t))
             for i in range(0, n, CHUNK):
-                x = h[i:i+CHUNK]                                               # (chunk, D)
+                x = _with_one(h[i:i+CHUNK], head)                              # (chunk, D or D + 1)
                 s = (x @ head.T).float()                                       # (chunk, vocab)
-                t = (h_t[i:i+CHUNK] @ head_t.T).float() if ce else None        # (chunk, vocab)
+                t = (_with_one(h_t[i:i+CHUNK], head_t) @ head_t.T).float() if ce else None   # (chunk, vocab)
                 l, g = _chunk_loss(s, t, targets[i:i+CHUNK], ce, clm, T)
                 g = (g/n).to(low)                                              # (chunk, vocab)
                 total += l
-                dh[i:i+CHUNK] = g @ head                                       # (chunk, D)
-                dhead += g.T @ x                                               # (vocab, D)
+                dh[i:i+CHUNK] = (g @ head)[:, :h.shape[1]]                     # (chunk, D)
+                dhead += g.T @ x                                               # (vocab, D or D + 1)
         ctx.save_for_backward(dh, dhead)
         return total/n
 
@@ -72,7 +77,7 @@ def _chunk_loss(
 
 def hard_loss(
     h,        # (n, D) hidden states after the last norm
-    head,     # (vocab, D) output matrix
+    head,     # (vocab, D) output matrix, or (vocab, D + 1) with its bias
     targets,  # (n,) true tokens
 ): # scalar
     "Mean cross-entropy in nats, without keeping logits."

@@ -135,6 +135,10 @@ class RawText:
         return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
 
     @cached_property
+    def _inside(self) -> Tokenizer:
+        return self.tok if 'ByteLevel' in _decoder_kinds(self.tok) else _without_prefix_space(self.tok)
+
+    @cached_property
     def longest(self) -> int:
         "Bytes of the longest token."
         return max(map(len, self.bytes), default=0)
@@ -190,6 +194,14 @@ def _fit(self: RawText, text: str, ids: list, room: int) -> list: # of ids
     return ids[-room:]
 
 @patch
+def asked_infill(self: RawText) -> Infill:
+    "Raises `ValueError` if the tokenizer has no tokens for a gap."
+    if self.infill: return self.infill
+    known = ', '.join(INFILLS)
+    raise ValueError(f'the tokenizer has no tokens that mark a gap, so this model cannot fill in: leave out what follows the cursor, '
+                     f'or use a model such as {known}.')
+
+@patch
 def prompts(self: RawText,
     texts: list,      # Up to the cursor
     room: int,        # Tokens that a prompt may have
@@ -199,16 +211,18 @@ def prompts(self: RawText,
     "Prompts that end with a whole token. Raises `ValueError` for a suffix if the tokenizer has no tokens for it."
     texts = list(map(whole, texts))
     suffixes = [None]*len(texts) if suffixes is None else list(suffixes)
-    after = iter(encode_batch(self._inside, [s for s in suffixes if s is not None]) if any(s is not None for s in suffixes) else [])
-    rows = zip(texts, encode_batch(self.tok, texts), suffixes)
-    return [self._prompt(text, ids, room, heal, None if s is None else next(after)) for text, ids, s in rows]
+    if any(s is not None for s in suffixes): self.asked_infill()
+    after = encode_batch(self._inside, [whole(s or '') for s in suffixes])
+    rows = zip(texts, encode_batch(self.tok, texts), suffixes, after)
+    return [self._prompt(text, ids, room, heal, None if s is None else more) for text, ids, s, more in rows]
 
 @patch
 def _prompt(self: RawText, text: str, ids: list, room: int, heal: int, after: list | None) -> Prompt:
     room, n = room - len(self.begin), len(ids)
     if after is not None:
         infill, half = self.asked_infill(), (room - 3)//2
-        before_prefix, before_suffix, before_answer = map(self.tok.token_to_id, (infill.before_prefix, infill.before_suffix, infill.before_answer))
+        spelled = infill.before_prefix, infill.before_suffix, infill.before_answer
+        before_prefix, before_suffix, before_answer = map(self.tok.token_to_id, spelled)
         n, room = n + len(after), room - 3
         after = after[:max(half, room - len(ids))]
         room -= len(after)
@@ -218,14 +232,3 @@ def _prompt(self: RawText, text: str, ids: list, room: int, heal: int, after: li
     if after is None: fitting = self.begin + fitting or self.start
     else: fitting = [*self.begin, before_prefix, *fitting, before_suffix, *after, before_answer]
     return Prompt(fitting, owed, n, read)
-
-@patch(as_prop=True)
-def _inside(self: RawText): return self.tok if 'ByteLevel' in _decoder_kinds(self.tok) else _without_prefix_space(self.tok)
-
-@patch
-def asked_infill(self: RawText) -> Infill:
-    "Raises `ValueError` if the tokenizer has no tokens for a gap."
-    if self.infill: return self.infill
-    known = ', '.join(INFILLS)
-    raise ValueError(f'the tokenizer has no tokens that mark a gap, so this model cannot fill in: leave out what follows the cursor, '
-                     f'or use a model such as {known}.')

@@ -65,14 +65,21 @@ def _string_token(text: str) -> str: # e.g. `b'utf-8'` → `b'<STR_LIT:utf-8>'`
 # %% ../../nbs/data/10_text_format.ipynb #753f91d5
 _SILENT = {COMMENT, INDENT, DEDENT, ENCODING, ENDMARKER}
 
+def _until_end(source: str):
+    "`_python_tokens` of a text that may end within brackets or after a backslash."
+    try: yield from _python_tokens(source)
+    except tokenize.TokenError as e:
+        if 'EOF in multi-line statement' not in str(e): raise
+
 def spell_out(
     source: str, # Python source
+    partial: bool = False, # The text may end within brackets
 ) -> str: # Blank-separated tokens, every literal with its content
     """The first half of the format: tokens and line ends.
 
     Raises `SyntaxError` or `tokenize.TokenError` on source that cannot be cut into tokens; `ast.parse` finds the other errors."""
     out, at_line_start = [], True
-    for kind, text in _python_tokens(source):
+    for kind, text in _until_end(source) if partial else _python_tokens(source):
         text = ' '.join(text.split())
         if kind in (NEWLINE, NL):
             if not at_line_start: out.append('<EOL>')
@@ -108,6 +115,12 @@ class Literals:
         def top(kind, n): # of the n most frequent, those that make a token
             return frozenset(x for x, _ in counts[kind].most_common(n) if x and len(x) <= 40 and '>' not in x)
         return cls(top('STR', n_str), top('NUM', n_num))
+
+    @classmethod
+    def among(cls, words) -> 'Literals': # `words`: of a vocabulary
+        "The literals that have a token each."
+        found = [m for m in map(_LITERAL.fullmatch, words) if m]
+        return cls(*(frozenset(m[2] for m in found if m[1] == kind) for kind in ('STR', 'NUM')))
 
     @property
     def tokens(self) -> list: # Strings for the tokenizer

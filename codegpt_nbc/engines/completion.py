@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'is_whole', 'UntilLine', 'UntilStatement', 'UntilEnd', 'stop_named', 'Answer', 'AnswerRule', 'text_of_bytes',
-           'complete_raw']
+           'complete_raw', 'stream_raw', 'WordsAnswer', 'complete_source']
 
-# %% ../../nbs/engines/56_completion.ipynb #da68de87
+# %% ../../nbs/engines/56_completion.ipynb #5af92aaf
 import codecs, io, re, tokenize, warnings, numpy as np
-from ..data.raw_text import HEAL, Prompt, RawText
-from .generate import MAX_NEW, Engine, Truncated, batches, room_for, steps
+from ..data.raw_text import HEAL, RawText
+from ..data.raw_words import Cursor, answer_source, to_words
+from ..data.text_format import Literals
+from ..data.tokenizer import decode_lines, encode_batch, whole
+from .generate import MAX_NEW, Engine, Truncated, batches, room_for, start_of_text, steps
 
 # %% ../../nbs/engines/56_completion.ipynb #45b470bf
 def is_whole(
@@ -130,3 +133,90 @@ def complete_raw(
         rule = AnswerRule([answers[r] for r in rows])
         for _ in steps(engine, [read[r].ids for r in rows], max_new + heal, rule): pass
     return [text_of_bytes(a.text) for a in answers]
+
+# %% ../../nbs/engines/56_completion.ipynb #60904c34
+def _warn_of_cut(tokens: int, read: int, level: int):
+    if read < tokens:
+        message = f'the prompt has {tokens} tokens, of which the model reads {read}: those nearest to the cursor.'
+        warnings.warn(message, Truncated, stacklevel=level + 1)
+
+def stream_raw(
+    engine: Engine,
+    tokenizer,               # `RawText`, or a tokenizer
+    prompt: str,             # Up to the cursor
+    max_new: int = MAX_NEW,  # Tokens at most
+    stop: str = 'line',      # A key of `STOPS`
+    suffix: str | None = None, # After the cursor, for models that fill in
+): # yields str
+    "Complete raw source, a piece at a time. Warns (`Truncated`) if the prompt does not fit."
+    raw, (room, heal), until = _raw_text(tokenizer), _sizes(engine, max_new), stop_named(stop)
+    read = raw.prompts([prompt], room, heal, [suffix])[0]
+    _warn_of_cut(read.tokens, read.read, 2)
+    return _pieces(engine, read.ids, max_new + heal, Answer(raw, read.owed, max_new, until(prompt)))
+
+def _pieces(engine: Engine, ids: list, most: int, answer: Answer):
+    characters, sent = codecs.getincrementaldecoder('utf-8')('replace'), 0
+    for _ in steps(engine, [ids], most, AnswerRule([answer])):
+        piece, sent = characters.decode(answer.text[sent:]), len(answer.text)
+        if piece: yield piece
+
+# %% ../../nbs/engines/56_completion.ipynb #58ce2f4f
+class WordsAnswer:
+    "A line of words in progress, behind the interface of `Answer`."
+    def __init__(self,
+        raw: RawText,
+        choices: list,  # Tokens that may be taken after 0, 1, … steps: bytes of a name, or one literal
+        max_new: int,   # Tokens at most
+        stop: int,      # `<EOL>`
+    ):
+        self.raw, self.choices, self.left, self.stop = raw, choices, max_new, stop
+        self.spelled, self.tokens = 0, []
+
+    @property
+    def allowed(self) -> np.ndarray | None: # ids; None: every token
+        "The tokens that may come next."
+        return self.choices[self.spelled] if self.spelled < len(self.choices) else None
+
+    def take(self, token: int) -> bool: # Has the line ended?
+        "Append a token."
+        if token == self.stop: return True
+        self.tokens.append(token)
+        if self.allowed is None: self.left -= 1
+        self.spelled += max(1, len(self.raw.spells(token)))
+        return self.left <= 0
+
+def _words_prompt(raw: RawText, cursor: Cursor, vocabulary: dict) -> tuple: # (ids, choices, text that the line begins with)
+    "A prompt of whole words, and what holds the answer to the word at the cursor."
+    text = ' '.join(cursor.words)
+    before = encode_batch(raw.tok, [text])[0]
+    if cursor.inside:
+        opening, typed = cursor.inside
+        begun = '<STR_LIT:' + typed.replace(' ', 'U+0020').replace(',', 'U+002C')
+        fitting = [i for word, i in vocabulary.items() if word == '<STR_LIT>' or word.startswith(begun)]
+        return encode_batch(raw.tok, [f'{text} {opening}'])[0], [np.array(sorted(fitting))]*bool(fitting), opening
+    if not cursor.typed: return before, [], ''
+    ids = encode_batch(raw.tok, [f'{text} {cursor.typed}'])[0]
+    same = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
+    return ids[:same], raw.choices(b''.join(map(raw.spells, ids[same:]))), ''
+
+def complete_source(
+    engine: Engine,
+    tokenizer,               # `RawText`, or a tokenizer; with `<EOL>`
+    prompts: list,           # Raw source up to the cursor
+    max_new: int = MAX_NEW,  # Tokens at most
+    batch: int = 32,         # Rows at a time, fewer where they are long
+) -> list: # Source to write at the cursors
+    "Complete lines of raw source with a model of CodeXGLUE's words. Warns (`Truncated`) of a prompt that does not fit; errors as `to_words`."
+    raw, (room, heal) = _raw_text(tokenizer), _sizes(engine, max_new)
+    vocabulary = raw.tok.get_vocab()
+    literals, stop = Literals.among(vocabulary), vocabulary['<EOL>']
+    cursors = [to_words(whole(p), literals) for p in prompts]
+    ids, choices, begun = zip(*(_words_prompt(raw, c, vocabulary) for c in cursors)) if cursors else ((), (), ())
+    for row in ids: _warn_of_cut(len(row), min(len(row), room), 2)
+    ids = [row[-room:] or start_of_text(raw.tok) for row in ids]
+    answers = [WordsAnswer(raw, c[:heal], max_new, stop) for c in choices]
+    for rows in batches([len(row) for row in ids], max_new, batch):
+        rule = AnswerRule([answers[r] for r in rows])
+        for _ in steps(engine, [ids[r] for r in rows], max_new + heal, rule): pass
+    lines = decode_lines(raw.tok, [a.tokens for a in answers])
+    return [answer_source(cursor, start + line) for cursor, start, line in zip(cursors, begun, lines)]

@@ -141,7 +141,8 @@ def batches(
     "Yield lists of numbers of prompts to complete together, the longest first."
     from tqdm import tqdm
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bar = tqdm(total=len(order), desc=desc, unit='sample', disable=desc is None, mininterval=2, leave=None)   # within another bar it vanishes
+    bar = tqdm(total=len(order), desc=desc, unit='sample', disable=desc is None, mininterval=2,
+               leave=None)   # within another bar it vanishes
     while order:
         n = max(1, min(batch, BATCH_TOKENS//(lengths[order[0]] + max_new)))
         rows, order = order[:n], order[n:]

@@ -21,7 +21,7 @@ from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import check_fits, encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
-from ..model.folder import from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
+from ..model.folder import SPECIAL_IDS, from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
 from ..model.layers import Shape
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #422262ef
@@ -233,6 +233,10 @@ def save_trimmed(
             write_json(path, {k: v for k, v in read_json(path).items() if k != 'added_tokens_decoder'})
         ids = {k: renamed(i) for k, i in special_ids(parent).items()}
         write_json(tmp/'config.json', read_config(tmp) | ids)
+        path = tmp/'generation_config.json'
+        if path.is_file():
+            stated = read_json(path)
+            write_json(path, stated | {k: renamed(i) for k, i in stated.items() if k in SPECIAL_IDS})
     return Path(folder)
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #03917ec2

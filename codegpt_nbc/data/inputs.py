@@ -14,7 +14,6 @@ from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import BASE_MODEL, CORPUS, models_dir, runs_dir
 from .hub import find
-from .samples import FORMS, PROTOCOLS, has_text, load_samples, load_texts, protocols_of
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
 def resolve_model(name: str, profile: str) -> Path:
@@ -109,11 +108,13 @@ def from_cell(cls: RunConfig,
     return config
 
 # %% ../../nbs/data/17_inputs.ipynb #583d66ee
+# Tables are imported in functions: a model is found, and completes, without them
 @patch
 def training_texts(self: RunConfig,
     n: int | None = None, # The first n
 ) -> list:
     "Training files of `data` in the text that the model reads. Raises `ValueError` where there are none."
+    from codegpt_nbc.data.samples import load_texts
     self.check_data()
     return load_texts(self.data_folder, n, self.text)
 
@@ -121,7 +122,8 @@ def training_texts(self: RunConfig,
 def validation_prompts(self: RunConfig,
     n: int, # At most
 ) -> list:
-    "Prompts of validation files of `data`, in the text that the model reads."
+    "Prompts of validation files of `data`, in the text that the model reads. Raises `ValueError` where there are none."
+    from codegpt_nbc.data.samples import load_samples, protocols_of
     self.check_data()
     return load_samples(protocols_of(self.text)[0], None, 'valid', self.data_folder).input.head(n).tolist()
 
@@ -129,6 +131,7 @@ def validation_prompts(self: RunConfig,
 @patch
 def check(self: RunConfig):
     "Fail now, not after an hour's work, if model and data are of two texts, a protocol is of another one, or samples are too few."
+    from codegpt_nbc.data.samples import PROTOCOLS
     if self.data: self.check_data()
     for protocol in PROTOCOLS:
         if getattr(self, protocol): self.check_protocol(protocol)
@@ -137,20 +140,22 @@ def check(self: RunConfig):
 @patch
 def check_data(self: RunConfig):
     "Raise `ValueError` where `data` lacks the text that the model reads."
+    from codegpt_nbc.data.samples import FORMS, has_text
     if has_text(self.data_folder, self.text): return
-    held = ' and '.join(about.about for text, about in FORMS.items() if has_text(self.data_folder, text))
-    raise ValueError(f'{self.data or "the frozen corpus"} holds {held or "no code"}, but the model {self.model} reads {FORMS[self.text].about}: '
-                     'give a folder of Python files.')
+    held = ' and '.join(form.about for text, form in FORMS.items() if has_text(self.data_folder, text))
+    raise ValueError(f'{self.data or "the frozen corpus"} holds {held or "no code"}, but the model {self.model} reads '
+                     f'{FORMS[self.text].about}: give a folder of Python files.')
 
 @patch
 def check_protocol(self: RunConfig, protocol: str):
     "Raise `ValueError` where the model cannot be evaluated under a protocol."
+    from codegpt_nbc.data.raw_text import RawText
+    from codegpt_nbc.data.samples import FORMS, PROTOCOLS, protocols_of
+    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
     about = PROTOCOLS[protocol]
     if about.text != self.text:
-        raise ValueError(f'the protocol {protocol} asks in {FORMS[about.text].about}, but the model {self.model} reads {FORMS[self.text].about}: '
-                         f'choose {" or ".join(protocols_of(self.text))}.')
-    from codegpt_nbc.data.raw_text import RawText
-    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
+        raise ValueError(f'the protocol {protocol} asks in {FORMS[about.text].about}, but the model {self.model} reads '
+                         f'{FORMS[self.text].about}: choose {" or ".join(protocols_of(self.text))}.')
     tok = load_tokenizer(self.model_folder)
     if self.text == 'codexglue': end_of_line(tok)
     if about.infilling: RawText(tok).asked_infill()
@@ -158,6 +163,7 @@ def check_protocol(self: RunConfig, protocol: str):
 @patch
 def check_samples(self: RunConfig):
     "Raise `ValueError` where a protocol has fewer samples than asked."
+    from codegpt_nbc.data.samples import PROTOCOLS, load_samples
     for protocol in PROTOCOLS:
         n = getattr(self, protocol)
         if n: load_samples(protocol, n, folder=self.data_folder)

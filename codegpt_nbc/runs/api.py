@@ -99,7 +99,7 @@ def compress(
     model,                 # As for `load`
     recipe='int8',         # A name of `configs/recipes.yaml`, `best` (what the last search chose), or a `grid.Recipe`
     out='small',           # Folder of the compressed model; must not exist
-    data: str = '',        # Code to train on: a folder in CodeXGLUE's layout, or a name on the hub; '': the frozen corpus
+    data: str = '',        # Code to train on: a folder of Python files or in CodeXGLUE's layout, or a name on the hub; '': the frozen corpus
     budgets='full',        # What each method may spend: a profile's name, or method → parameters
     progress: bool = True, # Say which step runs and how long all will take
 ) -> Compressed:
@@ -119,7 +119,7 @@ def compress(
     folder = _folder_of(model)
     spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
     steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress)
-    return Compressed(Path(out), folder, name, steps, resolve_data(data))
+    return Compressed(Path(out), folder, name, steps, resolve_data(data, folder))
 
 def _chosen(recipe: str) -> str:
     if recipe != 'best': return recipe
@@ -139,19 +139,23 @@ class Scores(Accuracy):
 def evaluate(
     model,                        # As for `load`
     n: int = 200,                 # Samples
-    protocol: str = 'codexglue',  # or thesis: how samples are cut and completed
-    data: str = '',               # Code to be judged by: a folder in CodeXGLUE's layout, or a name on the hub; '': the frozen corpus
+    protocol: str | None = None,  # Of `data.samples.PROTOCOLS`: how samples are cut and completed; None: codexglue, or line for raw source
+    data: str = '',               # Code to be judged by, as for `compress`: of a folder of Python files, those that are never trained on
 ) -> Scores:
     """Score a model on held-out samples, with 95 % intervals.
 
     >>> evaluate('codegpt-nano', n=20)   # doctest: +SKIP
     EM 35.0 % (15.0 to 55.0)   ES 58.5 % (43.0 to 73.8)   identifier F1 42.2 %   whole lines 85.0 %   n 20
 
-    Raises `ValueError` if there are fewer samples than `n`, or if the model's tokenizer has no end of line.
+    Raises `ValueError` if there are fewer samples than `n`, or if the protocol or the data are in a text that the model does not read.
     """
     from codegpt_nbc.data.inputs import RunConfig
-    asked = {'codexglue': 0, 'thesis': 0, protocol: n}
-    config = RunConfig(run_id='evaluate', model=str(_folder_of(model)), data=data, **asked)
+    from codegpt_nbc.data.samples import PROTOCOLS, protocol_named, protocols_of
+    from codegpt_nbc.data.tokenizer import text_of
+    folder = _folder_of(model)
+    protocol = protocol or protocols_of(text_of(folder))[0]
+    protocol_named(protocol)
+    config = RunConfig(run_id='evaluate', model=str(folder), data=data, **dict.fromkeys(PROTOCOLS, 0) | {protocol: n})
     config.check()
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     opened = model if isinstance(model, Model) else load(config.model_folder)

@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Compress a code-completion model for ordinary CPUs, and measure the cost and the gain.')
 
 ModelName = Annotated[str, typer.Argument(help='a model folder, codegpt-nano, or owner/name@revision on the hub')]
-Code = Annotated[str, typer.Option(help="code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")]
+Code = Annotated[str, typer.Option(help="a folder of Python files, or code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")]
 
 @app.command()
 def complete(
@@ -32,7 +32,8 @@ def complete(
 @app.command()
 def evaluate(
     model: ModelName,
-    protocol: Annotated[Literal['codexglue', 'thesis'], typer.Option(help='how samples are cut and completed')] = 'codexglue',
+    protocol: Annotated[Literal['codexglue', 'thesis', 'line', 'infill'] | None,
+                        typer.Option(help='how samples are cut and completed; by default codexglue, or line for a model of raw source')] = None,
     n: Annotated[int, typer.Option(min=1, help='samples')] = 200,
     data: Code = '',
 ):

@@ -92,13 +92,13 @@ def repository_tables(
     texts, tables = {'codexglue': df.assign(text=spelled), 'raw': df.assign(text=df.source)}, {}
     for text, form in FORMS.items():
         files = texts[text]
-        tables[form.train] = files.loc[files.split == 'train', ['project', 'path', 'text']]
+        tables[f'{form.folder}/train'] = files.loc[files.split == 'train', ['project', 'path', 'text']]
         for split, n in (('valid', n_valid), ('test', n_test)):
             held = files[files.split == split].reset_index(drop=True)
             for protocol in (p for p, about in PROTOCOLS.items() if about.text == text):
                 if not (most := min(n, _most(held, protocol))): continue
-                tables[f'{split}_{protocol}'] = cut_samples(held, draw_places(held, protocol, most, seed, 1.), protocol)
-    return tables
+                tables[f'{form.folder}/{split}_{protocol}'] = cut_samples(held, draw_places(held, protocol, most, seed, 1.), protocol)
+    return {name.removeprefix('/'): t for name, t in tables.items()}
 
 # %% ../../nbs/data/14_repository.ipynb #0b0e7b5f
 @cache
@@ -121,7 +121,9 @@ def imported_repository(
     with atomic_path(out) as tmp:
         tmp.mkdir()
         tables = repository_tables(df, literals)
-        for name, t in tables.items(): t.to_parquet(tmp/f'{name}.parquet', index=False, row_group_size=1000)
+        for name, t in tables.items():
+            (tmp/name).parent.mkdir(exist_ok=True)
+            t.to_parquet(tmp/f'{name}.parquet', index=False, row_group_size=1000)
         about = {'files': df.split.value_counts().to_dict(), 'skipped': skipped, 'rows': {name: len(t) for name, t in tables.items()}}
         write_json(tmp/'summary.json', about)
     return out

@@ -88,12 +88,12 @@ def _raw_sample(text: str, start: int, end: int) -> dict:
 class Form:
     "A form in which models read code."
     about: str       # in words
-    train: str       # table of the training files
+    folder: str      # of its tables, in that of a corpus
     sample: Callable # function (file, start, end) → columns of a sample
 
 FORMS = {
-    'codexglue': Form("CodeXGLUE's words", 'train', _spelled_sample),
-    'raw': Form('raw source', 'raw_train', _raw_sample),
+    'codexglue': Form("CodeXGLUE's words", '', _spelled_sample),
+    'raw': Form('raw source', 'raw', _raw_sample),
 }
 
 @dataclass(frozen=True)
@@ -166,12 +166,12 @@ def load_samples(
     folder = CORPUS,             # In the layout of the frozen corpus
 ) -> pd.DataFrame: # project, path, input, gt; for raw source suffix, too
     "The frozen samples of a protocol. Raises `ValueError` if there are fewer than `n`."
-    protocol_named(protocol)
-    df = _read_parquet(folder, f'{split}_{protocol}.parquet')
+    place = Path(folder)/FORMS[protocol_named(protocol).text].folder
+    df = _read_parquet(place, f'{split}_{protocol}.parquet')
     if n is not None and n > len(df): raise ValueError(f'{n} samples asked, but {protocol} has {len(df)}: ask for fewer.')
     df = df.head(len(df) if n is None else n)
     if 'input' in df: return df
-    return cut_samples(_read_parquet(folder, f'raw_{split}.parquet'), df, protocol)
+    return cut_samples(_read_parquet(place, f'{split}.parquet'), df, protocol)
 
 def load_texts(
     folder=CORPUS,
@@ -179,14 +179,14 @@ def load_texts(
     text: str = 'codexglue',     # Of `FORMS`
 ) -> list: # of files: finished CodeXGLUE lines, or raw source
     "The frozen training shard."
-    return _read_parquet(folder, f'{FORMS[text].train}.parquet', n).text.tolist()
+    return _read_parquet(Path(folder)/FORMS[text].folder, 'train.parquet', n).text.tolist()
 
 def has_text(
     folder,    # In the layout of the frozen corpus
     text: str, # Of `FORMS`
 ) -> bool:
     "Whether a folder holds training files in a text."
-    return (Path(folder)/f'{FORMS[text].train}.parquet').is_file()
+    return (Path(folder)/FORMS[text].folder/'train.parquet').is_file()
 
 def _table(folder, name: str) -> Path:
     "The path of a table of the corpus. Raises `FileNotFoundError` with the remedy."
@@ -224,7 +224,7 @@ def quiet_datasets():
         if not bars: datasets.enable_progress_bars()
 
 def as_dataset(
-    name: str = 'train', # or 'raw_train', 'test_codexglue', …
+    name: str = 'train', # or 'raw/train', 'test_codexglue', …
     folder=CORPUS,
 ): # `datasets.Dataset`
     "A table of the corpus as a memory-mapped `Dataset`. Results of its `map` stay in `build/datasets` between runs."

@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.paths import CORPUS, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from ..data.samples import PROTOCOLS, protocols_of
+from ..data.samples import FORMS, PROTOCOLS, protocols_of
 from ..data.tokenizer import text_of
 from .grid import Profile, Recipe, from_start, read_recipes, spell_time
 
@@ -81,7 +81,7 @@ def _key(method: str, c: RunConfig) -> str:
     about = c.model_dump(exclude={'run_id', 'profile', 'model', 'data', 'teacher', *PROTOCOLS})
     teacher = getattr(c, 'teacher_folder', None)
     if teacher: about['teacher'] = teacher.name, _contents(teacher)
-    return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder))
+    return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder/FORMS[c.text].folder))
 
 # %% ../../nbs/runs/71_steps.ipynb #beec7434
 def _validated(step: dict, source, budget: dict, data: str) -> RunConfig:

@@ -157,7 +157,7 @@ def test_a_tokenizer_without_end_of_line(made, tmp_path, evaluate):
     m = variant(made, tmp_path)
     t = (m/'tokenizer.json').read_text(encoding='utf-8')
     (m/'tokenizer.json').write_text(t.replace('"<EOL>"', '"<LINE>"'), encoding='utf-8')
-    assert 'the tokenizer has no <EOL> token' in sentence(evaluate(m))
+    assert 'reads raw source: choose line or infill' in sentence(evaluate(m, '--protocol', 'codexglue'))
 
 
 def test_code_without_its_fields(made, tmp_path, evaluate):

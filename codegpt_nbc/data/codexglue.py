@@ -13,7 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..core.paths import atomic_path, project_root, write_json
-from .samples import _usable, make_samples, quiet_datasets
+from .samples import make_samples, protocol_named, quiet_datasets
 from .text_format import Literals
 
 # %% ../../nbs/data/14_codexglue.ipynb #58fcbb10
@@ -139,7 +139,8 @@ def _samples_in(folder) -> list: # of paths
 def _cut(texts: list, protocol: str, n: int, seed: int) -> pd.DataFrame:
     "`n` samples from as many projects, or as many as there are."
     df = pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts}).astype(str)
-    return make_samples(df, protocol, max(1, min(n, df.text.map(_usable).sum())), seed, 1.)
+    usable = sum(len(protocol_named(protocol).places(text)) > 0 for text in texts)
+    return make_samples(df, protocol, max(1, min(n, usable)), seed, 1.)
 
 # %% ../../nbs/data/14_codexglue.ipynb #4036a51a
 ENOUGH = .5   # share of the samples that must find their answers; below, samples are cut anew

@@ -31,14 +31,26 @@ def _no_model(name: str, profile: str, folder) -> str:
     run = '' if profile == 'try' else f'a run of the profile {profile!r} that has finished, '
     return f'there is no model {name!r}: give {BASE_MODEL.name!r}, {run}a model folder, or owner/name@revision on the hub.'
 
-def resolve_data(name: str) -> Path:
-    "The frozen corpus, or other code in CodeXGLUE's format, made to look like it. Raises `ValueError` if there is none."
+def resolve_data(
+    name: str,
+    model=None, # Folder of a model, whose literals Python files are spelled out with; None: those of the frozen corpus
+) -> Path:
+    "The frozen corpus, or other code, made to look like it: Python files, or CodeXGLUE's format. Raises `ValueError` if there is none."
     if not name: return CORPUS
     folder = find(name, 'dataset')
-    if not folder: raise ValueError(f"there is no code {name!r}: give a folder in CodeXGLUE's layout, "
+    if not folder: raise ValueError(f"there is no code {name!r}: give a folder of Python files or in CodeXGLUE's layout, "
                                     'owner/name@revision on the hub, or nothing for the frozen corpus.')
+    from codegpt_nbc.data.repository import imported_repository, is_repository
+    if is_repository(folder): return imported_repository(folder, literals=_literals(model))
     from codegpt_nbc.data.codexglue import imported
     return imported(folder)
+
+def _literals(model):
+    "The literals that a model of CodeXGLUE's words has tokens for; None for another one."
+    from codegpt_nbc.data.text_format import Literals
+    from codegpt_nbc.data.tokenizer import load_tokenizer, text_of
+    if model is None or text_of(model) != 'codexglue': return None
+    return Literals.among(load_tokenizer(model).get_vocab())
 
 # %% ../../nbs/data/17_inputs.ipynb #660f3b9e
 class RunConfig(Strict):
@@ -50,6 +62,8 @@ class RunConfig(Strict):
     seed: int = 42
     codexglue: int = Field(20, ge=0)                   # samples evaluated under each protocol; 0: none
     thesis: int = Field(20, ge=0)
+    line: int = Field(0, ge=0)
+    infill: int = Field(0, ge=0)
 
     # Found once: with many files or on the hub it is work, and it may fail where a run should end
     @cached_property
@@ -59,7 +73,12 @@ class RunConfig(Strict):
     @cached_property
     def data_folder(self) -> Path:
         "The folder of `data`."
-        return resolve_data(self.data)
+        return resolve_data(self.data, self.model_folder)
+    @cached_property
+    def text(self) -> str:
+        "The text that `model` reads, of `data.samples.FORMS`."
+        from codegpt_nbc.data.tokenizer import text_of
+        return text_of(self.model_folder)
     @property
     def out_folder(self) -> Path:
         "The model folder that the run writes."
@@ -89,13 +108,57 @@ def from_cell(cls: RunConfig,
     return config
 
 # %% ../../nbs/data/17_inputs.ipynb #583d66ee
+# Tables are imported in functions: a model is found, and completes, without them
+@patch
+def training_texts(self: RunConfig,
+    n: int | None = None, # The first n
+) -> list:
+    "Training files of `data` in the text that the model reads. Raises `ValueError` where there are none."
+    from codegpt_nbc.data.samples import load_texts
+    self.check_data()
+    return load_texts(self.data_folder, n, self.text)
+
+@patch
+def validation_prompts(self: RunConfig,
+    n: int, # At most
+) -> list:
+    "Prompts of validation files of `data`, in the text that the model reads. Raises `ValueError` where there are none."
+    from codegpt_nbc.data.samples import load_samples, protocols_of
+    self.check_data()
+    return load_samples(protocols_of(self.text)[0], None, 'valid', self.data_folder).input.head(n).tolist()
+
+# %% ../../nbs/data/17_inputs.ipynb #f012f640
 @patch
 def check(self: RunConfig):
-    "Fail now, not after an hour's work, if the model cannot be evaluated: it has no end of line, or samples are too few."
-    if not self.codexglue and not self.thesis: return
-    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
-    end_of_line(load_tokenizer(self.model_folder))
+    "Fail now, not after an hour's work, if model and data are of two texts, a protocol is of another one, or samples are too few."
+    from codegpt_nbc.data.samples import PROTOCOLS
+    if self.data: self.check_data()
+    for protocol in PROTOCOLS:
+        if getattr(self, protocol): self.check_protocol(protocol)
     self.check_samples()
+
+@patch
+def check_data(self: RunConfig):
+    "Raise `ValueError` where `data` lacks the text that the model reads."
+    from codegpt_nbc.data.samples import FORMS, has_text
+    if has_text(self.data_folder, self.text): return
+    held = ' and '.join(form.about for text, form in FORMS.items() if has_text(self.data_folder, text))
+    raise ValueError(f'{self.data or "the frozen corpus"} holds {held or "no code"}, but the model {self.model} reads '
+                     f'{FORMS[self.text].about}: give a folder of Python files.')
+
+@patch
+def check_protocol(self: RunConfig, protocol: str):
+    "Raise `ValueError` where the model cannot be evaluated under a protocol."
+    from codegpt_nbc.data.raw_text import RawText
+    from codegpt_nbc.data.samples import FORMS, PROTOCOLS, protocols_of
+    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
+    about = PROTOCOLS[protocol]
+    if about.text != self.text:
+        raise ValueError(f'the protocol {protocol} asks in {FORMS[about.text].about}, but the model {self.model} reads '
+                         f'{FORMS[self.text].about}: choose {" or ".join(protocols_of(self.text))}.')
+    tok = load_tokenizer(self.model_folder)
+    if self.text == 'codexglue': end_of_line(tok)
+    if about.infilling: RawText(tok).asked_infill()
 
 @patch
 def check_samples(self: RunConfig):

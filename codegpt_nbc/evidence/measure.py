@@ -15,6 +15,7 @@ from pydantic import Field
 from ..core.paths import BASE_MODEL, CORPUS, PACKAGE, cores
 from ..core.record import Memory, Speed, versions
 from ..data.inputs import RunConfig, resolve_model
+from ..data.tokenizer import text_of
 
 # %% ../../nbs/evidence/62_measure.ipynb #a3aaae26
 def peak_memory() -> int: # bytes
@@ -68,14 +69,14 @@ def serve(
 
 # %% ../../nbs/evidence/62_measure.ipynb #4d37ceba
 @cache
-def _prompts(data) -> list: # of texts
-    from codegpt_nbc.data.samples import load_samples
-    return load_samples('codexglue', folder=data).input[:200].tolist()
+def _prompts(data, text: str) -> list: # of texts
+    from codegpt_nbc.data.samples import load_samples, protocols_of
+    return load_samples(protocols_of(text)[0], folder=data).input[:200].tolist()
 
 class Worker:
     "A process that holds one model. Raises `RuntimeError` with the last line of its errors if it ends early."
     def __init__(self, folder, prompt_tokens: int, new_tokens: int, threads: int, data=CORPUS, batch: int = 1,
-                 opener: str = OURS, python: str = sys.executable):
+                 opener: str = OURS, python: str = sys.executable, text: str = 'codexglue'):   # `text`: that the model reads
         self.folder = folder
         arguments = f'{opener!r}, {str(folder)!r}, {prompt_tokens}, {new_tokens}, {threads}, {batch}'
         code = f'from codegpt_nbc.evidence.measure import serve; serve({arguments})'
@@ -85,7 +86,7 @@ class Worker:
         self.err = tempfile.TemporaryFile('w+')   # a pipe that nobody reads would fill up
         self.process = subprocess.Popen([python, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.err, text=True, env=env)
-        self.say(_prompts(data))
+        self.say(_prompts(data, text))
 
     def __enter__(self): return self
     def __exit__(self, *_):
@@ -158,7 +159,8 @@ def measure(
 ) -> tuple: # (Speed, Memory, dict with the single rounds and the baseline's own times)
     "Compare `target` with `baseline`, alone on the machine. Raises `RuntimeError` if a model cannot be run."
     about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads or cores())
-    with Worker(target, **about, data=data) as a, Worker(baseline, **about, data=data) as b:
+    code = dict(data=data, text=text_of(baseline))
+    with Worker(target, **about, **code) as a, Worker(baseline, **about, **code) as b:
         engine = a.read()['ready']
         b.read()
         done = take_turns(dict(baseline=b, target=a), rounds, completions)

@@ -22,7 +22,6 @@ from ..core.config import Strict
 from ..core.paths import BASE_MODEL, atomic_path, models_dir, read_json, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig, resolve_model
-from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, with_layers
 from ..model.folder import digest, load_model, read_config, save_model, shape_of_config
@@ -390,9 +389,8 @@ def distill(
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
 def validation_batches(c: TaughtConfig, tok) -> Samples: # four batches of four rows
-    "Prompts of sixteen validation projects."
-    prompts = load_samples('codexglue', 16, 'valid', c.data_folder).input
-    return Samples(encode_batch(tok, list(prompts)), 4, c.length)
+    "Prompts of sixteen validation files."
+    return Samples(encode_batch(tok, c.validation_prompts(16)), 4, c.length)
 
 def validation_loss(model: Decoder, held: Samples) -> float: # nats a token
     "Mean loss on `validation_batches`."
@@ -406,7 +404,7 @@ def trained_details(r: TrainResult) -> dict:
 def distill_step(
     c: DistillConfig,
     out=None,                # Folder to write; None: the run's
-    score=None,              # Function: (student, tokenizer, samples, data folder) → function () → float; needed for `curve_samples`
+    score=None,              # Function: (student, tokenizer, samples, data folder, text) → function () → float; needed for `curve_samples`
     keep_work: bool = False, # Leave the folder `c.work` of a resumable run for the caller to remove
 ) -> StepResult: # details: teacher, losses before and after, learning curve, steps
     "Distil the model of `c.teacher_folder` into a student made of `c.model_folder`, on texts of `c.data_folder`, and write the student."
@@ -414,12 +412,12 @@ def distill_step(
         raise ValueError('curve_samples asks for a learning curve, but nothing scores it: pass score=evidence.evaluate.validation_es.')
     tok, work = load_tokenizer(c.model_folder), c.work
     c = cut_to_context(c, *c.shapes)
-    rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
+    rows = training_rows(c.training_texts(files_enough(c)), tok, c)
     student, teacher = load_pair(c, rows)
     models, held = {'student': student, 'teacher': teacher}, validation_batches(c, tok)
     loss, curve = c.loss(student.shape, teacher.shape), None
     if c.curve_samples:
-        scorer = score(student, tok, c.curve_samples, c.data_folder)
+        scorer = score(student, tok, c.curve_samples, c.data_folder, c.text)
         curve = LearningCurve(scorer, c.training(rows).steps, c.curve_points, work/'learning_curve.json')
     before = {name: validation_loss(m, held) for name, m in models.items()}
     r = distill(student, teacher, rows, c, curve, work)

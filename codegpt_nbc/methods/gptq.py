@@ -14,7 +14,6 @@ from pydantic import Field
 from torch import nn
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
-from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
@@ -265,7 +264,7 @@ class GptqConfig(RunConfig):
 # %% ../../nbs/methods/36_gptq.ipynb #bb5f3114
 def calibration_sets(c: GptqConfig) -> tuple: # of ids, (samples, length) each
     "Windows to calibrate on and windows to judge by, from different files; none is of a project that is evaluated."
-    encoded = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, 6*c.calibration))
+    encoded = encode_batch(load_tokenizer(c.model_folder), c.training_texts(6*c.calibration))
     return (calibration_windows(encoded[::2], c.calibration, c.length, c.seed),
             calibration_windows(encoded[1::2], min(16, c.calibration), c.length, c.seed))
 

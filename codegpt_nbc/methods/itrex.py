@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import nn
 from ..core.config import BACKENDS
 from ..core.record import StepResult
-from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_parameters
 from ..model.families import GPT2, is_regular
@@ -240,7 +239,7 @@ def itrex_quantize_step(
     out=None,       # Folder to write; None: the run's
 ) -> StepResult:
     "As `quantize_step`, by the toolkit with its own settings. Raises `RuntimeError` where it is not installed."
-    probe = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, 1))[0]
+    probe = encode_batch(load_tokenizer(c.model_folder), c.training_texts(1))[0]
     quantised, details = quantize_with_toolkit(load_model(c.model_folder), probe)
     recorded = {'backend', 'symmetric', 'granularity', 'placement', 'half_range', 'blocks', 'finetune_samples'}
     step = {'method': 'quantize', **c.model_dump(include=recorded)}

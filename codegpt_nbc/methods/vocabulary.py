@@ -17,11 +17,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from ..core.paths import new_folder, read_json, write_json
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
-from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import check_fits, encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
-from ..model.folder import from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
+from ..model.folder import SPECIAL_IDS, from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
 from ..model.layers import Shape
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #422262ef
@@ -233,6 +232,10 @@ def save_trimmed(
             write_json(path, {k: v for k, v in read_json(path).items() if k != 'added_tokens_decoder'})
         ids = {k: renamed(i) for k, i in special_ids(parent).items()}
         write_json(tmp/'config.json', read_config(tmp) | ids)
+        path = tmp/'generation_config.json'
+        if path.is_file():
+            stated = read_json(path)
+            write_json(path, stated | {k: renamed(i) for k, i in stated.items() if k in SPECIAL_IDS})
     return Path(folder)
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #03917ec2
@@ -301,9 +304,9 @@ def trim_vocabulary_step(
     "Trim the vocabulary of the model of a run and save it, with how much held-out text grows and the model shrinks."
     dense, tok = load_model(c.model_folder), load_tokenizer(c.model_folder)
     check_fits(tok, dense.shape.vocab)
-    ranking = rank_tokens(tok, count_tokens(tok, load_texts(c.data_folder)[:c.files or None]))
+    ranking = rank_tokens(tok, count_tokens(tok, c.training_texts(c.files or None)))
     kept = choose_tokens(ranking, **c.limits)
-    held_out = load_samples('codexglue', None, 'valid', c.data_folder).head(100).input.tolist()
+    held_out = c.validation_prompts(100)
     table = trimming_table(tok, ranking, held_out, [len(kept)], dense.shape)
     limit = {k: v for k, v in c.limits.items() if v is not None}
     step = {'method': 'trim_vocabulary', **limit, 'files': c.files, 'vocabulary': len(kept)}

@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from ..core.config import Strict
 from ..core.paths import read_json, write_json
 from ..core.record import StepResult, Train
-from ..data.samples import load_texts
 from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
@@ -299,7 +298,7 @@ def xtc_step(
     "Compress the model of `c.model_folder` beside the teacher of `c.teacher_folder`, on texts of `c.data_folder`, and write it."
     tok, schemes, work = load_tokenizer(c.model_folder), xtc_schemes(c.bits), c.work
     c = cut_to_context(c, *c.shapes)
-    rows = training_rows(load_texts(c.data_folder, files_enough(c)), tok, c)
+    rows = training_rows(c.training_texts(files_enough(c)), tok, c)
     (student, teacher), held = load_models(c), validation_batches(c, tok)
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}

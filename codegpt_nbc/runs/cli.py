@@ -6,7 +6,7 @@
 __all__ = ['app', 'ModelName', 'Code', 'complete', 'evaluate', 'compress', 'search', 'reproduce', 'run', 'main']
 
 # %% ../../nbs/runs/73_cli.ipynb #dbf3d8a0
-import json, os, sys, typer
+import json, os, re, sys, typer
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,24 +15,49 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Compress a code-completion model for ordinary CPUs, and measure the cost and the gain.')
 
 ModelName = Annotated[str, typer.Argument(help='a model folder, codegpt-nano, or owner/name@revision on the hub')]
-Code = Annotated[str, typer.Option(help="code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")]
+Code = Annotated[str, typer.Option(help="a folder of Python files, or code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")]
 
 @app.command()
 def complete(
-    prompt: Annotated[str, typer.Argument(help="source in CodeXGLUE's format, cut where the completion is to begin")],
+    prompt: Annotated[str, typer.Argument(help="source up to the cursor, raw or in CodeXGLUE's words; file.py:LINE:COLUMN, both from 1; "
+                                               'or -: standard input')],
     model: Annotated[str, typer.Option(help='a model folder; by default the embedded model')] = 'codegpt-nano',
+    at: Annotated[str, typer.Option(help='LINE:COLUMN, the cursor in standard input or in the file PROMPT; by default its end')] = '',
+    infill: Annotated[bool, typer.Option('--infill', help='read what follows the cursor, too')] = False,
+    max_new: Annotated[int, typer.Option(min=1, help='tokens at most')] = 48,
+    stop: Annotated[Literal['line', 'statement', 'end'], typer.Option(help='where the answer ends')] = 'line',
 ):
-    "Complete one line."
+    "Complete source at a cursor."
     import warnings
-    from codegpt_nbc import complete
-    with warnings.catch_warnings(record=True, action='always', category=UserWarning) as warned: line = complete(model, prompt)
+    before, after, text = _around_cursor(prompt, at)
+    if infill and after is None: raise ValueError('--infill needs what follows the cursor: give file.py:LINE:COLUMN, or --at LINE:COLUMN.')
+    from codegpt_nbc import load
+    opened = load(model)
+    with warnings.catch_warnings(record=True, action='always', category=UserWarning) as warned:
+        for piece in opened.stream(before, after if infill else None, max_new, stop, text): print(piece, end='', flush=True)
+    print()
     for warning in warned: print(f'codegpt-nbc: {warning.message}', file=sys.stderr)
-    print(line)
+
+def _around_cursor(prompt: str, at: str) -> tuple: # (before, after or None, text or None)
+    "The source around the cursor that the arguments of `complete` name."
+    place = re.fullmatch(r'(\d+):(\d+)', at)
+    if at and not place: raise ValueError(f'--at is {at!r}: give it as LINE:COLUMN, for instance --at 12:8.')
+    from codegpt_nbc.data.raw_text import decode_source, place_of, read_source, split_at
+    from codegpt_nbc.data.text_format import words_sign
+    cursor = place.groups() if place else None
+    if prompt == '-': name, source = 'standard input', decode_source(sys.stdin.buffer.read(), 'standard input')
+    elif not at and (named := place_of(prompt)): name, *cursor = named
+    elif not at: return prompt, None, None
+    else: name = prompt
+    if prompt != '-': source = read_source(name)
+    if not cursor: return source, None, None if words_sign(source) else 'raw'
+    return *split_at(source, *map(int, cursor), name), 'raw'
 
 @app.command()
 def evaluate(
     model: ModelName,
-    protocol: Annotated[Literal['codexglue', 'thesis'], typer.Option(help='how samples are cut and completed')] = 'codexglue',
+    protocol: Annotated[Literal['codexglue', 'thesis', 'line', 'infill'] | None,
+                        typer.Option(help='how samples are cut and completed; by default codexglue, or line for a model of raw source')] = None,
     n: Annotated[int, typer.Option(min=1, help='samples')] = 200,
     data: Code = '',
 ):

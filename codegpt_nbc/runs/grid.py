@@ -163,7 +163,9 @@ def template_parameters(template) -> dict: # name → default, as it is written
 
 def check_parameters(template, params: dict):
     "Raise `ValueError` for parameters that the template does not have."
+    from codegpt_nbc.data.samples import PROTOCOLS
     known = template_parameters(template)
+    if PROTOCOLS.keys() & known: known |= dict.fromkeys(PROTOCOLS)   # a template that names one protocol is judged under any
     if unknown := sorted(set(params) - set(known)):
         raise ValueError(f'unknown parameter {unknown[0]!r}: {Path(template).name} has {", ".join(sorted(known))}.')
 

@@ -14,6 +14,8 @@ from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
 from ..data.inputs import RunConfig, resolve_data
+from ..data.samples import protocols_of
+from ..data.tokenizer import text_of
 from .grid import read_recipes, run_notebook, template_of
 from .steps import NEW_TOKENS, digest_of, make_recipe
 
@@ -50,7 +52,8 @@ def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int =
     from codegpt_nbc.evidence.evaluate import evaluate, summarise, weight_files
     from codegpt_nbc.evidence.measure import measure
     engine, tok = open_engine(folder)
-    es = summarise(*evaluate(engine, tok, 'codexglue', rung.samples, 'valid', folder=data)).es
+    protocol = protocols_of(text_of(folder, tok))[0]
+    es = summarise(*evaluate(engine, tok, protocol, rung.samples, 'valid', folder=data)).es
     fitting = min(prompt_tokens, engine.context - NEW_TOKENS)
     ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, fitting, NEW_TOKENS, data=data)[0].ratio_to_baseline
     megabytes = sum(f.stat().st_size for f in weight_files(folder))/1e6
@@ -90,7 +93,7 @@ def _judged(
 ) -> dict: # fields of `Candidate`
     "Make one candidate with a rung's budget, and judge it."
     made = model if name == 'dense' else make_recipe(model, recipes[name], rung.budgets, data, quiet=True)[-1].folder
-    return vars(judge(name, made, model, rung, prompt_tokens, resolve_data(data)))
+    return vars(judge(name, made, model, rung, prompt_tokens, resolve_data(data, model)))
 
 # %% ../../nbs/runs/72_search.ipynb #82fe76fc
 def _climb(
@@ -99,7 +102,7 @@ def _climb(
 ) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
     from tqdm import tqdm
-    place = f'{profile}-{digest_of(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens, resolve_data(data).name)}'
+    place = f'{profile}-{digest_of(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens, resolve_data(data, model).name)}'
     path = models_dir(place)/'candidates.json'
     known = read_json(path) if path.is_file() else {}
     keys = {name: '.'.join(map(slug, recipes[name].steps)) if name in recipes else name for name in names}

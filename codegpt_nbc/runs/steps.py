@@ -17,6 +17,8 @@ from .. import __version__
 from ..core.paths import CORPUS, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
+from ..data.samples import FORMS, PROTOCOLS, protocols_of
+from ..data.tokenizer import text_of
 from .grid import Profile, Recipe, from_start, read_recipes, spell_time
 
 # %% ../../nbs/runs/71_steps.ipynb #df325a50
@@ -76,17 +78,17 @@ def _fitted(c: RunConfig) -> RunConfig:
 
 def _key(method: str, c: RunConfig) -> str:
     "One name for all that a step's result depends on."
-    about = c.model_dump(exclude={'run_id', 'profile', 'model', 'data', 'teacher', 'codexglue', 'thesis'})
+    about = c.model_dump(exclude={'run_id', 'profile', 'model', 'data', 'teacher', *PROTOCOLS})
     teacher = getattr(c, 'teacher_folder', None)
     if teacher: about['teacher'] = teacher.name, _contents(teacher)
-    return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder))
+    return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder/FORMS[c.text].folder))
 
 # %% ../../nbs/runs/71_steps.ipynb #beec7434
 def _validated(step: dict, source, budget: dict, data: str) -> RunConfig:
     "The configuration of a step, but for its name."
     method = step['method']
     own = {k: v for k, v in step.items() if k != 'method'}
-    shared = dict(run_id=method, profile='steps', model=str(source), data=data, codexglue=0, thesis=0)
+    shared = dict(run_id=method, profile='steps', model=str(source), data=data, **dict.fromkeys(PROTOCOLS, 0))
     c = _fitted(method_of(method)[0](**{**budget, **own, **shared}))
     c.check()
     return c
@@ -273,7 +275,8 @@ def _scores(folder, n: int, split: str, data) -> tuple: # (Accuracy, positions o
     from codegpt_nbc.engines.generate import open_engine
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     engine, tok = open_engine(folder)
-    return summarise(*evaluate(engine, tok, 'codexglue', n, split, folder=data)), engine.context
+    protocol = protocols_of(text_of(folder, tok))[0]
+    return summarise(*evaluate(engine, tok, protocol, n, split, folder=data)), engine.context
 
 def _rows(a, before, size) -> dict: # row → value
     from codegpt_nbc.evidence.evaluate import against
@@ -287,7 +290,7 @@ def _timing(samples_per_s: float, ratio: float, peak: int) -> dict: # row → va
 # %% ../../nbs/runs/71_steps.ipynb #edfea0af
 def before_after(
     before, after,         # Model folders
-    n: int = 100,          # Samples of the protocol `codexglue`
+    n: int = 100,          # Samples of the protocol to judge by: codexglue, or line for a model of raw source
     split: str = 'test',
     rounds: int = 3,
     completions: int = 2,

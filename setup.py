@@ -3,9 +3,10 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 import setuptools
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+try: from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError: from wheel.bdist_wheel import bdist_wheel   # before setuptools 70
 
 SHARED = ('configs/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
 

@@ -48,5 +48,6 @@ setuptools.setup(
     packages=setuptools.find_packages(include=['codegpt_nbc', 'codegpt_nbc.*']), include_package_data=True,
     package_data={'codegpt_nbc': ['assets/**/*', '**/*.md', '**/*.yaml', '**/*.ipynb']},
     ext_modules=[KERNELS],
-    cmdclass={'build_py': BuildWithShared, 'build_ext': BuildKernels, 'bdist_wheel': WheelForAnyPython}, entry_points={'console_scripts': s['console_scripts'].split()},
+    cmdclass={'build_py': BuildWithShared, 'build_ext': BuildKernels, 'bdist_wheel': WheelForAnyPython},
+    entry_points={'console_scripts': s['console_scripts'].split()},
 )

@@ -3,7 +3,10 @@ import shutil
 from configparser import ConfigParser
 from pathlib import Path
 import setuptools
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+try: from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError: from wheel.bdist_wheel import bdist_wheel   # before setuptools 70
 
 SHARED = ('configs/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
 
@@ -19,6 +22,20 @@ class BuildWithShared(build_py):
             shutil.copyfile(source, target)
 
 
+class BuildKernels(build_ext):
+    "The library is loaded with ctypes and knows nothing of Python, so its name does not, either."
+    def get_ext_filename(self, name): return f"{name.replace('.', '/')}.so"
+    def get_export_symbols(self, ext): return ext.export_symbols
+
+
+class WheelForAnyPython(bdist_wheel):
+    def get_tag(self): return ('py3', 'none', super().get_tag()[2])
+
+
+KERNELS = setuptools.Extension(   # optional: without a compiler the package works, and trains more slowly
+    'codegpt_nbc._kernels', ['codegpt_nbc/csrc/causal_gradients.cpp'], optional=True, language='c++',
+    extra_compile_args=['-O3', '-fopenmp', '-w'], extra_link_args=['-fopenmp'])
+
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
@@ -30,5 +47,7 @@ setuptools.setup(
     extras_require={name: s[f'{key}_requirements'].split() for name, key in EXTRAS.items()},
     packages=setuptools.find_packages(include=['codegpt_nbc', 'codegpt_nbc.*']), include_package_data=True,
     package_data={'codegpt_nbc': ['assets/**/*', '**/*.md', '**/*.yaml', '**/*.ipynb']},
-    cmdclass={'build_py': BuildWithShared}, entry_points={'console_scripts': s['console_scripts'].split()},
+    ext_modules=[KERNELS],
+    cmdclass={'build_py': BuildWithShared, 'build_ext': BuildKernels, 'bdist_wheel': WheelForAnyPython},
+    entry_points={'console_scripts': s['console_scripts'].split()},
 )

@@ -27,6 +27,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     "As much of the hub's protocol as a download needs."
     protocol_version = 'HTTP/1.1'
     root, short = None, False           # where repositories lie; send half of each large file
+    asked = []                          # paths
 
     def log_message(self, *args): pass
 
@@ -40,6 +41,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.split('?')[0].strip('/')
+        self.asked.append(path)
+        if m := re.fullmatch(r'api/(?:models|datasets)/[^/]+/[^/]+/(refs|commits/(.+))', path):
+            pull = {'name': '1', 'ref': 'refs/pr/1', 'targetCommit': COMMIT}
+            main = {'name': 'main', 'ref': 'refs/heads/main', 'targetCommit': 'f'*40}
+            refs = dict(branches=[main], converts=[], tags=[], pullRequests=[pull])
+            commit = dict(id='f'*40 if m[2] == 'main' else COMMIT, authors=[], date='2023-01-01T00:00:00.000Z', title='', message='')
+            return self.answer(json.dumps(refs if m[1] == 'refs' else [commit]).encode(), Content_Type='application/json')
         if m := re.fullmatch(r'api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)', path):
             kind, repo, what, revision = m.groups()
             if repo == 'gated/model': return self.answer(b'', 403, X_Error_Code='GatedRepo', X_Error_Message='gated')
@@ -101,6 +109,29 @@ def test_a_model_and_its_code_come_from_the_hub_once(made, hub, tmp_path, evalua
     assert again.status == 0 and scores(again) == scores(first), again.err[-2000:]
     local = evaluate(made/'codegpt', '--data', made/'codegpt-data')
     assert scores(local) == scores(first), local.err[-2000:]
+
+
+def test_a_short_commit_is_found_in_a_pull_request_and_then_in_the_cache(made, hub, evaluate):
+    url = f'http://127.0.0.1:{hub.server_port}'
+    assert evaluate(f'some/codegpt@{COMMIT[:7]}', endpoint=url).status == 0
+    assert evaluate(f'some/codegpt@{COMMIT[:9]}', offline=True).status == 0
+    assert "has no revision 'abcdef0'" in sentence(evaluate('some/codegpt@abcdef0', endpoint=url))
+
+
+def test_pickled_weights_are_fetched_only_where_there_are_no_others(made, hub, evaluate):
+    from safetensors.torch import load_file
+    import torch
+    url, old = f'http://127.0.0.1:{hub.server_port}', made/'pickled'
+    shutil.copytree(made/'codegpt', old, dirs_exist_ok=True)
+    torch.save(load_file(old/'model.safetensors'), old/'pytorch_model.bin')
+    hub.RequestHandlerClass.asked.clear()
+    assert evaluate(f'some/pickled@{COMMIT}', endpoint=url).status == 0
+    assert not any(path.endswith('.bin') for path in hub.RequestHandlerClass.asked)
+    (old/'model.safetensors').rename(made/'aside.safetensors')
+    shutil.copytree(old, made/'older', dirs_exist_ok=True)
+    (made/'aside.safetensors').rename(old/'model.safetensors')
+    done = evaluate(f'some/older@{COMMIT}', endpoint=url)
+    assert done.status == 0 and any(path.endswith('pytorch_model.bin') for path in hub.RequestHandlerClass.asked), done.err[-2000:]
 
 
 def test_weights_and_tokenizer_of_two_places(made, hub, tmp_path, evaluate):

@@ -7,25 +7,58 @@ __all__ = ['from_hub', 'find']
 
 # %% ../../nbs/data/16_hub.ipynb #d76420d9
 import os, re
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from ..core.paths import atomic_path, project_root
 
 # %% ../../nbs/data/16_hub.ipynb #c383af58
 _ON_HUB = re.compile(r'(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?')
-_FILES = {'model': ['*.safetensors', '*.json', 'merges.txt'],   # no pickles
+_FILES = {'model': ['*.safetensors', '*.json', '*.jinja', 'merges.txt'],
           'dataset': ['*.parquet', '*.txt', '*.json']}
+_PICKLED = ['pytorch_model*.bin']   # of a model that is not to be had as safetensors
 
 def from_hub(
     repo: str,     # owner/name
-    revision: str, # commit, branch or tag
+    revision: str, # commit, also its first seven digits or more, branch or tag
     kind: str = 'model', # or 'dataset'
 ) -> Path:
     "The local copy of a repository, fetched once. Raises `ConnectionError` with one sentence if it cannot be had."
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(repo, repo_type=kind, revision=revision, allow_patterns=_FILES[kind],
-                                       ignore_patterns=['java/*', '*.index.json']))
+    try:
+        whole = _whole_commit(repo, revision, kind)
+        return Path(snapshot_download(repo, repo_type=kind, revision=whole, allow_patterns=_wanted(repo, whole, kind),
+                                      ignore_patterns=['java/*', '*.index.json']))
     except Exception as e: raise ConnectionError(f'the {kind} {repo} on the hub {_reason(e, revision)}.') from None
+
+def _wanted(repo: str, revision: str, kind: str) -> list: # of patterns
+    "The files to fetch: pickled weights only where there are no others."
+    from huggingface_hub import HfApi
+    if kind != 'model' or _offline(): return _FILES[kind] + _PICKLED
+    names = []
+    with suppress(Exception): names = HfApi().list_repo_files(repo, revision=revision)   # the download says better what is wrong
+    return _FILES[kind] if any(name.endswith('.safetensors') for name in names) else _FILES[kind] + _PICKLED
+
+# %% ../../nbs/data/16_hub.ipynb #e2735cfd
+_SHORT = re.compile('[0-9a-f]{7,39}')
+
+def _history(repo: str, kind: str): # yields commits
+    "All commits of the branches and of the pull requests."
+    from huggingface_hub import HfApi
+    refs = HfApi().list_repo_refs(repo, repo_type=kind, include_pull_requests=True)
+    for ref in (*(b.name for b in refs.branches), *(p.ref for p in refs.pull_requests)):
+        for commit in HfApi().list_repo_commits(repo, repo_type=kind, revision=ref): yield commit.commit_id
+
+def _whole_commit(repo: str, revision: str, kind: str) -> str:
+    "The commit that a short one begins. Any other revision is returned as it is, also one that is not found."
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+    if not _SHORT.fullmatch(revision): return revision
+    cached = Path(constants.HF_HUB_CACHE)/repo_folder_name(repo_id=repo, repo_type=kind)/'snapshots'
+    found = {p.name for p in cached.glob(f'{revision}*')}
+    if not found and not _offline():
+        with suppress(Exception): found = {next(c for c in _history(repo, kind) if c.startswith(revision))}   # as above
+    return found.pop() if len(found) == 1 else revision
 
 # %% ../../nbs/data/16_hub.ipynb #a6b9d1f2
 def _reason(e: Exception, revision: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from torch import nn
 from torch.nn import functional as F
+from .kernels import attend_causally
 
 # %% ../../nbs/model/20_layers.ipynb #cec6efa4
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class Attention(Half):
 
     def attend(self, q, k, v, seen=None): # (B, H, S, d) and twice (B, H, T, d) → (B, H, S, d)
         "softmax(QKᵀ/√d)V, fused. `seen`, (B, 1, S, T), marks the positions that may be attended to; None: causal."
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        return attend_causally(q, k, v) if seen is None else F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
 
     def _continue(self, q, k, v, cache, layer, positions): # (B, G·H, S, d)
         "Write keys and values at `positions`, then attend. The queries of a head become its rows, so the cache is not copied for each."

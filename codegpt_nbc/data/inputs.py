@@ -10,15 +10,17 @@ import os
 from fastcore.basics import patch
 from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import BASE_MODEL, CORPUS, models_dir, runs_dir
-from .hub import find
+from .hub import find, gguf_of, is_gguf
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
 def resolve_model(name: str, profile: str) -> Path:
-    "The folder of the embedded model, of a run of this profile, or else what `find` finds. Raises `ValueError` if none."
+    "The folder of the embedded model, of a GGUF file, of a run of this profile, or else what `find` finds. Raises `ValueError` if none."
     if name == BASE_MODEL.name: return BASE_MODEL
+    if is_gguf(name): return resolve_name('codegpt_nbc.model.gguf_import:imported_gguf')(gguf_of(name))   # named: of a later wing
     run = models_dir(profile)/name
     folder = run if (run/'config.json').is_file() else find(name)
     if folder and (folder/'config.json').is_file(): return folder

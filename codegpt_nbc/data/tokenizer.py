@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TEXTS', 'train_tokenizer', 'save_tokenizer', 'load_tokenizer', 'end_of_line', 'check_fits', 'own_settings',
-           'text_of', 'decode_lines', 'whole', 'encode_batch', 'load_tokens', 'pack']
+           'text_of', 'spaced', 'decode_lines', 'whole', 'encode_batch', 'load_tokens', 'pack']
 
 # %% ../../nbs/data/15_tokenizer.ipynb #15880202
 import re, numpy as np
@@ -105,12 +105,16 @@ def text_of(
 # %% ../../nbs/data/15_tokenizer.ipynb #b4b2880f
 _ALONE = re.compile(r'\s*(<NUM_LIT(?::[^>\s]*)?>)\s*')
 
+def spaced(text: str) -> str:
+    "A generated line with blanks as in CodeXGLUE, where numbers stand alone."
+    return _ALONE.sub(r' \1 ', text).strip()
+
 def decode_lines(
     tok: Tokenizer,
     rows: list, # of lists of token ids
 ) -> list: # of strings
     "The text of generated lines, with blanks as in CodeXGLUE."
-    return [_ALONE.sub(r' \1 ', t).strip() for t in tok.decode_batch(rows, skip_special_tokens=False)]
+    return [spaced(t) for t in tok.decode_batch(rows, skip_special_tokens=False)]
 
 def whole(text: str) -> str:
     "Replace half a character (an unpaired surrogate, as Python reads a byte that is not UTF-8) by U+FFFD."

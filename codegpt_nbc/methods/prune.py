@@ -20,7 +20,6 @@ from fastcore.basics import patch
 from ..core.config import Backend
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of, count_parameters, halves
 from ..model.families import FAMILIES, resolved
@@ -517,7 +516,7 @@ def measured_sparsity(
 
 def pruning_rows(c: PruneConfig) -> tuple: # (rows to train on, rows for `recovery_steps`), lists of lists of token ids
     "The first texts of the training shard, and the others where a longer recovery is asked for."
-    texts, tok = load_texts(c.data_folder, None if c.recovery_steps else c.samples), load_tokenizer(c.model_folder)
+    texts, tok = c.training_texts(None if c.recovery_steps else c.samples), load_tokenizer(c.model_folder)
     return encode_batch(tok, texts[:c.samples]), encode_batch(tok, texts[c.samples:]) if c.recovery_steps else []
 
 # %% ../../nbs/methods/30_prune.ipynb #2fa4b16b

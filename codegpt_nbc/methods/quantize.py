@@ -18,7 +18,6 @@ from torch.nn.utils import parametrize
 from ..core.config import Backend
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from ..data.samples import load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES
@@ -259,7 +258,7 @@ def lineage(self: QuantizeConfig) -> dict:
 # %% ../../nbs/methods/34_quantize.ipynb #d4fe9be5
 def _finetuning_samples(c: QuantizeConfig, shape: Shape) -> Samples:
     "Training files, cut to `length` and to the model's context."
-    rows = encode_batch(load_tokenizer(c.model_folder), load_texts(c.data_folder, c.finetune_samples))
+    rows = encode_batch(load_tokenizer(c.model_folder), c.training_texts(c.finetune_samples))
     return Samples(rows, c.batch, within_context(c.length, shape), c.seed)
 
 def quantize_step(

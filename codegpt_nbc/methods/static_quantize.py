@@ -19,7 +19,6 @@ from torch import nn
 from ..core.config import Strict
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
-from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES, resolved
@@ -341,7 +340,7 @@ def calibration_ids(
 ) -> list: # of ids (batch, length)
     "Windows of the training shard to calibrate on; none is of a project that is evaluated."
     import pandas as pd
-    files = pd.Series(load_texts(c.data_folder))
+    files = pd.Series(c.training_texts())
     files = files.sample(min(len(files), c.calibration_batches*c.batch), random_state=c.seed)   # most fill a row
     rows = cut_rows(encode_batch(tok, files.tolist()), length, least=length + 1)
     windows = Samples(rows, c.batch, length, c.seed)
@@ -366,7 +365,7 @@ def static_quantize_step(
     length = within_context(c.length, dense.shape)
     q, batches = quantize(dense, c.weights), calibration_ids(c, tok, length)
     seen = calibrate(q, batches, c.estimator)
-    prompts = load_samples('codexglue', 32, 'valid', c.data_folder).input.tolist()
+    prompts = c.validation_prompts(32)
     held_out = Samples(encode_batch(tok, prompts), 4, length, c.seed)
     held_out = [held_out(i) for i in range(8)]     # of (ids, targets), (4, n) each
     losses = {'float': validation_loss(dense, held_out), 'weights': validation_loss(q, held_out)}

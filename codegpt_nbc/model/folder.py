@@ -117,6 +117,8 @@ def _scaling(config: dict, family: Family, context: int) -> Scaling | None:
     except ValidationError as e:
         key = e.errors()[0]['loc'][0]
         raise ValueError(f'{key!r} of the rotary positions in config.json is {rope.get(key)!r}: restore config.json.') from None
+    if n.low >= n.high:
+        raise ValueError(f'rotary positions in config.json are slow below {n.low} turns and fast above {n.high}: restore config.json.')
     return Scaling(kind, n.factor) if kind == 'linear' else Scaling(kind, n.factor, n.low, n.high, n.original)
 
 def _turned(n: _Sizes, d_head: int) -> int | None:
@@ -126,23 +128,29 @@ def _turned(n: _Sizes, d_head: int) -> int | None:
         raise ValueError(f'{turned} of {d_head} channels cannot be turned in pairs: restore config.json.')
     return None if turned == d_head else turned
 
+def _stated(config: dict, key: str, kind: type, default):
+    "A setting of its type. Raises `ValueError` for another."
+    value = config.get(key)
+    if value is None: return default
+    if type(value) is not kind or (kind is int and value < 0):
+        raise ValueError(f'{key!r} in config.json is {value!r}: restore it from where the model came from.')
+    return value
+
 def _biased(config: dict, family: Family) -> tuple: # names of maps
     "The maps that have a bias."
     on = set(family.biased)
-    for key, maps in family.bias_keys.items(): on = on | set(maps) if config.get(key, set(maps) <= on) else on - set(maps)
+    for key, maps in family.bias_keys.items(): on = on | set(maps) if _stated(config, key, bool, set(maps) <= on) else on - set(maps)
     return tuple(m for m in ('q', 'k', 'v', 'qkv', 'proj', 'gate', 'up', 'down') if m in on)
 
 def _window(config: dict, family: Family, layers: int) -> int | None:
     "The width of the sliding window of the layers that have one; None: none has. Raises `ValueError` for no number."
     keys, defaults = family.keys, family.defaults
     if 'window' not in keys: return None
-    window = config.get(keys['window'], defaults.get('window'))
-    if 'slides' in keys:
-        stated = config.get('layer_types') or ['sliding_attention']*(layers > config.get('max_window_layers', 28))
-        if not config.get(keys['slides'], defaults['slides']) or 'sliding_attention' not in stated: return None
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f'{keys["window"]!r} in config.json is {window!r}: restore it from where the model came from.')
-    return window
+    window = _stated(config, keys['window'], int, None) if keys['window'] in config else defaults.get('window')
+    if 'slides' not in keys: return window
+    after = _stated(config, 'max_window_layers', int, 28)   # these layers attend to everything
+    kinds = _stated(config, 'layer_types', list, ['sliding_attention']*(layers > after))
+    return window if _stated(config, keys['slides'], bool, defaults['slides']) and 'sliding_attention' in kinds else None
 
 # %% ../../nbs/model/23_folder.ipynb #f1fe7b16
 def _activation(n: _Sizes, family: Family) -> str: # a key of `ACTIVATIONS`
@@ -183,7 +191,7 @@ def shape_of_config(config: dict) -> tuple: # (Shape, Family)
     shared, queries, d_head = _head_sizes(n, family, sliced)
     capped = window is not None and window < n.context
     if capped:
-        warnings.warn(f'the attention of this {family.model_type} slides a window of {window} positions over {n.context}: '
+        warnings.warn(f'the attention of this {family.model_type} model slides a window of {window} positions over {n.context}: '
                       f'the context is capped at {window}.', UserWarning, stacklevel=2)
     return Shape(
         vocab=n.vocab, context=window if capped else n.context, d_model=n.d_model, d_head=d_head,

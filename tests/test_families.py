@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 import numpy as np, pytest, torch, transformers
+from safetensors.torch import load_file, save_file
 from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, save_tokenizer, train_tokenizer
 from codegpt_nbc.engines.generate import greedy
 from codegpt_nbc.engines.pytorch import TorchEngine
@@ -163,6 +164,30 @@ def test_a_packed_tensor_of_another_size_is_named(tmp_path):
     with pytest.raises(ValueError, match="'transformer.h.0.attn.c_attn.weight' does not fit: it has 48 rows, but .* asks for 96") as e:
         load_model(tmp_path/'m')
     assert one_sentence(str(e.value))
+
+
+BUFFERS = {
+    'gpt2': 'transformer.h.0.attn.bias',
+    'llama': 'model.layers.0.self_attn.rotary_emb.inv_freq',
+    'gptj': 'transformer.h.0.attn.masked_bias',
+    'codegen': 'transformer.h.0.attn.causal_mask',
+    'gpt_neox': 'gpt_neox.layers.0.attention.bias',
+}
+
+
+@pytest.mark.parametrize('family', BUFFERS)
+def test_masks_of_old_files_are_passed_over(family, tmp_path):
+    theirs_of(family).save_pretrained(tmp_path)
+    file = tmp_path/'model.safetensors'
+    save_file(load_file(file) | {BUFFERS[family]: torch.ones(2)}, file, metadata={'format': 'pt'})
+    load_model(tmp_path)
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'gpt_bigcode', 'starcoder2'])
+def test_a_base_model_saved_without_its_head_is_read(family, tmp_path):
+    theirs, ids = theirs_of(family, tied=True), torch.arange(20)[None]
+    theirs.base_model.save_pretrained(tmp_path)
+    with torch.no_grad(): assert off(load_model(tmp_path)(ids), theirs(ids).logits) <= 1e-5
 
 
 def one_sentence(text): return '\n' not in text and text.endswith('.') and '. ' not in text

@@ -164,7 +164,8 @@ def test_pieces_are_whole_characters(text):
 
 @pytest.mark.parametrize('text, stop, want', [
     ('a b  \nc', 'line', 'a b  '), ('a\r\nb', 'line', 'a'), ('\na', 'line', ''), ('a(1,\n  2)  \nb', 'statement', 'a(1,\n  2)  '),
-    ('f"""a\nb"""\nc', 'statement', 'f"""a\nb"""'), ('1 + \\\n 2\nc', 'statement', '1 + \\\n 2'), ('a\nb', 'end', 'a\nb'), (')\nb', 'statement', ')')])
+    ('f"""a\nb"""\nc', 'statement', 'f"""a\nb"""'), ('1 + \\\n 2\nc', 'statement', '1 + \\\n 2'), ('a\nb', 'end', 'a\nb'),
+    (')\nb', 'statement', ')')])
 def test_where_an_answer_ends(text, stop, want):
     assert written(text, stop, 'x = 1\n') == want
 
@@ -251,7 +252,8 @@ def test_the_library_reads_raw_source(folder):
     model = load(folder)
     assert model.reads == text_of(folder) == 'raw'
     source = 'def f(x):\n    retu'
-    assert model.complete(source, 6) == ''.join(model.stream(source, max_new=6)) == complete_raw(model.engine, model.raw_text, [source], 6)[0]
+    want = complete_raw(model.engine, model.raw_text, [source], 6)[0]
+    assert model.complete(source, 6) == ''.join(model.stream(source, max_new=6)) == want
     assert isinstance(model.complete(source, 6, suffix='\n'), str)
     for words in ('<s> x =', '<s> import os <EOL> x =', 'import os <EOL> x ='):
         with pytest.raises(ValueError, match="CodeXGLUE's words"): model.complete(words)
@@ -294,8 +296,9 @@ def shell(*args, **how):
 
 
 @pytest.mark.parametrize('place, says', [
-    ('nowhere.py:1:1', 'there is no file nowhere.py'), ('{d}:1:1', 'is a folder'), ('{d}/f.py:9:1', 'has 3 lines'), ('{d}/f.py:2:0', 'has the columns 1 to 13'),
-    ('{d}/f.py:2:14', 'has the columns 1 to 13'), ('{d}/b.py:1:1', 'is binary'), ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3')])
+    ('nowhere.py:1:1', 'there is no file nowhere.py'), ('{d}:1:1', 'is a folder'), ('{d}/f.py:9:1', 'has 3 lines'),
+    ('{d}/f.py:2:0', 'has the columns 1 to 13'), ('{d}/f.py:2:14', 'has the columns 1 to 13'), ('{d}/b.py:1:1', 'is binary'),
+    ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3')])
 def test_a_wrong_cursor_is_a_sentence(place, says, tmp_path):
     (tmp_path/'f.py').write_text('def f(x):\n    return x\n')
     (tmp_path/'b.py').write_bytes(b'a\0b')

@@ -327,7 +327,7 @@ def test_a_file_and_standard_input_at_a_cursor(folder, tmp_path):
 LITERALS = Literals.among(load_tokenizer(BASE_MODEL).get_vocab())
 
 
-def canonical_lines(path, limit=40):
+def canonical_lines(path, limit=12):
     "Lines of a file that are spaced as `to_source` does it: (file up to the line, the line, its words)."
     lines, out, source = path.read_text(encoding='utf-8').split('\n'), [], ''
     for line in lines:
@@ -423,7 +423,7 @@ def smollm2(tmp_path_factory):
 
 def test_a_prompt_that_ends_in_blanks_is_answered(smollm2):
     engine, tok = smollm2
-    prompts = ['import os\n\ndef size(path):\n    ', 'import os\n\ndef size(path):\n    retu', 'import num']
+    prompts = ['import os\n\ndef size(path):\n    ', 'import os\n\ndef size(path):\n    retu', 'import os\nimport num']
     answers = complete_raw(engine, tok, prompts, 12)
     assert answers[0].strip() and answers[1].startswith('rn ') and answers[2].startswith('py')
     assert answers == [''.join(stream_raw(engine, tok, p, 12)) for p in prompts]

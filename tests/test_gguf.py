@@ -1,50 +1,110 @@
-"""A GGUF file, written with the package gguf and read as a model folder is: the same logits, the same token ids."""
-import json
-import pytest, torch
+"""A GGUF file says the same as the folder it was written from: to transformers, which reads it, and to llama.cpp, which runs it."""
+import re
+from importlib.util import find_spec
+import numpy as np, pytest, torch
+from codegpt_nbc.core.paths import BASE_MODEL
+from codegpt_nbc.data.samples import load_samples
+from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, save_tokenizer, train_tokenizer
+from codegpt_nbc.engines.generate import greedy
+from codegpt_nbc.engines.gguf_export import ARCHITECTURES, export_gguf
+from codegpt_nbc.engines.pytorch import TorchEngine
+from codegpt_nbc.methods.quantize import quantize
+from codegpt_nbc.methods.schemes import weight_schemes
 from codegpt_nbc.model.convert_format import read_gguf
 from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.families import FAMILIES
+from codegpt_nbc.model.folder import load_model, save_model
 from codegpt_nbc.model.layers import Shape
-from codegpt_nbc.model.folder import to_disk
-from codegpt_nbc.data.tokenizer import encode_batch, train_tokenizer
 
-gguf = pytest.importorskip('gguf', reason='no package gguf: call make smollm2')
-
-
-def halves_to_pairs(w, heads): # llama.cpp turns neighbouring channels, transformers the two halves of a head
-    return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(w.shape)
+gguf = pytest.importorskip('gguf', reason='no package gguf: pip install -r requirements-interop.txt')
+NO_LLAMA = pytest.mark.skipif(not find_spec('llama_cpp'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')
+WRITTEN = [f for f in FAMILIES if f in ARCHITECTURES]
+ROTARY = [f for f in WRITTEN if not FAMILIES[f].learned]
 
 
-def write(path, model, tok):
-    s, w = model.shape, gguf.GGUFWriter(path, 'llama')
-    about = dict(context_length=s.context, embedding_length=s.d_model, block_count=s.n_layer,
-                 feed_forward_length=s.inner[0], head_count=s.heads[0]*s.queries, head_count_kv=s.heads[0],
-                 layer_norm_rms_eps=s.eps, rope_dimension_count=s.d_head, rope_freq_base=s.theta, vocab_size=s.vocab)
-    vocab, merges = (json.loads(tok.to_str())['model'][k] for k in ('vocab', 'merges'))
-    added = {i: t.content for i, t in tok.get_added_tokens_decoder().items()}
-    words = {i: t for t, i in vocab.items()} | added
-    about |= dict(tokenizer_model='gpt2', tokenizer_pre='gpt-2', token_list=[words[i] for i in range(s.vocab)],
-                  token_types=[3 if i in added else 1 for i in range(s.vocab)],
-                  token_merges=[' '.join(m) for m in merges], bos_token_id=0, eos_token_id=1)
-    for what, value in about.items(): getattr(w, f'add_{what}')(value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, s.n_layer)
-    for name, t in to_disk(model).items():
-        heads = {'q_proj': s.heads[0]*s.queries, 'k_proj': s.heads[0]}.get(name.split('.')[-2])
-        w.add_tensor(names.get_name(name, ('.weight',)), (halves_to_pairs(t, heads) if heads else t).detach().numpy().copy())
-    for step in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close): step()
+def random_folder(path, family: str, queries: int = 1, context: int = 1024):
+    "A small regular model whose every part matters, with a small tokenizer."
+    tok = train_tokenizer(['def f ( x ) : <EOL> return x'], [], 300)
+    path.mkdir()
+    save_tokenizer(tok, path)
+    theta = Shape.theta if FAMILIES[family].learned else 5e4   # as eps, exact in float32, as the file has it
+    shape = Shape(tok.get_vocab_size(), context, 32*queries, 16, (2, 2), (64, 64), family, queries=queries,
+                  tied=FAMILIES[family].tied, eps=2**-20, theta=theta)
+    model = Decoder(shape).init_weights().eval()
+    for p in model.parameters(): p.data *= 1 + 7*(p.ndim == 2)
+    return save_model(model, path.with_name(path.name + '-model'), parent=path)
 
 
 @pytest.mark.parametrize('queries', [1, 2])
-def test_what_is_written_is_read(tmp_path, queries):
-    tok = train_tokenizer(['def f ( x ) : <EOL> return x'], [], 300)
-    n = tok.get_vocab_size()
-    shape = Shape(n, 64, 32*queries, 16, (2, 2), (48, 48), 'llama', queries=queries,
-                  eps=2**-20, theta=5e4)   # both exact in float32, as the file has them
-    model = Decoder(shape).init_weights().eval()
-    for p in model.parameters(): p.data *= 1 + 7*(p.ndim == 2)   # so that every part matters
-    write(tmp_path/'m.gguf', model, tok)
-    again, words = read_gguf(tmp_path/'m.gguf')
+@pytest.mark.parametrize('family', ROTARY)
+def test_transformers_reads_what_is_written(tmp_path, family, queries):
+    folder = random_folder(tmp_path/'m', family, queries)
+    model, tok = load_model(folder), load_tokenizer(folder)
+    again, words = read_gguf(export_gguf(folder, tmp_path/'m.gguf'))
     assert again.shape == model.shape
-    ids = torch.randint(n, (2, 20), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.shape.vocab, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): torch.testing.assert_close(again(ids), model(ids))
     text = 'def g ( y ) : return f ( y )'
     assert encode_batch(words, [text]) == encode_batch(tok, [text])
+
+
+def test_what_gguf_cannot_say_is_refused_before_a_file_is_written(tmp_path):
+    sliced = Decoder(Shape(load_tokenizer().get_vocab_size(), 64, 32, 16, (1, 2), (32, 32))).init_weights()
+    folder = save_model(sliced, tmp_path/'sliced')
+    with pytest.raises(ValueError, match='layers of this model differ'): export_gguf(folder, tmp_path/'m.gguf')
+    (tmp_path/'notes').write_text('mine')
+    with pytest.raises(FileExistsError, match='is no GGUF file'): export_gguf(BASE_MODEL, tmp_path/'notes')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['notes', 'sliced']
+
+
+def llama(path, logits_all=False):
+    "The file in llama.cpp, with keys and values in single precision, as here."
+    from llama_cpp import GGML_TYPE_F32, Llama
+    cache = dict(type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    return Llama(str(path), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=logits_all, verbose=False, **cache)
+
+
+def by_llama(model, ids: list, new: int, stop: int) -> list:
+    "`new` ids at most, greedily."
+    model.reset()
+    out = []
+    for token in model.generate(ids, temp=0., reset=True):
+        if token == stop or len(out) == new: return out
+        out.append(token)
+
+
+@NO_LLAMA
+@pytest.mark.parametrize('precision', ['fp32', 'fp16', 'int8'])
+def test_llama_cpp_writes_our_text(tmp_path, precision):
+    "Of the embedded model, on held-out prompts; in int8 the codes are the same, and llama.cpp rounds the inputs of products too."
+    tok, prompts = load_tokenizer(), load_samples('codexglue', 12, 'test').input
+    rows = [row[-400:] for row in encode_batch(tok, list(prompts))]
+    dense = load_model()
+    model = quantize(dense, *weight_schemes(8)[:-1]) if precision == 'int8' else dense
+    want, stop = greedy(TorchEngine(model), rows, 32, tok.token_to_id('<EOL>')), tok.token_to_id('<EOL>')
+    theirs = llama(export_gguf(BASE_MODEL, tmp_path/'m.gguf', precision))
+    same = [by_llama(theirs, row, 32, stop) == ours for row, ours in zip(rows, want)]
+    assert sum(same) >= {'fp32': 12, 'fp16': 11, 'int8': 10}[precision], same
+
+
+@NO_LLAMA
+def test_llama_cpp_reads_our_tokens(tmp_path):
+    "The same ids, once the blanks in front of a word of the format are gone, which its tokenizer does not take off."
+    theirs, tok = llama(export_gguf(BASE_MODEL, tmp_path/'m.gguf')), load_tokenizer()
+    text = "<s> def read ( path ) : <EOL> with open ( path , '<STR_LIT:rb>' ) as f : <EOL> return f . read ( <NUM_LIT:0> )"
+    words = sorted((t.content for t in tok.get_added_tokens_decoder().values() if t.lstrip), key=len, reverse=True)
+    bare = re.sub(rf'\s+({"|".join(map(re.escape, words))})', r'\1', text)
+    assert theirs.tokenize(bare.encode(), add_bos=False, special=True) == encode_batch(tok, [text])[0]
+
+
+@NO_LLAMA
+@pytest.mark.parametrize('family', WRITTEN)
+def test_llama_cpp_computes_every_family(tmp_path, family):
+    "Logits of a small random model, within what its half-precision tables of activations lose."
+    folder = random_folder(tmp_path/'m', family, 1 if FAMILIES[family].learned else 2, context=64)
+    model, theirs = load_model(folder), llama(export_gguf(folder, tmp_path/'m.gguf'), logits_all=True)
+    ids = torch.randint(3, model.shape.vocab, (1, 20), generator=torch.Generator().manual_seed(0))
+    theirs.eval(ids[0].tolist())
+    with torch.no_grad(): want = model(ids)[0, -1]
+    found = torch.tensor(np.array(theirs.scores[19]))
+    assert float((found - want).abs().max()/want.std()) < .02

@@ -138,13 +138,17 @@ def _by_input(part: str, maps: tuple) -> list: # of lists of names
     return [[f'{part}.{m.name}' for m in maps if m.into is into] for into in (True, False)]
 
 def _residual_steps(m: Decoder): # yields (lists of names that share an input, in order; function x → x)
-    "The residual steps of each layer, x → x + f(norm(x)), as far as it has them; x is (batch, n, d)."
+    """The residual steps of each layer, x → x + f(norm(x)), as far as it has them; x is (batch, n, d).
+    Halves that are parallel are one step."""
     family = FAMILIES[m.shape.family]
     for l, b in enumerate(m.blocks):
+        def layer(x, b=b): return b(x, turn=m.turn(torch.arange(x.shape[1])))
         def attention(x, b=b): return x + b.attn(b.norm1(x), turn=m.turn(torch.arange(x.shape[1])))
         def ffn(x, b=b): return x + b.mlp(b.norm2(x))
-        if b.attn is not None: yield _by_input(f'blocks.{l}.attn', family.attention.maps(m.shape)), attention
-        if b.mlp is not None: yield _by_input(f'blocks.{l}.mlp', family.ffn.maps(m.shape)), ffn
+        of_attention = _by_input(f'blocks.{l}.attn', family.attention.maps(m.shape)) if b.attn is not None else []
+        of_ffn = _by_input(f'blocks.{l}.mlp', family.ffn.maps(m.shape)) if b.mlp is not None else []
+        steps = [(of_attention + of_ffn, layer)] if b.parallel else [(of_attention, attention), (of_ffn, ffn)]
+        yield from (step for step in steps if step[0])
 
 # %% ../../nbs/methods/36_gptq.ipynb #3193b566
 def _prepared(model: Decoder, chosen: dict) -> tuple: # (a copy to work on, module name → (codes, Δ, z) of embeddings)

@@ -14,9 +14,9 @@ from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 from torch.overrides import TorchFunctionMode
-from ..core.paths import BASE_MODEL, new_folder, read_json, sha256, write_json
+from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sha256, write_json
 from ..data.tokenizer import load_tokenizer, own_settings
-from .decoder import Decoder
+from .decoder import Decoder, count_of
 from .families import FAMILIES, Family, in_file_order, is_regular, resolved
 from .layers import Scaling, Shape
 
@@ -117,6 +117,8 @@ def _scaling(config: dict, family: Family, context: int) -> Scaling | None:
     except ValidationError as e:
         key = e.errors()[0]['loc'][0]
         raise ValueError(f'{key!r} of the rotary positions in config.json is {rope.get(key)!r}: restore config.json.') from None
+    if n.low >= n.high:
+        raise ValueError(f'rotary positions in config.json are slow below {n.low} turns and fast above {n.high}: restore config.json.')
     return Scaling(kind, n.factor) if kind == 'linear' else Scaling(kind, n.factor, n.low, n.high, n.original)
 
 def _turned(n: _Sizes, d_head: int) -> int | None:
@@ -126,23 +128,29 @@ def _turned(n: _Sizes, d_head: int) -> int | None:
         raise ValueError(f'{turned} of {d_head} channels cannot be turned in pairs: restore config.json.')
     return None if turned == d_head else turned
 
+def _stated(config: dict, key: str, kind: type, default):
+    "A setting of its type. Raises `ValueError` for another."
+    value = config.get(key)
+    if value is None: return default
+    if type(value) is not kind or (kind is int and value < 0):
+        raise ValueError(f'{key!r} in config.json is {value!r}: restore it from where the model came from.')
+    return value
+
 def _biased(config: dict, family: Family) -> tuple: # names of maps
     "The maps that have a bias."
     on = set(family.biased)
-    for key, maps in family.bias_keys.items(): on = on | set(maps) if config.get(key, set(maps) <= on) else on - set(maps)
+    for key, maps in family.bias_keys.items(): on = on | set(maps) if _stated(config, key, bool, set(maps) <= on) else on - set(maps)
     return tuple(m for m in ('q', 'k', 'v', 'qkv', 'proj', 'gate', 'up', 'down') if m in on)
 
 def _window(config: dict, family: Family, layers: int) -> int | None:
     "The width of the sliding window of the layers that have one; None: none has. Raises `ValueError` for no number."
     keys, defaults = family.keys, family.defaults
     if 'window' not in keys: return None
-    window = config.get(keys['window'], defaults.get('window'))
-    if 'slides' in keys:
-        stated = config.get('layer_types') or ['sliding_attention']*(layers > config.get('max_window_layers', 28))
-        if not config.get(keys['slides'], defaults['slides']) or 'sliding_attention' not in stated: return None
-    if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f'{keys["window"]!r} in config.json is {window!r}: restore it from where the model came from.')
-    return window
+    window = _stated(config, keys['window'], int, None) if keys['window'] in config else defaults.get('window')
+    if 'slides' not in keys: return window
+    after = _stated(config, 'max_window_layers', int, 28)   # these layers attend to everything
+    kinds = _stated(config, 'layer_types', list, ['sliding_attention']*(layers > after))
+    return window if _stated(config, keys['slides'], bool, defaults['slides']) and 'sliding_attention' in kinds else None
 
 # %% ../../nbs/model/23_folder.ipynb #f1fe7b16
 def _activation(n: _Sizes, family: Family) -> str: # a key of `ACTIVATIONS`
@@ -183,7 +191,7 @@ def shape_of_config(config: dict) -> tuple: # (Shape, Family)
     shared, queries, d_head = _head_sizes(n, family, sliced)
     capped = window is not None and window < n.context
     if capped:
-        warnings.warn(f'the attention of this {family.model_type} slides a window of {window} positions over {n.context}: '
+        warnings.warn(f'the attention of this {family.model_type} model slides a window of {window} positions over {n.context}: '
                       f'the context is capped at {window}.', UserWarning, stacklevel=2)
     return Shape(
         vocab=n.vocab, context=window if capped else n.context, d_model=n.d_model, d_head=d_head,
@@ -287,6 +295,7 @@ class _WithoutInit(TorchFunctionMode):
 def from_disk(
     shape: Shape,
     tensors: dict, # Their name → tensor
+    stored: bool = False, # see `load_model`
 ) -> Decoder:
     "A decoder that holds `tensors`. Raises `ValueError` naming a tensor that is missing or has the wrong size."
     with _WithoutInit(), torch.device('meta'): model = Decoder(shape)
@@ -295,7 +304,8 @@ def from_disk(
         if ours not in wanted: continue
         w, want = tensors.get(theirs, tensors.get(_without_prefix(theirs))), wanted[ours].shape
         if w is None: raise ValueError(f'the weights lack the tensor {theirs!r}: the folder is incomplete or of another architecture.')
-        w = (w.T if transposed else w).float().contiguous()
+        w = w.T if transposed else w
+        w = (w if stored and w.dtype == torch.bfloat16 else w.float()).contiguous()
         if w.shape != want: raise ValueError(f'{theirs!r} has shape {tuple(w.shape)}, but the configuration asks for {tuple(want)}.')
         check_finite(theirs, w)
         state[ours] = in_file_order(w, ours, shape, back=True)
@@ -359,14 +369,19 @@ def reader_of(method: str):
 CHECKSUM = 'weights_sha256'   # of a quantised file, in its `quantization_config`
 
 def load_model(
-    folder=BASE_MODEL, # A model folder; by default the embedded model
+    folder=BASE_MODEL,    # A model folder; by default the embedded model
+    stored: bool = False, # Leave bfloat16 as it is, mapped into memory: to quantise and export, not to compute
 ) -> Decoder: # in evaluation mode, float32
-    "Read a model folder. Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged or not supported."
-    config, tensors = read_config(folder), read_tensors(folder)
+    """Read a model folder.
+
+    Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged, not supported, or larger than the memory."""
+    config = read_config(folder)
     shape, _ = shape_of_config(config)
     quantization = config.get('quantization_config', {})
+    if not stored: check_memory(count_of(shape)*(1 if quantization else 4), f'reading {folder}')
+    tensors = read_tensors(folder)
     method, checksum = quantization.get('quant_method'), quantization.get(CHECKSUM)
-    if method is None: return from_disk(shape, tensors).eval()
+    if method is None: return from_disk(shape, tensors, stored).eval()
     if method not in READERS:
         raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     if checksum and sha256(Path(folder)/'model.safetensors') != checksum:

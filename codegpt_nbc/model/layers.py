@@ -242,7 +242,7 @@ class NormedAttention(GroupedQueryAttention):
 
     def normed(self, q, k): # (B, G·H, S, d) and (B, H, S, d) → the same
         "Queries and keys of root mean square 1, times the gains."
-        return self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q.float()).type_as(q), self.k_norm(k.float()).type_as(k)
 
 # %% ../../nbs/model/20_layers.ipynb #2efd3ac4
 ACTIVATIONS = {'gelu_tanh': partial(F.gelu, approximate='tanh'), 'gelu': F.gelu, 'silu': F.silu}

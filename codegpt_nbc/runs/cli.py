@@ -80,7 +80,7 @@ def compress(
     small = compress(model, recipe, out, data, budgets)
     if n: print(small.table(n).round(2).to_string())
     print(f'{small.recipe}: {small.folder}')
-    print(f"next: codegpt-nbc complete '<s> def read ( path ) : <EOL> with open (' --model {small.folder}")
+    print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {small.folder}')
 
 @app.command()
 def search(

@@ -143,11 +143,11 @@ def _spelled(source: str) -> list: # of words
     raise ValueError(f'the text before the cursor is not Python ({reason}): correct it, or use a model that reads raw source.')
 
 def _next_indent(lines: list) -> str: # `lines`: those before the cursor's
-    "The indentation of an empty line after these: that of the last one, and four blanks (or a tab) more after a header."
+    "The indentation of an empty line: that of the last one, four blanks (or a tab) more after a header, none after two empty lines."
     last = next((line for line in reversed(lines) if line.strip()), '')
     indent = re.match(r'[ \t]*', last)[0]
-    header = last.split('#')[0].rstrip().endswith(':')
-    return indent + ('\t' if indent.startswith('\t') else '    ')*header
+    if last.split('#')[0].rstrip().endswith(':'): return indent + ('\t' if indent.startswith('\t') else '    ')
+    return '' if not ''.join(lines[-2:]).strip() else indent
 
 def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) → word
     "Where each literal without content had its content."

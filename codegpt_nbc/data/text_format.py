@@ -30,14 +30,18 @@ def _python_tokens(source: str):
 def _whole_names(tokens):
     "Yield `tokens`; the pieces of a name with characters that `re` calls no letters, which Python 3.11 gives one by one, are joined."
     name = None   # token that may go on
-    for t in tokens:
-        piece = t.type in (NAME, ERRORTOKEN, NUMBER)
-        if name and piece and t.start == name.end and (name.string + t.string).isidentifier():
-            name = name._replace(type=NAME, string=name.string + t.string, end=t.end)
-            continue
+    try:
+        for t in tokens:
+            piece = t.type in (NAME, ERRORTOKEN, NUMBER)
+            if name and piece and t.start == name.end and (name.string + t.string).isidentifier():
+                name = name._replace(type=NAME, string=name.string + t.string, end=t.end)
+                continue
+            if name: yield name
+            name = t if piece and t.string.isidentifier() else None
+            if not name: yield t
+    except tokenize.TokenError:   # what came before the error is given before it
         if name: yield name
-        name = t if piece and t.string.isidentifier() else None
-        if not name: yield t
+        raise
     if name: yield name
 
 def _span(lines: list, start: tuple, end: tuple) -> str:

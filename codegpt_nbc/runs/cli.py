@@ -15,7 +15,8 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help='Compress a code-completion model for ordinary CPUs, and measure the cost and the gain.')
 
 ModelName = Annotated[str, typer.Argument(help='a model folder, codegpt-nano, or owner/name@revision on the hub')]
-Code = Annotated[str, typer.Option(help="a folder of Python files, or code in CodeXGLUE's layout: a folder, or owner/name@revision; by default the frozen corpus")]
+Code = Annotated[str, typer.Option(help="a folder of Python files or in CodeXGLUE's layout, or owner/name@revision; "
+                                        'by default the frozen corpus')]
 
 @app.command()
 def complete(
@@ -57,7 +58,7 @@ def _around_cursor(prompt: str, at: str) -> tuple: # (before, after or None, tex
 def evaluate(
     model: ModelName,
     protocol: Annotated[Literal['codexglue', 'thesis', 'line', 'infill'] | None,
-                        typer.Option(help='how samples are cut and completed; by default codexglue, or line for a model of raw source')] = None,
+                        typer.Option(help='how samples are cut; by default codexglue, or line for a model of raw source')] = None,
     n: Annotated[int, typer.Option(min=1, help='samples')] = 200,
     data: Code = '',
 ):
@@ -80,7 +81,7 @@ def compress(
     small = compress(model, recipe, out, data, budgets)
     if n: print(small.table(n).round(2).to_string())
     print(f'{small.recipe}: {small.folder}')
-    print(f"next: codegpt-nbc complete '<s> def read ( path ) : <EOL> with open (' --model {small.folder}")
+    print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {small.folder}')
 
 @app.command()
 def search(

@@ -7,8 +7,7 @@ from codegpt_nbc.data.codexglue import imported
 from codegpt_nbc.data.corpus import is_permissive
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import FEWEST, imported_repository, is_repository, repository_files, repository_sides, side_of
-from codegpt_nbc.data.samples import (FORMS, PROTOCOLS, cut_samples, draw_places, has_text, load_samples, load_texts, make_samples,
-                                      protocols_of)
+from codegpt_nbc.data.samples import FORMS, PROTOCOLS, draw_places, has_text, load_samples, load_texts, protocols_of
 from codegpt_nbc.data.text_format import Literals, abstract, spell_out
 from codegpt_nbc.evidence.evaluate import evaluate
 from codegpt_nbc.evidence.metrics import COMPARISONS, score
@@ -20,7 +19,8 @@ from codegpt_nbc.runs.steps import apply_step
 
 RAW = CORPUS/'raw'
 KEPT = Literals(*(frozenset(read_json(CORPUS/'literals.json')[kind]) for kind in ('str', 'num')))
-LINES = ['import os', '', '# a comment', 'x = 1', 'y = f(x)  # why', 'if x: pass', 'def f(): return "é"', "z = f'{x!r:>{y}}' + 'é\\t'", 'x = [1,\n    2]',
+LINES = ['import os', '', '# a comment', 'x = 1', 'y = f(x)  # why', 'if x: pass', 'def f(): return "é"', "z = f'{x!r:>{y}}' + 'é\\t'",
+         'x = [1,\n    2]',
          "b = '''\nlong\n'''; c = 0", 'def g(x, *, y=1):\n    """Say.\n\n    more"""\n\treturn x @ y'.replace('\t', '    '), '  ']
 
 
@@ -111,8 +111,8 @@ def test_frozen_raw_files_spell_out_to_the_corpus():
 
 def test_both_texts_hold_out_the_same_projects():
     def projects(frames): return {p for f in frames for p in f.project}
-    held = {split: projects([load_samples(p, split=split) for p in PROTOCOLS if (CORPUS/FORMS[PROTOCOLS[p].text].folder/f'{split}_{p}.parquet').is_file()])
-            for split in ('test', 'valid')}
+    def frozen(split): return [p for p, about in PROTOCOLS.items() if (CORPUS/FORMS[about.text].folder/f'{split}_{p}.parquet').is_file()]
+    held = {split: projects([load_samples(p, split=split) for p in frozen(split)]) for split in ('test', 'valid')}
     trained = projects([pd.read_parquet(CORPUS/form.folder/'train.parquet') for form in FORMS.values()])
     assert not held['test'] & held['valid'] and not (held['test'] | held['valid']) & trained
 
@@ -131,7 +131,8 @@ def source(i: int) -> str:
     names = ' '.join(f'{word}_{i}' for word in ('read', 'path', 'rows', 'total', 'scale', 'limit')).split()
     read, path, rows, total, scale, limit = names
     return (f'import m{i}\n\n\ndef {read}({path}, {scale}={i}):\n    """Read {path}."""\n    {rows} = m{i}.load({path}, "rb")\n'
-            f'    {total} = sum({rows}) + {i}\n    if {total} > {limit}:\n        {total} = m{i}.cut({total}, {limit})  # so\n    return {total}*{scale}\n')
+            f'    {total} = sum({rows}) + {i}\n    if {total} > {limit}:\n        {total} = m{i}.cut({total}, {limit})  # so\n'
+            f'    return {total}*{scale}\n')
 
 
 def write(home, n: int):
@@ -214,7 +215,8 @@ def raw_model(tmp_path_factory):
     "Random weights, and a byte-level tokenizer without any word of CodeXGLUE's format."
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=['<|end|>', '<fim_prefix>', '<fim_suffix>', '<fim_middle>'], show_progress=False,
+    marks = ['<|end|>', '<fim_prefix>', '<fim_suffix>', '<fim_middle>']
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=marks, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tok.train_from_iterator([source(i) for i in range(20)], trainer)
     folder = tmp_path_factory.mktemp('models')
@@ -229,7 +231,8 @@ STEPS = {
     'prune': dict(pattern='structured', sparsity=.3, samples=4, epochs=2, length=32),
     'quantize': dict(finetune_samples=4, length=32), 'gptq': dict(calibration=4, length=24, block=16),
     'static_quantize': dict(calibration_batches=1, batch=2, length=24),
-    'distill': dict(student='reduced', layers=1, tokens=256, length=32, batch=2), 'xtc': dict(bits=2, layers=1, tokens=256, length=32, batch=2),
+    'distill': dict(student='reduced', layers=1, tokens=256, length=32, batch=2),
+    'xtc': dict(bits=2, layers=1, tokens=256, length=32, batch=2),
     'trim_vocabulary': dict(size=320, files=10),
 }
 

@@ -42,7 +42,8 @@ def is_repository(folder) -> bool:
     "Whether a folder holds Python files, and no code in a published layout."
     folder = Path(folder)
     if not repository_files(folder): return False
-    named = [p for p in [*folder.rglob('*.txt'), *folder.rglob('*.parquet')] if {'train', 'test'} & set(p.stem.replace('-', '_').split('_'))]
+    tables = [*folder.rglob('*.txt'), *folder.rglob('*.parquet')]
+    named = [p for p in tables if {'train', 'test'} & set(p.stem.replace('-', '_').split('_'))]
     return not any(map(_is_published, named))
 
 # %% ../../nbs/data/14_repository.ipynb #35742ffa

@@ -8,7 +8,7 @@ __all__ = ['FORMS', 'PROTOCOLS', 'token_places', 'last_line_place', 'rest_places
            'has_text', 'quiet_datasets', 'as_dataset']
 
 # %% ../../nbs/data/12_samples.ipynb #81ea696a
-import io, re, tokenize, numpy as np, pandas as pd
+import tokenize, numpy as np, pandas as pd
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,7 +152,8 @@ def cut_samples(
     "The samples at places of files."
     sample, of = FORMS[protocol_named(protocol).text].sample, df.iloc[places.file]
     cuts = [sample(*row) for row in zip(of.text, places.start, places.end)]
-    return pd.concat([of[['project', 'path']].reset_index(drop=True), pd.DataFrame(cuts, columns=None if cuts else ['input', 'gt'])], axis=1)
+    origin = of[['project', 'path']].reset_index(drop=True)
+    return pd.concat([origin, pd.DataFrame(cuts, columns=None if cuts else ['input', 'gt'])], axis=1)
 
 def make_samples(df, protocol: str, n: int, seed: int = 42, per_project: float = .1) -> pd.DataFrame:
     "`cut_samples` at the places that `draw_places` draws."

@@ -153,7 +153,7 @@ def compress(
     model,                 # As for `load`
     recipe='int8',         # A name of `configs/recipes.yaml`, `best` (what the last search chose), or a `grid.Recipe`
     out='small',           # Folder of the compressed model; must not exist
-    data: str = '',        # Code to train on: a folder of Python files or in CodeXGLUE's layout, or a name on the hub; '': the frozen corpus
+    data: str = '',        # Code to train on: Python files, or CodeXGLUE's layout: a folder, or a name on the hub; '': the frozen corpus
     budgets='full',        # What each method may spend: a profile's name, or method → parameters
     progress: bool = True, # Say which step runs and how long all will take
 ) -> Compressed:
@@ -193,7 +193,7 @@ class Scores(Accuracy):
 def evaluate(
     model,                        # As for `load`
     n: int = 200,                 # Samples
-    protocol: str | None = None,  # Of `data.samples.PROTOCOLS`: how samples are cut and completed; None: codexglue, or line for raw source
+    protocol: str | None = None,  # Of `data.samples.PROTOCOLS`: how samples are cut; None: codexglue, or line for raw source
     data: str = '',               # Code to be judged by, as for `compress`: of a folder of Python files, those that are never trained on
 ) -> Scores:
     """Score a model on held-out samples, with 95 % intervals.

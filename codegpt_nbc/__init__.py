@@ -23,9 +23,11 @@ def __dir__(): return sorted([*globals(), *__all__])
 
 
 # A module of transformers → what registers our classes in it, once it has been imported
-_REGISTER = {f'transformers.models.auto.{theirs}': f'codegpt_nbc.engines.{ours}' for theirs, ours in (
-    ('configuration_auto', 'auto_config:register_configs'), ('tokenization_auto', 'auto_config:register_tokenizers'),
-    ('modeling_auto', 'auto_model:register_models'))}
+_REGISTER = {f'transformers.{theirs}': f'codegpt_nbc.engines.{ours}' for theirs, ours in (
+    ('models.auto.configuration_auto', 'auto_config:register_configs'),
+    ('models.auto.tokenization_auto', 'auto_config:register_tokenizers'),
+    ('models.auto.modeling_auto', 'auto_model:register_models'),
+    ('quantizers.auto', 'auto_config:register_quantization'))}
 
 
 def _register(name: str):

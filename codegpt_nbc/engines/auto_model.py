@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['padding_of', 'rotated', 'PaddedCache', 'DecoderForCausalLM', 'register_models']
 
-# %% ../../nbs/engines/57_auto_model.ipynb #38bd842c
+# %% ../../nbs/engines/57_auto_model.ipynb #0a4a85ea
 import tempfile, torch
 from fastcore.basics import patch
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.modeling_utils import PreTrainedModel
 from ..model.decoder import Decoder, UntiedEmbedding
 from ..model.folder import load_model, save_model, shape_of_config
 from ..model.layers import KVCache
-from .auto_config import CONFIGS, DecoderConfig
+from .auto_config import CONFIGS, DecoderConfig, FolderQuantization
 
 # %% ../../nbs/engines/57_auto_model.ipynb #cf42518a
 def padding_of(
@@ -138,7 +138,7 @@ def forward(self: DecoderForCausalLM,
     out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
     return out if return_dict else out.to_tuple()
 
-# %% ../../nbs/engines/57_auto_model.ipynb #4dd0d739
+# %% ../../nbs/engines/57_auto_model.ipynb #b3a49dcd
 _IGNORED = {'trust_remote_code', 'low_cpu_mem_usage', 'use_safetensors', 'attn_implementation', 'max_memory', 'offload_folder',
             'offload_buffers', 'weights_only', '_from_auto', '_from_pipeline', '_commit_hash', 'tqdm_class', 'force_download', 'proxies'}
 
@@ -155,6 +155,7 @@ def _check_arguments(given: dict):
     devices = set(devices.values()) if isinstance(devices, dict) else {devices}
     if not {str(device) for device in devices} <= {'None', 'cpu', 'auto'}:
         raise ValueError(f'device_map is {", ".join(map(str, devices))}, but this model runs on the CPU: leave it out.')
+    if isinstance(given.get('quantization_config'), FolderQuantization): del given['quantization_config']   # the folder's own
     other = sorted(key for key, value in given.items() if value and key not in _IGNORED)
     if other: raise ValueError(f'a folder of codegpt_nbc is read as it is, without {", ".join(other)}: leave the argument out.')
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
 from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
-                                    models_dir, project_root, read_json, runs_dir, shared)
+                                    figures_dir, models_dir, project_root, read_json, runs_dir, shared)
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
 class Block(Strict):
@@ -360,7 +360,7 @@ def _only_grid():
     "Hold the lock of this checkout. Raises `RuntimeError` if another grid holds it."
     from filelock import FileLock, Timeout
     lock = FileLock(project_root()/'build'/'grid.lock')
-    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError('another grid is running in this checkout: wait for it to end, or use a second clone.') from None
     with lock: yield
@@ -459,4 +459,5 @@ def reproduce(
         missing = _not_made(profile, runs)
         raise RunFailed(f'{len(missing)} of {len(runs)} runs are not finished (first: {missing[0] if missing else "none"}): '
                         'mend what is printed above and call it again, finished runs are kept.')
-    return f'executed notebooks and results: papermill_runs/{profile}/   figures and tables: figures/{profile}/'
+    places = {'executed notebooks and results': runs_dir(profile), 'figures and tables': figures_dir(profile)}
+    return '\n'.join(f'{what}: {os.path.relpath(place)}' for what, place in places.items() if place.is_dir())

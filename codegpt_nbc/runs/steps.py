@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', 'step_config', 'apply_step', 'make_step',
-           'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'make_recipe', 'apply_recipe',
-           'before_after', 'CompressConfig']
+           'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'plan_of', 'make_recipe',
+           'apply_recipe', 'before_after', 'CompressConfig']
 
 # %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
@@ -237,6 +237,10 @@ def _check_recipe(recipe: Recipe, model, budgets: dict, data: str) -> list: # of
     "Find out before the work starts that a step has a bad parameter."
     return [_validated(from_start(step, str(model)), model, budgets.get(step['method'], {}), data) for step in recipe.steps]
 
+def plan_of(recipe: Recipe, model, budgets: dict, data: str = '') -> list: # one list of `training_tokens` a step
+    "What a recipe will train on. Raises `ValueError` for a bad parameter of any step."
+    return [training_tokens(c) for c in _check_recipe(recipe, model, budgets, data)]
+
 # %% ../../nbs/runs/71_steps.ipynb #2447c75c
 def make_recipe(
     model,           # Model folder
@@ -244,10 +248,11 @@ def make_recipe(
     budgets: dict,   # method → parameters
     data: str = '',  # Code to train on, as in `RunConfig`
     quiet: bool = False, # Say nothing, show no bars
+    clock: Clock | None = None, # Of more than this recipe
 ) -> list: # of `StepResult`
     "Apply a recipe, each step in its folder under `build/steps`, those that have been made before not again."
     model = source = Path(model).resolve()
-    clock, results = Clock([training_tokens(c) for c in _check_recipe(recipe, model, budgets, data)]), []
+    clock, results = clock or Clock(plan_of(recipe, model, budgets, data)), []
     for i, step in enumerate(recipe.steps, 1):
         c = step_config(from_start(step, str(model)), source, budgets.get(step['method'], {}), data)
         if not quiet: print(_headline(i, len(recipe.steps), step, clock, bool(_made(c.out_folder))), file=sys.stderr, flush=True)
@@ -305,6 +310,7 @@ def before_after(
     completions: int = 2,
     prompt_tokens: int = 448, # of a timed completion, fewer where a model has fewer positions
     data=CORPUS,           # Folder of the samples
+    desc: str | None = None, # Name of a bar of the timed rounds; None: no bar
 ): # DataFrame: a row a measure, columns before and after
     "What compression cost and gained."
     import pandas as pd
@@ -314,7 +320,7 @@ def before_after(
     dense, context = scores['before'][0], min(context for _, context in scores.values())
     out = {name: _rows(scores[name][0], dense, size_of(folder)) for name, folder in (('before', before), ('after', after))}
     fitting = min(prompt_tokens, context - NEW_TOKENS)
-    speed, memory, d = measure(after, before, rounds, completions, fitting, NEW_TOKENS, data=data)
+    speed, memory, d = measure(after, before, rounds, completions, fitting, NEW_TOKENS, data=data, desc=desc)
     out['before'] |= _timing(d['baseline_samples_per_s'], 1., d['baseline_peak_rss_bytes'])
     out['after'] |= _timing(speed.samples_per_s, speed.ratio_to_baseline, memory.peak_rss_bytes)
     return pd.DataFrame(out)

@@ -1,0 +1,181 @@
+"""`--force`: without it nothing is replaced; with it only an earlier output of ours of the same kind, when the new one is whole."""
+import json, os, random, shutil, signal, subprocess, sys
+from pathlib import Path
+import nbformat, pytest
+from codegpt_nbc import compress
+from codegpt_nbc.core.paths import OWN_FILES
+from codegpt_nbc.data.tokenizer import load_tokenizer
+from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.folder import load_model, recipe_of, save_model
+from codegpt_nbc.model.layers import Shape
+from codegpt_nbc.runs.grid import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get('CODEGPT_NBC_KILLS', 3))
+QUANTIZE = Recipe(about='int8', steps=[{'method': 'quantize'}])
+OTHER = Recipe(about='int8 for each tensor', steps=[{'method': 'quantize', 'granularity': 'tensor'}])
+ONNX = Recipe(about='ONNX', steps=[{'method': 'onnx', 'precision': 'int8'}])
+TOO_EARLY = "import time\nprint('here', flush=True)\ntime.sleep(60)"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A place of its own, with a small model in it."
+    (tmp_path/'home').mkdir()
+    for name in ('configs', 'nbs'): (tmp_path/'home'/name).symlink_to(ROOT/name)
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    save_model(Decoder(Shape(load_tokenizer().get_vocab_size(), 64, 32, 16, (2,), (64,))).init_weights(), tmp_path/'mine')
+    return tmp_path
+
+
+def small(recipe=QUANTIZE, model='mine', out='small', **how): return compress(model, recipe, out, budgets={}, progress=False, **how)
+
+
+def contents(folder) -> dict: return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+
+def shell(*args, **how):
+    command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}, **how)
+
+
+def test_an_existing_folder_is_replaced_by_force_alone(home):
+    small()
+    before = contents('small')
+    with pytest.raises(FileExistsError, match='small exists: choose another folder or remove it; --force replaces'): small(OTHER)
+    assert contents('small') == before
+    assert recipe_of(small(OTHER, force=True).folder)[-1]['granularity'] == 'tensor'
+    small(ONNX, force=True)                     # of another format, but a model too
+    assert not (home/'small'/'model.safetensors').exists() and json.loads((home/'small'/OWN_FILES).read_text())['kind'] == 'model'
+
+
+def test_the_source_is_never_replaced(home):
+    before = contents('mine')
+    (home/'link').symlink_to(home/'mine')
+    for out in ('mine', './mine/', home/'mine', 'link', 'mine/../mine'):
+        for force in (False, True):
+            with pytest.raises(FileExistsError, match='is being read'): small(out=out, force=force)
+    assert contents('mine') == before
+
+
+@pytest.mark.parametrize('make', ['foreign', 'mixed', 'other kind', 'file', 'damaged list', 'no list'])
+def test_nothing_foreign_is_replaced(home, make):
+    out = home/'small'
+    if make == 'file': out.write_text('mine')
+    elif make == 'foreign':
+        out.mkdir()
+        (out/'thesis.tex').write_text('years')
+    else:
+        small()
+        if make == 'mixed': (out/'notes.txt').write_text('mine')
+        if make == 'other kind': (out/OWN_FILES).write_text(json.dumps({'kind': 'corpus', 'files': [p.name for p in out.iterdir()]}))
+        if make == 'damaged list': (out/OWN_FILES).write_text('{"kind": "mod')
+        if make == 'no list': (out/OWN_FILES).unlink()
+    before = out.read_bytes() if out.is_file() else contents(out)
+    with pytest.raises(FileExistsError, match='choose another folder'): small(OTHER, force=True)
+    assert (out.read_bytes() if out.is_file() else contents(out)) == before
+    assert not list((home/'home').glob('build/steps/*')), 'it worked before it looked'
+
+
+@pytest.mark.parametrize('out', ['file.txt/small', 'file.txt/a/b', 'locked/small'])
+def test_a_place_that_cannot_be_written_is_named_before_the_work(home, out, monkeypatch):
+    (home/'file.txt').write_text('mine')
+    (home/'locked').mkdir()
+    access = os.access
+    monkeypatch.setattr(os, 'access', lambda p, mode: Path(p).name != 'locked' and access(p, mode))
+    with pytest.raises(OSError, match='cannot be written, as .* choose another place'): small(out=out)
+    assert not list((home/'home').glob('build/steps/*'))
+
+
+def test_the_old_one_stays_when_the_new_one_fails_half_way(home, monkeypatch):
+    small()
+    before, copy = contents('small'), shutil.copytree
+    def half(source, to, **how):
+        copy(source, to, **how)
+        (Path(to)/'model.safetensors').write_bytes(b'half')
+        raise ZeroDivisionError
+    monkeypatch.setattr(shutil, 'copytree', half)
+    with pytest.raises(ZeroDivisionError): small(OTHER, force=True)
+    assert contents('small') == before and not list(home.glob('.tmp-*'))
+
+
+def test_the_old_one_or_the_new_one_is_there_after_a_kill(home):
+    chance, kills, seen = random.Random(0), 0, set()
+    small()
+    command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'compress', 'mine', '-o', 'small', '--n', '0', '--force']
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while kills < KILLS:
+        with subprocess.Popen(command, env=env, start_new_session=True, **quiet) as p:
+            try: p.wait(chance.uniform(1, 8))
+            except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
+        kills += 1
+        listed = json.loads((home/'small'/OWN_FILES).read_text())['files']
+        assert sorted(contents('small')) == sorted([*listed, OWN_FILES])
+        seen.add('onnx' if (home/'small'/'model.onnx').is_file() else 'dense')
+        if 'onnx' not in seen: load_model(home/'small')
+    assert seen <= {'onnx', 'dense'}
+
+
+def test_a_link_stays_a_link(home):
+    (home/'disk').mkdir()
+    small(out='disk/real')
+    (home/'small').symlink_to(home/'disk'/'real')
+    with pytest.raises(FileExistsError): small(OTHER)
+    small(OTHER, force=True)
+    assert (home/'small').is_symlink() and recipe_of(home/'disk'/'real')[-1]['granularity'] == 'tensor'
+
+
+def test_of_two_at_once_both_have_a_whole_model(home):
+    "They share their steps: the second waits for the first, and does not take its folder away."
+    command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'compress', 'mine', '--n', '0', '-o']
+    env, quiet = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen([*command, f'small{i}'], env=env, **quiet) for i in range(3)]
+    for p in both:
+        said = p.communicate()[1]
+        assert p.returncode == 0, said
+    assert len({p.read_bytes() for p in home.glob('small*/model.onnx')}) == 1
+
+
+def notebook(folder, *cells) -> Path:
+    parameters = nbformat.v4.new_code_cell("run_id = 'x'\nprofile = 'try'", metadata={'tags': ['parameters']})
+    kernel = {'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}}
+    path = Path(folder)/'template.ipynb'
+    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, *map(nbformat.v4.new_code_cell, cells)], metadata=kernel), path)
+    return path
+
+
+def test_an_executed_notebook_is_replaced_by_force_alone_and_nothing_else_is(home):
+    template = notebook(home, 'print(1)')
+    whole = template.read_bytes()
+    def run(out, *more): return shell('run', template, out, *more)
+    assert run('out.ipynb').returncode == 0
+    refused = run('out.ipynb')
+    assert refused.returncode == 1 and refused.stderr.startswith('codegpt-nbc: out.ipynb exists: choose another name'), refused.stderr
+    assert run('out.ipynb', '--force').returncode == 0
+    (home/'thesis.txt').write_text('years')
+    for out in ('thesis.txt', 'template.ipynb', 'home', 'thesis.txt/out.ipynb'):
+        refused = run(out, '--force')
+        assert (refused.returncode, refused.stderr.count('\n')) == (1, 1), refused.stderr
+    assert template.read_bytes() == whole and (home/'thesis.txt').read_text() == 'years'
+    before = (home/'out.ipynb').read_bytes()
+    notebook(home, 'print(1)', '1/0')
+    failed = run('out.ipynb', '--force')
+    assert failed.returncode == 1 and 'ZeroDivisionError' in failed.stderr and (home/'out.ipynb').read_bytes() == before
+
+
+@pytest.mark.parametrize('params', [{'profile': '..', 'run_id': 'docs'}, {'profile': '../docs'}, {'run_id': '..'}, {'run_id': '.'},
+                                    {'profile': '.'}, {'profile': '/'}, {'run_id': ''}, {'profile': ['a']}, {'run_id': None}])
+def test_names_of_runs_lead_nowhere_else(home, params):
+    docs = home/'home'/'docs'
+    docs.mkdir()
+    (docs/'thesis.tex').write_text('years')
+    before = sorted(str(p) for p in (home/'home').rglob('*') if not p.is_symlink())
+    said = shell('run', ROOT/'nbs'/'experiments'/'quantize.ipynb', 'out.ipynb', '--params', json.dumps(params | {'model': 'nobody'}))
+    assert said.returncode == 1 and said.stderr.strip().splitlines()[-1].startswith('codegpt-nbc: '), said.stderr
+    assert 'Traceback' not in said.stderr and (docs/'thesis.tex').read_text() == 'years'
+    known = {'papermill_runs', 'build'}
+    assert [p for p in before if not Path(p).exists()] == []
+    new = {Path(p).relative_to(home/'home').parts[0] for p in map(str, (home/'home').rglob('*')) if p not in before}
+    assert new - {'configs', 'nbs'} <= known

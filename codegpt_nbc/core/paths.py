@@ -257,7 +257,7 @@ def check_seal(folder) -> dict: # its config.json
     for name, digest in {'config.json': None, **stated}.items():
         own = Path(folder)/name
         whole = own.is_file() and Path(name).name == name and digest == (_digest_of(config) if name == 'config.json' else sha256(own))
-        if not whole: raise ValueError(f'{own} is missing or not what was exported: copy the whole folder, or export the model again.')
+        if not whole: raise ValueError(f'{own} is missing, truncated or corrupt: copy the whole folder, or export the model again.')
     return config
 
 def export_settings(

@@ -11,7 +11,7 @@ import tempfile, numpy as np
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.paths import cores, read_json
+from ..core.paths import cores, export_settings, read_json
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
@@ -255,7 +255,7 @@ class OrtEngine:
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
         other = ValueError(f'{folder} was not written by this version of export_onnx: '
                            'export it again from the model folder it was made from.')
-        how = read_json(path.with_name('config.json')).get('onnx', {})
+        how = export_settings(folder, 'onnx')   # after its checksums
         if 'context' not in how: raise other
         self.sessions = self._open(path, threads, how, profile)
         inputs = self.sessions[0].get_inputs()
@@ -266,7 +266,7 @@ class OrtEngine:
     @staticmethod
     def _open(path, threads, how: dict, profile: str) -> list: # of sessions: for tokens, and for prompts where that is another
         if not how.get('int8_prompts', False): return [open_session(path, threads, profile=profile)]
-        rewrite = partial(prompt_graph, by_row=how['by_row'])
+        rewrite = partial(prompt_graph, by_row=how.get('by_row', False))
         # the one for prompts first, while nothing else is in memory: making it takes the most
         prompts = open_session(path, threads, rewrite, spin=False, profile=profile)
         return [open_session(path, threads, spin=False, profile=profile), prompts]

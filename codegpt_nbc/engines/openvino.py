@@ -11,7 +11,7 @@ import time, numpy as np, torch
 from pathlib import Path
 from typing import Literal
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, cores, new_folder
+from ..core.paths import BASE_MODEL, check_seal, cores, new_folder
 from ..core.record import StepResult, cpu_model
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
@@ -203,7 +203,7 @@ class OpenvinoEngine:
         threads: int | None = None,  # Cores to use; None: `paths.cores`
         hint: dict | None = None,    # Compile options; None: `_hint`
     ):
-        ov, config = openvino(), read_config(folder)
+        ov, config = openvino(), check_seal(folder)
         shape, path = shape_of_config(config)[0], Path(folder)/OPENVINO_FILE
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
         self.context, self.vocab = shape.context, shape.vocab

@@ -57,9 +57,15 @@ def open_engine(
     threads: int | None = None, # Cores to use; None: `paths.cores`
 ) -> tuple: # (engine, tokenizer)
     "The engine that runs this folder, with its tokenizer. Raises `ValueError` if they do not fit."
-    tok, engine = load_tokenizer(folder), engine_of(folder)(folder, threads)
+    tok, engine = load_tokenizer(folder), _opened(engine_of(folder), folder, threads)
     check_fits(tok, engine.vocab)
     return engine, tok
+
+def _opened(engine: type, folder, threads):
+    "An engine on a folder; whatever its files make it stumble over is a `ValueError`."
+    try: return engine(folder, threads)
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f'{folder} is damaged ({type(e).__name__}: {e}): fetch it or make it again.') from None
 
 # %% ../../nbs/engines/50_generate.ipynb #ea0a3402
 def greedy(

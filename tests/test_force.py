@@ -9,7 +9,7 @@ from codegpt_nbc.engines.generate import open_engine
 from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.folder import recipe_of, save_model
 from codegpt_nbc.model.layers import Shape
-from codegpt_nbc.runs.grid import Recipe
+from codegpt_nbc.runs.grid import Recipe, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get('CODEGPT_NBC_KILLS', 3))
@@ -147,33 +147,38 @@ def notebook(folder, *cells) -> Path:
 def test_an_executed_notebook_is_replaced_by_force_alone_and_nothing_else_is(home):
     template = notebook(home, 'print(1)')
     whole = template.read_bytes()
-    def run(out, *more): return shell('run', template, out, *more)
-    assert run('out.ipynb').returncode == 0
-    refused = run('out.ipynb')
+    run_notebook(template, 'out.ipynb', {}, bar=False)
+    refused = shell('run', template, 'out.ipynb')
     assert refused.returncode == 1 and refused.stderr.startswith('codegpt-nbc: out.ipynb exists: choose another name'), refused.stderr
-    assert run('out.ipynb', '--force').returncode == 0
+    run_notebook(template, 'out.ipynb', {}, bar=False, force=True)
     (home/'thesis.txt').write_text('years')
     for out in ('thesis.txt', 'template.ipynb', 'home', 'thesis.txt/out.ipynb'):
-        refused = run(out, '--force')
-        assert (refused.returncode, refused.stderr.count('\n')) == (1, 1), refused.stderr
+        for force in (False, True):
+            with pytest.raises(OSError): run_notebook(template, out, {}, bar=False, force=force)
     assert template.read_bytes() == whole and (home/'thesis.txt').read_text() == 'years'
     before = (home/'out.ipynb').read_bytes()
     notebook(home, 'print(1)', '1/0')
-    failed = run('out.ipynb', '--force')
+    failed = shell('run', template, 'out.ipynb', '--force')
     assert failed.returncode == 1 and 'ZeroDivisionError' in failed.stderr and (home/'out.ipynb').read_bytes() == before
 
 
 @pytest.mark.parametrize('params', [{'profile': '..', 'run_id': 'docs'}, {'profile': '../docs'}, {'run_id': '..'}, {'run_id': '.'},
-                                    {'profile': '.'}, {'profile': '/'}, {'run_id': ''}, {'profile': ['a']}, {'run_id': None}])
+                                    {'profile': '.'}, {'profile': '/'}, {'profile': ['a']}, {'run_id': '.tmp-x'}, {'run_id': ['..']}])
 def test_names_of_runs_lead_nowhere_else(home, params):
     docs = home/'home'/'docs'
     docs.mkdir()
     (docs/'thesis.tex').write_text('years')
-    before = sorted(str(p) for p in (home/'home').rglob('*') if not p.is_symlink())
-    said = shell('run', ROOT/'nbs'/'experiments'/'quantize.ipynb', 'out.ipynb', '--params', json.dumps(params | {'model': 'nobody'}))
-    assert said.returncode == 1 and said.stderr.strip().splitlines()[-1].startswith('codegpt-nbc: '), said.stderr
-    assert 'Traceback' not in said.stderr and (docs/'thesis.tex').read_text() == 'years'
-    known = {'papermill_runs', 'build'}
-    assert [p for p in before if not Path(p).exists()] == []
-    new = {Path(p).relative_to(home/'home').parts[0] for p in map(str, (home/'home').rglob('*')) if p not in before}
-    assert new - {'configs', 'nbs'} <= known
+    before = sorted((home/'home').iterdir())
+    with pytest.raises((ValueError, OSError)) as e:
+        run_notebook(ROOT/'nbs'/'experiments'/'quantize.ipynb', 'out.ipynb', params | {'model': str(home/'mine')}, bar=False)
+    assert '\n' not in str(e.value) and 'failed' not in str(e.value), 'a kernel was started'
+    assert sorted((home/'home').iterdir()) == before and (docs/'thesis.tex').read_text() == 'years'
+
+
+def test_a_folder_in_the_place_of_a_run_is_named_before_the_kernel_starts(home):
+    mine = home/'home'/'build'/'try'/'mine'
+    mine.mkdir(parents=True)
+    (mine/'thesis.tex').write_text('years')
+    with pytest.raises(FileExistsError, match='mine is not a model folder written by codegpt_nbc'):
+        run_notebook(ROOT/'nbs'/'experiments'/'quantize.ipynb', 'out.ipynb', {'run_id': 'mine', 'model': str(home/'mine')}, bar=False)
+    assert (mine/'thesis.tex').read_text() == 'years'

@@ -204,6 +204,7 @@ def new_folder(
     with atomic_path(path) as tmp:
         tmp.mkdir()
         yield tmp
+        (tmp/OWN_FILES).unlink(missing_ok=True)   # a copy's, or a link to another folder's
         write_json(tmp/OWN_FILES, {'kind': kind, 'files': _files(tmp)})
 
 # %% ../../nbs/core/00_paths.ipynb #8dd8b8b4

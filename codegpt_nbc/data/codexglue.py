@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core.paths import atomic_path, project_root, write_json
+from ..core.paths import new_folder, project_root, write_json
 from .samples import _usable, make_samples, quiet_datasets
 from .text_format import Literals
 
@@ -203,8 +203,7 @@ def imported(
     key = blake2b(repr((state, n_test, n_thesis, n_valid, seed)).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'imported'/key
     if out.is_dir(): return out
-    with atomic_path(out) as tmp, TemporaryDirectory(dir=out.parent) as cache:
-        tmp.mkdir()
+    with new_folder(out, 'corpus') as tmp, TemporaryDirectory(dir=out.parent) as cache:
         tables, answers = _tables(folder, cache, n_test, n_thesis, n_valid, seed)
         with quiet_datasets(): tables['train'].to_parquet(tmp/'train.parquet', batch_size=1000)   # a row group
         for name, t in tables.items():

@@ -131,7 +131,7 @@ def open_session(
     if profile: options.enable_profiling, options.profile_file_prefix = True, profile
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
-    try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'], enable_fallback=0)
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e:
         raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:

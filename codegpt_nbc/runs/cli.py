@@ -111,6 +111,8 @@ MENDABLE = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError)   #
 
 def main():
     "Entry point: errors are one sentence, not a traceback."
+    for stream in (sys.stdout, sys.stderr):   # a shell's encoding may lack characters of ours
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try: app()
     except Exception as e:
         if os.environ.get('CODEGPT_NBC_TRACEBACK'): raise

@@ -281,7 +281,10 @@ def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) ->
 def _place_of(template, params: dict, out: Path) -> tuple: # (profile, run id)
     "Where the results of a run belong: as its parameters say, or else the template's."
     written = template_parameters(template)
-    def value(name, default): return str(params.get(name) or (ast.literal_eval(written[name]) if name in written else default))
+    def value(name, default):
+        given = params.get(name) or (ast.literal_eval(written[name]) if name in written else default)
+        if not isinstance(given, str): raise ValueError(f'parameter {name!r} is {given!r}: give a word.')
+        return given
     run_id = re.sub(r'[^\w.-]', '_', value('run_id', out.stem))
     if not re.match(NAME, run_id): raise ValueError(f'{run_id!r} cannot name a run: use letters, digits, - and _.')
     return value('profile', 'try'), run_id

@@ -96,6 +96,14 @@ def test_tokenizers(folders, path, value, cut, tmp_path_factory):
     if tok is not None: one_sentence(lambda: encode_batch(tok, ['def f ( x ) : <EOL> return x']))
 
 
+@pytest.mark.parametrize('prefix', ['é', 'a b'])
+def test_a_tokenizer_that_makes_its_library_panic_is_a_sentence(folders, prefix, tmp_path):
+    t = json.loads((folders[0]/'tokenizer.json').read_text(encoding='utf-8'))
+    t['model']['continuing_subword_prefix'] = prefix
+    (tmp_path/'tokenizer.json').write_text(json.dumps(t), encoding='utf-8')
+    with pytest.raises(ValueError, match='damaged'): encode_batch(load_tokenizer(tmp_path), ['def f ( x ) : <EOL> return x'])
+
+
 @FUZZ
 @given(lines=st.lists(st.text(max_size=30) | JUNK.map(json.dumps) | st.just('{"input": "<s> a", "gt": "b"}'), max_size=5))
 def test_json_lines(lines, tmp_path_factory):

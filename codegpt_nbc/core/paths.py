@@ -35,7 +35,7 @@ def _place(kind: str, profile: str) -> Path:
     return project_root()/kind/profile
 
 def runs_dir(profile: str) -> Path:
-    "The executed notebooks and result JSONs of one profile. Raises `ValueError` for a name that is none, like `figures_dir` and `models_dir`."
+    "The executed notebooks and result JSONs of one profile. Raises `ValueError` for a name that is none."
     return _place('papermill_runs', profile)
 
 def figures_dir(profile: str) -> Path:
@@ -252,7 +252,8 @@ def check_seal(folder) -> dict: # its config.json
     config = read_json(path)
     if not isinstance(config, dict): raise ValueError(f'{path} is not a JSON object: export the model again.')
     if SEAL not in config:
-        warnings.warn(f'{path} states no checksums, so that damage would not be noticed: export the model again.', UserWarning, stacklevel=3)
+        said = f'{path} states no checksums, so that damage would not be noticed: export the model again.'
+        warnings.warn(said, UserWarning, stacklevel=3)
         return config
     stated = config[SEAL] if isinstance(config[SEAL], dict) else {}
     for name, digest in {'config.json': None, **stated}.items():

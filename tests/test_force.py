@@ -128,7 +128,8 @@ def test_a_link_stays_a_link(home):
 def test_of_two_at_once_both_have_a_whole_model(home):
     "They share their steps: the second waits for the first, and does not take its folder away."
     command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'compress', 'mine', '--n', '0', '-o']
-    env, quiet = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}, dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     both = [subprocess.Popen([*command, f'small{i}'], env=env, **quiet) for i in range(3)]
     for p in both:
         said = p.communicate()[1]

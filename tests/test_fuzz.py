@@ -1,4 +1,5 @@
-"""Mutated configurations, tokenizers, weights, ONNX folders, code, parameters and profiles: one sentence or a right answer, never a traceback of another kind.
+"""Mutated configurations, tokenizers, weights, ONNX folders, code, parameters and profiles: one sentence or a right answer,
+never a traceback of another kind.
 
 `CODEGPT_NBC_FUZZ=10000` tries so many inputs of each kind; by default few, with fixed seeds. Failures that were found stand as examples."""
 import json, os, random, struct, subprocess, sys, warnings
@@ -138,7 +139,8 @@ def test_json_files(text, tmp_path_factory):
 
 # ONNX
 
-PROMPT = 'def f ( x ) : <EOL> return x , x , x , x , x'   # of more tokens than `PROMPT` of the engine, so that int4 takes its graph for prompts
+# Of more tokens than `PROMPT` of the engine, so that int4 takes its graph for prompts
+PROMPT = 'def f ( x ) : <EOL> return x , x , x , x , x'
 
 
 @pytest.fixture(scope='module')
@@ -179,7 +181,8 @@ def test_onnx_configurations(exported, which, changes, inner, tmp_path_factory):
     source = [*exported][which]
     config = whole = read_config(source)
     config = config | {'onnx': dict(config['onnx'])}
-    for place, key, value in [(config, [*config][i % len(config)], v) for i, v in changes.items()] + [(config['onnx'], *kv) for kv in inner.items()]:
+    outer = [(config, [*config][i % len(config)], value) for i, value in changes.items()]
+    for place, key, value in outer + [(config['onnx'], key, value) for key, value in inner.items()]:
         if value == 'drop': place.pop(key, None)
         else: place[key] = value
     if config == whole: return
@@ -198,7 +201,9 @@ def changed_graph(data: bytes, chance) -> bytes:
     kind = chance.choice(['byte', 'swap', 'shape', 'name', 'attribute', 'input'])
     if kind == 'byte':
         data = bytearray(data)
-        for _ in range(chance.randint(1, 4)): data[chance.choice([chance.randrange(len(data)), chance.randrange(4000)])] = chance.randrange(256)
+        for _ in range(chance.randint(1, 4)):
+            at = chance.choice([chance.randrange(len(data)), chance.randrange(4000)])
+            data[at] = chance.randrange(256)
         return bytes(data)
     m = onnx.load_from_string(data)
     g = m.graph
@@ -245,8 +250,8 @@ def test_graphs_that_are_broken_and_sealed(exported, which, tmp_path):
 # Parameters of every template
 
 ROOT = Path(__file__).resolve().parent.parent
-ODD = st.sampled_from([float('nan'), float('inf'), -float('inf'), -1, 0, 2**63, 10**400, 1e308, -0., 'nan', '', ' ', '..', '../..', '/', 'a/b', '\0',
-                       '\ud800', 'é'*300, '{x}', '%s', '$HOME', 'None', "'; import os", True, None, [], {}, [[]], [{}], {'': None}])
+ODD = st.sampled_from([float('nan'), float('inf'), -float('inf'), -1, 0, 2**63, 10**400, 1e308, -0., 'nan', '', ' ', '..', '../..',
+                       '/', 'a/b', '\0', '\ud800', 'é'*300, '{x}', '%s', '$HOME', 'None', "'; import os", True, None, [], {}, [[]], [{}], {'': None}])
 
 
 def template_cells() -> dict: # template → (name → default, code that makes the configuration)
@@ -280,7 +285,7 @@ def test_parameters_of_templates(template, changes, tmp_path_factory):
         assert got == got and got not in (float('inf'), -float('inf')), f'{name} is {got}'
 
 
-@pytest.mark.parametrize('data', ['..', 'nowhere', '\0', '~', 'a'*5000, 'file.txt', 'empty', 'a/b', 'a/b@', 'x + y', ' + ', '../../../nowhere'])
+@pytest.mark.parametrize('data', ['..', 'nowhere', '\0', '~', 'a'*5000, 'file.txt', 'empty', 'a/b', 'a/b@', 'x + y', ' + ', '../../nowhere'])
 def test_odd_folders_of_data(data, tmp_path):
     from codegpt_nbc.data.inputs import resolve_data
     for place in (tmp_path/'a', tmp_path/'a'/'empty'): place.mkdir()

@@ -9,7 +9,8 @@ PROMPT = '<s> def read ( path ) : <EOL> with open ('
 # Libraries are imported first, as those of another system would not look for these either
 TAKEN = """
 import builtins, ctypes, io, multiprocessing, os, signal, sys, warnings
-import torch, onnxruntime, onnx, tokenizers, pandas, pyarrow.parquet, papermill, filelock, jupyter_client, ipykernel, nbclient, snakemake.cli
+import torch, onnxruntime, onnx, tokenizers, pandas, pyarrow.parquet, papermill, filelock, jupyter_client, ipykernel, nbclient
+import snakemake.cli
 from pathlib import Path
 warnings.simplefilter('ignore')
 SYSTEM = sys.argv[1]
@@ -59,6 +60,9 @@ if __name__ == '__main__':
     if SYSTEM == 'macos': assert peak_memory() > 10**7
     from codegpt_nbc.runs.grid import _only_grid, run_notebook, template_of
     with _only_grid(): pass
+    from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+    from codegpt_nbc.data.hub import find
+    assert (find(f'{BASE_MODEL} + {CORPUS}')/'config.json').is_file()   # gathered by links, or copies
     out = run_notebook(template_of('baseline'), 'out.ipynb', {'codexglue': 2, 'thesis': 0}, bar=False)
     run_notebook(template_of('baseline'), 'out.ipynb', {'codexglue': 2, 'thesis': 0}, bar=False, force=True)
     print('done')

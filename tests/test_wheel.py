@@ -12,7 +12,8 @@ set: {seed: 42, codexglue: 4, thesis: 0}
 runs:
   - method: search
     id: search-size
-    set: {objective: size, es_drop: 100.0, prompt_tokens: 64, recipes: [int8], rungs: [{samples: 4, rounds: 1, budgets: {onnx: {compare: 2}}}]}
+    set:
+      {objective: size, es_drop: 100.0, prompt_tokens: 64, recipes: [int8], rungs: [{samples: 4, rounds: 1, budgets: {onnx: {compare: 2}}}]}
   - {method: baseline, id: dense}
 """
 

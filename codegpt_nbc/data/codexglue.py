@@ -216,5 +216,6 @@ _MOST_FILES = 2**20   # py150 unpacked has 150,000
 def _files_of(folder: Path) -> list: # of paths
     "The files of a folder. Raises `ValueError` for one that is a whole disk rather than a data set."
     found = [*itertools.islice((p for p in folder.rglob('*') if p.is_file()), _MOST_FILES + 1)]
-    if len(found) > _MOST_FILES: raise ValueError(f'{folder} holds more than {_MOST_FILES:,} files: give the folder of the data set itself.')
+    if len(found) > _MOST_FILES:
+        raise ValueError(f'{folder} holds more than {_MOST_FILES:,} files: give the folder of the data set itself.')
     return sorted(found)

@@ -110,7 +110,8 @@ def compress(
     >>> small.table(n=100)                                             # doctest: +SKIP
     >>> load(small).complete('<s> def read ( path ) : <EOL> with open (')  # doctest: +SKIP
 
-    Raises `FileExistsError` if `out` exists, with `force` if it is not an earlier model of ours, and `ValueError` for an unknown model, recipe or parameter, all before the work starts.
+    Raises `FileExistsError` if `out` exists, with `force` if it is not an earlier model of ours, and `ValueError` for an unknown model,
+    recipe or parameter, all before the work starts.
     """
     from codegpt_nbc.data.inputs import resolve_data
     from codegpt_nbc.core.paths import check_out

@@ -55,6 +55,8 @@ def compress(
 ):
     "Apply a recipe to a model, and show what it cost and gained."
     from codegpt_nbc import compress
+    from codegpt_nbc.runs.steps import check_table
+    if n: check_table(model, n, data)
     small = compress(model, recipe, out, data, budgets, force=force)
     if n: print(small.table(n, desc='timing both in turn').round(2).to_string())
     print(f'{small.recipe}: {small.folder}')
@@ -76,14 +78,15 @@ def search(
     notebook = run_search(model, float(value), objective)
     found = search_report(notebook)
     print(pd.DataFrame(found['before_after']).round(2).to_string())
-    print(f"chosen: {found['chosen']}, of {len(found['candidates'])} candidates of the last rung; the picture is in {os.path.relpath(notebook)}")
+    of = f"of {len(found['candidates'])} candidates of the last rung"
+    print(f"chosen: {found['chosen']}, {of}; the picture is in {os.path.relpath(notebook)}")
     print(f'next: codegpt-nbc compress {shlex.quote(model)} -o small --recipe best')
 
 # %% ../../nbs/runs/73_cli.ipynb #229bf19f
 @app.command()
 def reproduce(
     profile: Annotated[str, typer.Argument(help='a grid in configs/')] = 'quick',
-    cores: Annotated[int, typer.Option(help='0: all')] = 0,
+    cores: Annotated[int, typer.Option(min=0, help='0: all')] = 0,
     cluster: Annotated[Path | None, typer.Option(help='a Snakemake profile, e.g. configs/slurm; by default this machine')] = None,
 ):
     "Run the part of a profile's grid that has not been run yet."

@@ -146,8 +146,8 @@ def read_recipes() -> dict: # name → `Recipe`
 def read_profile(name: str) -> dict: # run id → `Run`
     "The runs of `configs/<name>.yaml`. Raises `FileNotFoundError` for a profile that does not exist."
     path = shared(f'configs/{name}.yaml')
-    if not path.is_file() or name in NOT_PROFILES:
-        known = ', '.join(sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem not in NOT_PROFILES))
+    if not re.match(NAME, name) or not path.is_file() or name in NOT_PROFILES:
+        known = ', '.join(sorted(p.stem for p in shared('configs').glob('*.yaml') if p.stem not in NOT_PROFILES))
         raise FileNotFoundError(f'there is no profile {name!r}: configs/ has {known}.')
     return _read_yaml(path, lambda found: expand(Profile(**found), name, read_recipes()))
 
@@ -159,7 +159,9 @@ def template_parameters(template) -> dict: # name → default, as it is written
     import logging, papermill
     logging.getLogger('papermill').setLevel(logging.ERROR)
     if not Path(template).is_file(): raise FileNotFoundError(f'there is no template {template}: give a notebook of nbs/experiments.')
-    return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
+    try: return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
+    except Exception as e:   # the reader's errors share no base
+        raise ValueError(f'{template} is not a notebook ({type(e).__name__}): give a notebook of nbs/experiments.') from None
 
 def check_parameters(template, params: dict):
     "Raise `ValueError` for parameters that the template does not have."
@@ -195,10 +197,10 @@ def run_notebook(
     check_parameters(template, params)
     kernel, out = kernel or kernel_of(params), Path(out)
     profile, run_id = _place_of(template, params, out)
-    if 'run_id' in template_parameters(template): params = {'run_id': run_id} | params   # so that there is a cell of them, see `is_executed`
-    params = _from_here(params, profile)
+    own = {'run_id': run_id} if 'run_id' in template_parameters(template) else {}   # so that there is a cell of them, see `is_executed`
+    params = _from_here(own | params, profile)
     _check_notebook(out, template, force)
-    quiet, screen = ['--IPKernelApp.log_level=50'], Screen()   # it calls local TCP and its own orderly end errors; those of a cell are in the notebook
+    quiet, screen = ['--IPKernelApp.log_level=50'], Screen()   # it calls local TCP and its own orderly end errors
     shown = dict(progress_bar=bar and screen.bar(out.stem), stderr_file=screen.loop if bar else None)
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
         try:
@@ -224,7 +226,8 @@ class Screen:
 
     def bar(self, name: str) -> dict: # for papermill
         "The bar of the cells."
-        return {'desc': name, 'leave': False, 'disable': None, 'file': self.cell, 'bar_format': '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'}
+        text = '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'
+        return {'desc': name, 'leave': False, 'disable': None, 'file': self.cell, 'bar_format': text}
 
     def show(self, part: str, text: str):
         "Change one part of the line."

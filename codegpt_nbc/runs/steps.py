@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', 'step_config', 'apply_step', 'make_step',
            'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'plan_of', 'make_recipe',
-           'apply_recipe', 'before_after', 'CompressConfig']
+           'apply_recipe', 'check_table', 'before_after', 'CompressConfig']
 
 # %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.paths import CORPUS, check_out, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from .grid import Profile, Recipe, from_start, read_recipes, spell_time
+from .grid import NOT_PROFILES, Profile, Recipe, from_start, read_recipes, spell_time
 
 # %% ../../nbs/runs/71_steps.ipynb #df325a50
 # A new method needs no entry where its module `methods.NAME` holds `NameConfig` and `NAME_step`: see `method_of`.
@@ -224,7 +224,7 @@ def budgets_of(profile: str) -> dict: # method → parameters
     "What a profile lets each method spend. Raises `FileNotFoundError` for a profile that does not exist."
     import yaml
     path = shared(f'configs/{profile}.yaml')
-    if not path.is_file(): raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
+    if name in NOT_PROFILES or not path.is_file(): raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
     return Profile(**yaml.safe_load(path.read_text(encoding='utf-8'))).budgets
 
 def recipe_named(name: str) -> Recipe:
@@ -300,6 +300,10 @@ def _rows(a, before, size) -> dict: # row → value
 
 def _timing(samples_per_s: float, ratio: float, peak: int) -> dict: # row → value
     return {'ms a completion': 1e3/samples_per_s, 'samples/s, × before': ratio, 'peak MB': peak/1e6}
+
+def check_table(model: str, n: int, data: str):
+    "Raise `ValueError` before a model is made that cannot be judged: there are fewer samples than `n`, or no end of line."
+    RunConfig(run_id='table', model=str(model), data=data, codexglue=n, thesis=0).check()
 
 # %% ../../nbs/runs/71_steps.ipynb #edfea0af
 def before_after(

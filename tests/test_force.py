@@ -116,6 +116,49 @@ def test_the_old_one_or_the_new_one_is_there_after_a_kill(home):
         open_engine(home/'small')
 
 
+@pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_ends_quietly_and_leaves_nothing_half_written(home, how, code):
+    begun = "from codegpt_nbc.runs import cli, api\nimport os, signal, sys, shutil\n"
+    begun += "def half(a, b, **how): open(b/'half', 'w').close(); os.kill(os.getpid(), int(sys.argv.pop())); [0 for _ in range(10**8)]\n"
+    begun += "shutil.copytree = half\ncli.main()"
+    small()
+    before = contents('small')
+    done = subprocess.run([sys.executable, '-c', begun, 'compress', 'mine', '-o', 'small', '--n', '0', '--force', str(int(how))],
+                          capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+    assert contents('small') == before and not list(home.glob('.tmp-*'))
+
+
+@pytest.mark.parametrize('args, sentence', [
+    (('compress', 'mine', '-o', 'x', '--n', '999999'), '999999 samples asked, but codexglue has'),
+    (('compress', 'mine', '-o', 'x', '--budgets', 'recipes'), "there are no budgets 'recipes'"),
+    (('run', 'notes.txt', 'x.ipynb'), 'notes.txt is not a notebook'),
+    (('run', 'mine', 'x.ipynb'), 'there is no template mine'),
+    (('run', 'notes.txt', 'x.ipynb', '--params', '[]'), 'write an object'),
+    (('reproduce', '../configs/quick'), "there is no profile '../configs/quick': configs/ has codegpt,"),
+    (('search', 'nowhere'), "there is no model 'nowhere'"),
+])
+def test_what_cannot_end_well_is_said_before_the_work(home, args, sentence, monkeypatch, capsys):
+    from codegpt_nbc.runs import cli
+    (home/'notes.txt').write_text('')
+    monkeypatch.setattr(sys, 'argv', ['codegpt-nbc', *args])
+    with pytest.raises(SystemExit) as e: cli.main()
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and said.count('\n') == 1 and sentence in said, said
+    assert not (home/'x').exists() and not (home/'home'/'build').exists()
+
+
+def test_a_fault_of_the_program_is_a_sentence_too(monkeypatch, capsys):
+    from codegpt_nbc.runs import cli
+    def fails(): raise KeyError('a\nb')
+    monkeypatch.setattr(cli, 'app', fails)
+    with pytest.raises(SystemExit): cli.main()
+    said = capsys.readouterr().err
+    assert said.startswith('codegpt-nbc: a fault of the program (KeyError: ') and said.count('\n') == 1
+    monkeypatch.setenv('CODEGPT_NBC_TRACEBACK', '1')
+    with pytest.raises(KeyError): cli.main()
+
+
 def test_a_link_stays_a_link(home):
     (home/'disk').mkdir()
     small(out='disk/real')

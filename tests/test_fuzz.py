@@ -251,7 +251,8 @@ def test_graphs_that_are_broken_and_sealed(exported, which, tmp_path):
 
 ROOT = Path(__file__).resolve().parent.parent
 ODD = st.sampled_from([float('nan'), float('inf'), -float('inf'), -1, 0, 2**63, 10**400, 1e308, -0., 'nan', '', ' ', '..', '../..',
-                       '/', 'a/b', '\0', '\ud800', 'é'*300, '{x}', '%s', '$HOME', 'None', "'; import os", True, None, [], {}, [[]], [{}], {'': None}])
+                       '/', 'a/b', '\0', '\ud800', 'é'*300, '{x}', '%s', '$HOME', 'None',
+                       "'; import os", True, None, [], {}, [[]], [{}], {'': None}])
 
 
 def template_cells() -> dict: # template → (name → default, code that makes the configuration)
@@ -285,7 +286,10 @@ def test_parameters_of_templates(template, changes, tmp_path_factory):
         assert got == got and got not in (float('inf'), -float('inf')), f'{name} is {got}'
 
 
-@pytest.mark.parametrize('data', ['..', 'nowhere', '\0', '~', 'a'*5000, 'file.txt', 'empty', 'a/b', 'a/b@', 'x + y', ' + ', '../../nowhere'])
+FOLDERS = ['..', 'nowhere', '\0', '~', 'a'*5000, 'file.txt', 'empty', 'a/b', 'a/b@', 'x + y', ' + ', '../../nowhere']
+
+
+@pytest.mark.parametrize('data', FOLDERS)
 def test_odd_folders_of_data(data, tmp_path):
     from codegpt_nbc.data.inputs import resolve_data
     for place in (tmp_path/'a', tmp_path/'a'/'empty'): place.mkdir()

@@ -7,7 +7,7 @@ __all__ = ['app', 'ModelName', 'Code', 'Force', 'MENDABLE', 'complete', 'evaluat
            'main']
 
 # %% ../../nbs/runs/73_cli.ipynb #dbf3d8a0
-import json, os, shlex, sys, typer
+import json, os, shlex, signal, sys, typer
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -116,6 +116,7 @@ def main():
     "Entry point: errors are one sentence, not a traceback."
     for stream in (sys.stdout, sys.stderr):   # a shell's encoding may lack characters of ours
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # an end in good order: nothing half-written stays
     try: app()
     except Exception as e:
         if os.environ.get('CODEGPT_NBC_TRACEBACK'): raise

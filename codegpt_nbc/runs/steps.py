@@ -17,7 +17,7 @@ from .. import __version__
 from ..core.paths import CORPUS, check_out, new_folder, read_json, sha256, shared, write_json
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from .grid import NOT_PROFILES, Profile, Recipe, from_start, read_recipes, spell_time
+from .grid import NOT_PROFILES, Profile, Recipe, _read_yaml, from_start, read_recipes, spell_time
 
 # %% ../../nbs/runs/71_steps.ipynb #df325a50
 # A new method needs no entry where its module `methods.NAME` holds `NameConfig` and `NAME_step`: see `method_of`.
@@ -222,10 +222,10 @@ def recipe_bars(clock: Clock, quiet: bool = False):
 # %% ../../nbs/runs/71_steps.ipynb #bf5301a0
 def budgets_of(profile: str) -> dict: # method → parameters
     "What a profile lets each method spend. Raises `FileNotFoundError` for a profile that does not exist."
-    import yaml
     path = shared(f'configs/{profile}.yaml')
-    if name in NOT_PROFILES or not path.is_file(): raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
-    return Profile(**yaml.safe_load(path.read_text(encoding='utf-8'))).budgets
+    if profile in NOT_PROFILES or not path.is_file():
+        raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
+    return _read_yaml(path, lambda found: Profile(**found)).budgets
 
 def recipe_named(name: str) -> Recipe:
     "A recipe of `configs/recipes.yaml`. Raises `ValueError` for one that it does not have."

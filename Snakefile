@@ -46,4 +46,4 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell:
             'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.cli'
-            ' run {input.template} {output[0]} --params {params:q} --no-bar'
+            ' run {input.template} {output[0]} --params {params:q} --no-bar --force'

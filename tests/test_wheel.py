@@ -1,10 +1,31 @@
 """The package as others have it: a wheel in an environment of its own, used from another folder, under another locale."""
-import os, shutil, subprocess, sys, sysconfig
+import json, os, shutil, subprocess, sys, sysconfig
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = '<s> def read ( path ) : <EOL> with open ('
+LOCKED = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
+SEARCH = """
+about: a search of seconds
+set: {seed: 42, codexglue: 4, thesis: 0}
+runs:
+  - method: search
+    id: search-size
+    set:
+      {objective: size, es_drop: 100.0, prompt_tokens: 64, recipes: [int8], rungs: [{samples: 4, rounds: 1, budgets: {onnx: {compare: 2}}}]}
+  - {method: baseline, id: dense}
+"""
+
+
+def locking(folder) -> list: # the beginning of a command
+    "Whatever follows sees `folder` on a file system that is read-only, which binds root, too; [] where mounting is not permitted."
+    unshare = shutil.which('unshare')
+    for how in ([], ['--user', '--map-root-user']):
+        start = [unshare, *how, '--mount', 'sh', '-c', LOCKED, str(folder)]
+        tried = unshare and subprocess.run([*start, 'touch', str(folder/'x')], capture_output=True, text=True)
+        if tried and 'Read-only file system' in tried.stderr: return start
+    return []
 
 
 @pytest.fixture(scope='module')
@@ -24,13 +45,14 @@ def installed(tmp_path_factory):
     (site/'others.pth').write_text(sysconfig.get_path('purelib') + '\n', encoding='utf-8')
     for p in site.rglob('*'): p.chmod(0o555 if p.is_dir() else 0o444)
     (d/'elsewhere').mkdir()
+    start = locking(d/'env')
     env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'CODEGPT', 'LC_', 'LANG'))}
     env |= {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
 
     def run(*args, code=None):
-        command = [str(d/'env'/'bin'/'python'), *(['-c', code] if code else ['-m', 'codegpt_nbc.runs.cli', *args])]
+        command = [*start, str(d/'env'/'bin'/'python'), *(['-c', code] if code else ['-m', 'codegpt_nbc.runs.cli', *args])]
         return subprocess.run(command, cwd=d/'elsewhere', env=env, capture_output=True, text=True, encoding='utf-8')
-    return run, d/'elsewhere', site
+    yield run, d/'elsewhere', site
 
 
 def ok(p):
@@ -45,13 +67,51 @@ def test_it_is_the_wheel_that_runs(installed):
 
 def test_it_completes_and_compresses_where_one_stands(installed):
     run, here, site = installed
-    before = sorted(p.relative_to(site) for p in site.rglob('*'))
+    before = listed(site)
     line = ok(run('complete', PROMPT)).strip()
     ok(run('compress', 'codegpt-nano', '-o', 'small', '--recipe', 'int8', '--n', '0'))
     assert (here/'small'/'model.onnx').is_file(), 'a relative path is the caller\'s'
     assert ok(run('complete', PROMPT, '--model', 'small')).strip() == line
-    assert 'n 4' in ok(run('evaluate', 'small', '--n', '4'))
-    assert sorted(p.relative_to(site) for p in site.rglob('*')) == before, 'nothing is written beside the package'
+    again = run('compress', 'codegpt-nano', '-o', 'small', '--n', '0')
+    assert again.returncode == 1 and again.stderr.strip().startswith('codegpt-nbc: small exists: '), again.stderr
+    ok(run('compress', 'codegpt-nano', '-o', 'small', '--n', '0', '--force'))
+    assert listed(site) == before, 'nothing is written beside the package'
+
+
+def test_it_evaluates_under_both_protocols_and_on_code_of_ones_own(installed):
+    run, here, site = installed
+    before, code = listed(site), here/'my code'
+    code.mkdir()
+    files = [f'<s> import os <EOL> def f{i} ( x ) : <EOL> y = x + {i % 9} <EOL> return y </s>' for i in range(40)]
+    for split in ('train', 'dev', 'test'): (code/f'{split}.txt').write_text('\n'.join(files) + '\n', encoding='utf-8')
+    for how in ([], ['--protocol', 'thesis'], ['--data', 'my code']):
+        said = ok(run('evaluate', 'codegpt-nano', '--n', '4', *how))
+        assert said.startswith('EM ') and said.strip().endswith('n 4'), said
+    assert (here/'build'/'imported').is_dir() and listed(site) == before
+
+
+def test_it_searches_and_runs_grids_where_one_stands(installed):
+    run, here, site = installed
+    before = listed(site)
+    (here/'configs').mkdir()
+    (here/'configs'/'search.yaml').write_text(SEARCH, encoding='utf-8')
+    search = run('search', '--objective', 'size', '--budget', 'es_drop=100')
+    said = ok(search).splitlines()
+    assert said[-1] == 'next: codegpt-nbc compress codegpt-nano -o small --recipe best'
+    notebook = here/'papermill_runs'/'search'/'search-size-100.ipynb'
+    assert said[-2] == f'chosen: int8, of 2 candidates of the last rung; the picture is in {notebook.relative_to(here)}'
+    assert any(line.startswith('ES %') for line in said) and 'rung 1 of 1, 2 of 2: int8 (at most about' in search.stderr, search.stderr
+    assert notebook.is_file() and json.loads(notebook.with_suffix('.json').read_text())['details']['chosen'] == 'int8'
+    ok(run('compress', 'codegpt-nano', '-o', 'best', '--recipe', 'best', '--n', '0'))
+    assert (here/'best'/'model.onnx').is_file()
+    (here/'configs'/'mine.yaml').write_text(SEARCH.split('  - method')[0]
+                                            + '  - {method: baseline, id: dense}\n', encoding='utf-8')
+    assert 'executed notebooks and results: papermill_runs/mine' in ok(run('reproduce', 'mine'))
+    assert (here/'papermill_runs'/'mine'/'dense.json').is_file() and (here/'build'/'mine'/'dense'/'model.safetensors').is_file()
+    assert listed(site) == before
+
+
+def listed(site) -> list: return sorted(p.relative_to(site) for p in site.rglob('*'))
 
 
 def test_the_library_is_there_too(installed):

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
-from ..core.paths import atomic_path, write_json, write_text
+from ..core.paths import new_folder, write_json, write_text
 from ..data.inputs import RunConfig
 from .measure import peak_memory
 
@@ -52,9 +52,7 @@ def stand_in(
     from codegpt_nbc.model.folder import save_model
     folder = Path(folder)
     data = folder.with_name(f'{folder.name}-data')
-    with atomic_path(data) as tmp:
-        tmp.mkdir()
-        codexglue_layout(tmp, texts)
+    with new_folder(data, 'corpus') as tmp: codexglue_layout(tmp, texts)
     step = {'method': 'stand_in', 'weights': 'random', 'seed': seed}
     with tempfile.TemporaryDirectory() as words:
         save_tokenizer(large_tokenizer(load_texts(n=texts), shape.vocab), words)

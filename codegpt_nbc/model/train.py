@@ -12,7 +12,7 @@ import math, time, warnings, numpy as np, torch
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
-from ..core.paths import atomic_path, read_json, write_json
+from ..core.paths import new_folder, read_json, write_json
 from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
@@ -186,8 +186,7 @@ def save_checkpoint(
         for k, values in own['state'].items():
             tensors |= {f'optim/{i}/{k}/{name}': torch.as_tensor(v) for name, v in values.items()}
         groups.append(own['param_groups'])
-    with atomic_path(folder) as tmp:
-        tmp.mkdir()
+    with new_folder(folder, 'checkpoint') as tmp:
         save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, tmp/'state.safetensors')
         write_json(tmp/'state.json', state | {'groups': groups})
 

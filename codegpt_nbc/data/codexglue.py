@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core.paths import atomic_path, project_root, write_json
+from ..core.paths import new_folder, project_root, write_json
 from .samples import make_samples, protocol_named, quiet_datasets
 from .text_format import Literals
 
@@ -199,16 +199,24 @@ def imported(
     "A folder in the frozen corpus's layout, made once a state of the files. Raises `ValueError` without code or samples."
     folder = Path(folder)
     if (folder/'train.parquet').is_file() and (folder/'test_codexglue.parquet').is_file(): return folder
-    files = [(p, p.stat()) for p in sorted(folder.rglob('*')) if p.is_file()]
+    files = [(p, p.stat()) for p in _files_of(folder)]
     state = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p, s in files]
     key = blake2b(repr((state, n_test, n_thesis, n_valid, seed)).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'imported'/key
     if out.is_dir(): return out
-    with atomic_path(out) as tmp, TemporaryDirectory(dir=out.parent) as cache:
-        tmp.mkdir()
+    with new_folder(out, 'corpus') as tmp, TemporaryDirectory(dir=out.parent) as cache:
         tables, answers = _tables(folder, cache, n_test, n_thesis, n_valid, seed)
         with quiet_datasets(): tables['train'].to_parquet(tmp/'train.parquet', batch_size=1000)   # a row group
         for name, t in tables.items():
             if name != 'train': t.to_parquet(tmp/f'{name}.parquet', index=False, row_group_size=1000)
         write_json(tmp/'summary.json', {'rows': {name: len(t) for name, t in tables.items()}, 'answers': answers})
     return out
+
+_MOST_FILES = 2**20   # py150 unpacked has 150,000
+
+def _files_of(folder: Path) -> list: # of paths
+    "The files of a folder. Raises `ValueError` for one that is a whole disk rather than a data set."
+    found = [*itertools.islice((p for p in folder.rglob('*') if p.is_file()), _MOST_FILES + 1)]
+    if len(found) > _MOST_FILES:
+        raise ValueError(f'{folder} holds more than {_MOST_FILES:,} files: give the folder of the data set itself.')
+    return sorted(found)

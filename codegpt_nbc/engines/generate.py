@@ -58,8 +58,14 @@ def open_engine(
     threads: int | None = None, # Cores to use; None: `paths.cores`
 ) -> tuple: # (engine, tokenizer)
     "The engine that runs this folder, with its tokenizer. Raises `ValueError` if they do not fit."
-    tok, engine = load_tokenizer(folder), engine_of(folder)(folder, threads)
-    check_fits(tok, engine.vocab)
+    tok = load_tokenizer(folder)
+    try:
+        engine = engine_of(folder)(folder, threads)
+        check_fits(tok, engine.vocab)
+    except (ValueError, OSError, RuntimeError, ImportError): raise   # which say in a sentence what is wrong
+    except Exception as e:   # whatever else damaged files make an engine stumble over
+        why = 'too large for the memory of this machine, or damaged' if isinstance(e, MemoryError) else 'damaged'
+        raise ValueError(f'{folder} cannot be opened ({type(e).__name__}: {e}), it is {why}: fetch it or make it again.') from None
     return engine, tok
 
 # %% ../../nbs/engines/50_generate.ipynb #ea0a3402

@@ -11,7 +11,7 @@ import tempfile, numpy as np
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.paths import check_memory, cores, read_json
+from ..core.paths import check_memory, cores, export_settings, read_json
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
@@ -169,7 +169,7 @@ def open_session(
     if profile: options.enable_profiling, options.profile_file_prefix = True, profile
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
-    try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    try: session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'], enable_fallback=0)
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e:
         raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
@@ -289,7 +289,7 @@ class OrtEngine:
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
         other = ValueError(f'{folder} was not written by this version of export_onnx: '
                            'export it again from the model folder it was made from.')
-        how = read_json(path.with_name('config.json')).get('onnx', {})
+        how = export_settings(folder, 'onnx')   # after its checksums
         if 'context' not in how: raise other
         data, size = path.with_name(DATA_FILE), how.get('data_bytes', 0)
         if size and not (data.is_file() and data.stat().st_size == size):
@@ -304,7 +304,7 @@ class OrtEngine:
     @staticmethod
     def _open(path, threads, how: dict, profile: str) -> list: # of sessions: for tokens, and for prompts where that is another
         if not how.get('int8_prompts', False): return [open_session(path, threads, profile=profile)]
-        rewrite = partial(prompt_graph, by_row=how['by_row'])
+        rewrite = partial(prompt_graph, by_row=how.get('by_row', False))
         # the one for prompts first, while nothing else is in memory: making it takes the most
         prompts = open_session(path, threads, rewrite, spin=False, profile=profile)
         return [open_session(path, threads, spin=False, profile=profile), prompts]

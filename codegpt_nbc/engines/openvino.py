@@ -13,7 +13,7 @@ from typing import Literal
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, cores, new_folder
+from ..core.paths import BASE_MODEL, check_seal, cores, new_folder
 from ..core.record import StepResult, cpu_model
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
@@ -269,7 +269,7 @@ class OpenvinoEngine:
         threads: int | None = None,  # Cores to use; None: `paths.cores`
         hint: dict | None = None,    # Compile options; None: `_hint`
     ):
-        ov, config = openvino(), read_config(folder)
+        ov, config = openvino(), check_seal(folder)
         shape, path = shape_of_config(config)[0], Path(folder)/OPENVINO_FILE
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
         self.context, self.vocab = shape.context, shape.vocab

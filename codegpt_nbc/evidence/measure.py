@@ -122,10 +122,12 @@ def take_turns(
     workers: dict,    # name → `Worker`
     rounds: int,
     completions: int, # of each in a round
+    desc: str | None = None, # Name of a progress bar; None: no bar
 ) -> dict: # name → its answers, one a round
     "Let workers run in turn, a different one first each round."
+    from tqdm import tqdm
     names, answers = [*workers], {name: [] for name in workers}
-    for r in range(rounds):
+    for r in tqdm(range(rounds), desc, unit='round', disable=desc is None):
         first = r % len(names)
         for name in names[first:] + names[:first]: answers[name].append(workers[name].ask(completions))
     return answers
@@ -156,6 +158,7 @@ def measure(
     new_tokens: int = 16,
     threads: int | None = None, # None: all cores
     data=CORPUS,               # Folder of the samples whose inputs are the prompts
+    desc: str | None = None,   # Name of a bar of the rounds; None: no bar
 ) -> tuple: # (Speed, Memory, dict with the single rounds and the baseline's own times)
     "Compare `target` with `baseline`, alone on the machine. Raises `RuntimeError` if a model cannot be run."
     about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads or cores())
@@ -163,7 +166,7 @@ def measure(
     with Worker(target, **about, **code) as a, Worker(baseline, **about, **code) as b:
         engine = a.read()['ready']
         b.read()
-        done = take_turns(dict(baseline=b, target=a), rounds, completions)
+        done = take_turns(dict(baseline=b, target=a), rounds, completions, desc)
     speed, ratios = compared(done['target'], done['baseline'], engine=engine, **about)
     last, base = done['target'][-1], done['baseline'][-1]
     theirs = median(_medians(answer)[0] for answer in done['baseline'])

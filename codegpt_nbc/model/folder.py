@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 from torch.overrides import TorchFunctionMode
-from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sha256, write_json
+from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sealed, sha256, write_json
 from ..data.tokenizer import load_tokenizer, own_settings
 from .decoder import Decoder, count_of
 from .families import FAMILIES, Family, in_file_order, is_regular, resolved
@@ -414,14 +414,15 @@ def copy_tokenizer(source, folder):
         load_tokenizer(source).save(str(Path(folder)/'tokenizer.json'))
 
 def describe(
-    folder,               # To write to, whatever engine reads it
+    folder,               # To write to, whatever engine reads it; holds the weights, and nothing else yet
     shape: Shape,
     parent,               # The folder that the model was made from
     step: dict | None = None, # The step just done, for the recipe
     **config,             # Additions to config.json
 ):
     "Write the files of a model folder except the weights."
-    write_json(Path(folder)/'config.json', config_of_shape(shape) | special_ids(parent) | own_settings(parent) | config)
+    about = config_of_shape(shape) | special_ids(parent) | own_settings(parent) | config
+    write_json(Path(folder)/'config.json', sealed(folder, about))
     write_json(Path(folder)/'recipe.json', {'chain': recipe_of(parent) + ([step] if step else [])})
     copy_tokenizer(parent, folder)
 

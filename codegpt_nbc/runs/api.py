@@ -152,10 +152,11 @@ class Compressed:
 def compress(
     model,                 # As for `load`
     recipe='int8',         # A name of `configs/recipes.yaml`, `best` (what the last search chose), or a `grid.Recipe`
-    out='small',           # Folder of the compressed model; must not exist
+    out='small',           # Folder of the compressed model; must not exist, see `force`
     data: str = '',        # Code to train on: Python files, or CodeXGLUE's layout: a folder, or a name on the hub; '': the frozen corpus
     budgets='full',        # What each method may spend: a profile's name, or method → parameters
     progress: bool = True, # Say which step runs and how long all will take
+    force: bool = False,   # Replace an earlier model in `out`, when the new one is whole
 ) -> Compressed:
     """Apply a recipe to a model. The recipes `int8` and `int4` train nothing and take seconds; the others train.
 
@@ -163,16 +164,18 @@ def compress(
     >>> small.table(n=100)                                             # doctest: +SKIP
     >>> load(small).complete('<s> def read ( path ) : <EOL> with open (')  # doctest: +SKIP
 
-    Raises `FileExistsError` if `out` exists, and `ValueError` for an unknown model, recipe or parameter, all before the work starts.
+    Raises `FileExistsError` if `out` exists, with `force` if it is not an earlier model of ours, and `ValueError` for an unknown model,
+    recipe or parameter, all before the work starts.
     """
     from codegpt_nbc.data.inputs import resolve_data
-    from codegpt_nbc.runs.steps import apply_recipe, budgets_of, recipe_named, refuse_existing
-    refuse_existing(out)
+    from codegpt_nbc.core.paths import check_out
+    from codegpt_nbc.runs.steps import apply_recipe, budgets_of, recipe_named
     name = _chosen(recipe) if isinstance(recipe, str) else recipe.about
     chosen = recipe_named(name) if isinstance(recipe, str) else recipe
     folder = _folder_of(model)
+    check_out(out, 'model', [folder], force)
     spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
-    steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress)
+    steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress, force=force)
     return Compressed(Path(out), folder, name, steps, resolve_data(data, folder))
 
 def _chosen(recipe: str) -> str:

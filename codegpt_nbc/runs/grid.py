@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READS', 'WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'FOLDERS', 'Block', 'Recipe', 'Profile', 'Run',
            'template_of', 'is_step', 'from_start', 'expand', 'resources', 'read_recipes', 'read_profile', 'RunFailed',
-           'template_parameters', 'check_parameters', 'kernel_of', 'run_notebook', 'snakemake_command', 'spell_time',
-           'Progress', 'reproduce']
+           'template_parameters', 'check_parameters', 'kernel_of', 'run_notebook', 'Screen', 'is_executed',
+           'snakemake_command', 'spell_time', 'Progress', 'reproduce']
 
 # %% ../../nbs/runs/70_grid.ipynb #4a03b84d
 import ast, itertools, os, re, shutil, subprocess, sys, tempfile, threading, time
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
-from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, all_cores, atomic_path, check_replaceable, models_dir,
-                                    project_root, read_json, runs_dir, shared)
+from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
+                                    figures_dir, models_dir, project_root, read_json, runs_dir, shared)
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
 class Block(Strict):
@@ -146,8 +146,8 @@ def read_recipes() -> dict: # name → `Recipe`
 def read_profile(name: str) -> dict: # run id → `Run`
     "The runs of `configs/<name>.yaml`. Raises `FileNotFoundError` for a profile that does not exist."
     path = shared(f'configs/{name}.yaml')
-    if not path.is_file() or name in NOT_PROFILES:
-        known = ', '.join(sorted(p.stem for p in path.parent.glob('*.yaml') if p.stem not in NOT_PROFILES))
+    if not re.match(NAME, name) or not path.is_file() or name in NOT_PROFILES:
+        known = ', '.join(sorted(p.stem for p in shared('configs').glob('*.yaml') if p.stem not in NOT_PROFILES))
         raise FileNotFoundError(f'there is no profile {name!r}: configs/ has {known}.')
     return _read_yaml(path, lambda found: expand(Profile(**found), name, read_recipes()))
 
@@ -159,7 +159,9 @@ def template_parameters(template) -> dict: # name → default, as it is written
     import logging, papermill
     logging.getLogger('papermill').setLevel(logging.ERROR)
     if not Path(template).is_file(): raise FileNotFoundError(f'there is no template {template}: give a notebook of nbs/experiments.')
-    return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
+    try: return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
+    except Exception as e:   # the reader's errors share no base
+        raise ValueError(f'{template} is not a notebook ({type(e).__name__}): give a notebook of nbs/experiments.') from None
 
 def check_parameters(template, params: dict):
     "Raise `ValueError` for parameters that the template does not have."
@@ -188,31 +190,79 @@ def run_notebook(
     out,               # The executed notebook; appears when it is complete
     params: dict,
     kernel: str | None = None, # Jupyter kernel; None: its backend's, or else the template's own
-    bar: bool = True,  # Count the cells on a terminal
+    bar: bool = True,  # Say on a terminal which cell runs, and what its loop says
+    force: bool = False, # Replace an earlier executed notebook
 ) -> Path:
     """Execute a template with papermill. A failed one is kept under `build/` and named in the error; the results of an earlier run stay
-    until the new ones are whole. Relative paths among the parameters are the caller's."""
+    until the new ones are whole. Relative paths among the parameters are the caller's. Raises `FileExistsError` if `out` exists."""
     import papermill
     check_parameters(template, params)
     kernel, out = kernel or kernel_of(params), Path(out)
     profile, run_id = _place_of(template, params, out)
-    params = _from_here(params, profile)
-    quiet = ['--IPKernelApp.log_level=50']   # it calls local TCP and its own orderly end errors; those of a cell are in the notebook
-    cells = {'desc': f'{out.stem:<32}', 'leave': False, 'disable': None, 'bar_format': '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'}
+    own = {'run_id': run_id} if 'run_id' in template_parameters(template) else {}   # so that there is a cell of them, see `is_executed`
+    params = _from_here(own | params, profile)
+    _check_notebook(out, template, force)
+    quiet, screen = ['--IPKernelApp.log_level=50'], Screen()   # it calls local TCP and its own orderly end errors
+    shown = dict(progress_bar=bar and screen.bar(out.stem), stderr_file=screen.loop if bar else None)
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
         try:
             papermill.execute_notebook(str(template), str(tmp), params, kernel_name=kernel, cwd=str(project_root()),
-                                       extra_arguments=quiet, progress_bar=bar and cells)
-        except papermill.PapermillExecutionError as e: raise _failed(out, tmp, e) from None
+                                       extra_arguments=quiet, **shown)
+        except papermill.PapermillExecutionError as e: raise _failed(profile, out, tmp, e) from None
         _tidy(tmp, kernel)
     return out
 
-def _failed(out: Path, tmp: Path, e) -> RunFailed:
+def _failed(profile: str, out: Path, tmp: Path, e) -> RunFailed:
     "Keep the notebook of a failed run where one can look at it."
-    failed = models_dir(out.parent.name)/f'{out.stem}.failed.ipynb'
+    failed = models_dir(profile)/f'{out.stem}.failed.ipynb'
     failed.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(tmp, failed)
     return RunFailed(f'{out.stem} failed: {e.ename}: {e.evalue} (see {os.path.relpath(failed)}).')
+
+# %% ../../nbs/runs/70_grid.ipynb #7dbf487e
+class Screen:
+    "One line of a terminal: the cell that a notebook is at, and what the loop within says."
+    def __init__(self, to=None):
+        self.to, self.said = to or sys.stderr, {'cell': '', 'loop': ''}
+        self.cell, self.loop = _Part(self, 'cell'), _Part(self, 'loop')
+
+    def bar(self, name: str) -> dict: # for papermill
+        "The bar of the cells."
+        text = '{desc}: cell {n_fmt} of {total_fmt}, {elapsed}'
+        return {'desc': name, 'leave': False, 'disable': None, 'file': self.cell, 'bar_format': text}
+
+    def show(self, part: str, text: str):
+        "Change one part of the line."
+        if part == 'cell' and text.rpartition(',')[0] != self.said['cell'].rpartition(',')[0]: self.said['loop'] = ''
+        self.said[part] = text
+        if not self.to.isatty(): return
+        line, width = ' | '.join(filter(None, self.said.values())), shutil.get_terminal_size().columns - 1
+        self.to.write('\r' + line[:width].ljust(width) + ('' if line else '\r'))
+        self.to.flush()
+
+class _Part:
+    "A file whose last line is a part of the screen's."
+    def __init__(self, screen: Screen, name: str): self.screen, self.name = screen, name
+    def isatty(self) -> bool: return self.screen.to.isatty()
+    def flush(self): pass
+    def write(self, text: str):
+        lines = [line.strip() for line in re.split(r'[\r\n]|\x1b\[A', text)]
+        told = [line for line in lines if line]
+        if told or self.name == 'cell': self.screen.show(self.name, told[-1] if told else '')
+
+# %% ../../nbs/runs/70_grid.ipynb #74d1661a
+def is_executed(path) -> bool:
+    "Is this a notebook that `run_notebook` executed? It then has a cell of injected parameters, which no template has."
+    import nbformat
+    try: return any('injected-parameters' in cell.metadata.get('tags', []) for cell in nbformat.read(path, as_version=4).cells)
+    except Exception: return False   # no notebook; the reader's errors share no base
+
+def _check_notebook(out: Path, template, force: bool):
+    "Raise an `OSError` if the executed notebook would replace anything but, with `force`, an earlier one."
+    check_out(out, sources=[template], force=force)
+    if out.is_dir(): raise IsADirectoryError(f'{out} is a folder: name the executed notebook, for instance {out/"out.ipynb"}.')
+    if out.exists() and not is_executed(out):
+        raise FileExistsError(f'{out} is not a notebook that codegpt_nbc executed: choose another name, or remove it yourself.')
 
 # %% ../../nbs/runs/70_grid.ipynb #0b94f2c6
 FOLDERS = (*READS, 'data')   # parameters that may name a folder
@@ -236,12 +286,18 @@ def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) ->
 def _place_of(template, params: dict, out: Path) -> tuple: # (profile, run id)
     "Where the results of a run belong: as its parameters say, or else the template's."
     written = template_parameters(template)
-    def value(name, default): return str(params.get(name) or (ast.literal_eval(written[name]) if name in written else default))
-    return value('profile', 'try'), re.sub(r'[^\w.-]', '_', value('run_id', out.stem))
+    def value(name, default):
+        given = params.get(name) or (ast.literal_eval(written[name]) if name in written else default)
+        if not isinstance(given, str): raise ValueError(f'parameter {name!r} is {given!r}: give a word.')
+        return given
+    run_id = re.sub(r'[^\w.-]', '_', value('run_id', out.stem))
+    if not re.match(NAME, run_id): raise ValueError(f'{run_id!r} cannot name a run: use letters, digits, - and _.')
+    return value('profile', 'try'), run_id
 
 def _check_earlier(folder: Path):
-    "Raise `FileExistsError` where someone put a file of their own into an earlier run's folder."
-    if (folder/OWN_FILES).is_file(): check_replaceable(folder, read_json(folder/OWN_FILES)['kind'])
+    "Raise `FileExistsError` where a run would replace a folder that is none of a run, or to which someone added a file."
+    own = read_json(folder/OWN_FILES) if (folder/OWN_FILES).is_file() else {}
+    check_replaceable(folder, own.get('kind') or 'model')
 
 @contextmanager
 def _all_or_nothing(profile: str, run_id: str):
@@ -258,7 +314,6 @@ def _all_or_nothing(profile: str, run_id: str):
     finally:
         del os.environ['CODEGPT_NBC_SCRATCH']
         shutil.rmtree(scratch, ignore_errors=True)
-
 
 # %% ../../nbs/runs/70_grid.ipynb #fb39f1aa
 def _last_state(text: str) -> str:
@@ -313,7 +368,7 @@ def _only_grid():
     "Hold the lock of this checkout. Raises `RuntimeError` if another grid holds it."
     from filelock import FileLock, Timeout
     lock = FileLock(project_root()/'build'/'grid.lock')
-    Path(lock.lock_file).parent.mkdir(exist_ok=True)
+    Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
     try: lock.acquire(timeout=0)
     except Timeout: raise RuntimeError('another grid is running in this checkout: wait for it to end, or use a second clone.') from None
     with lock: yield
@@ -412,4 +467,5 @@ def reproduce(
         missing = _not_made(profile, runs)
         raise RunFailed(f'{len(missing)} of {len(runs)} runs are not finished (first: {missing[0] if missing else "none"}): '
                         'mend what is printed above and call it again, finished runs are kept.')
-    return f'executed notebooks and results: papermill_runs/{profile}/   figures and tables: figures/{profile}/'
+    places = {'executed notebooks and results': runs_dir(profile), 'figures and tables': figures_dir(profile)}
+    return '\n'.join(f'{what}: {os.path.relpath(place)}' for what, place in places.items() if place.is_dir())

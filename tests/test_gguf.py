@@ -20,7 +20,7 @@ from codegpt_nbc.model.layers import Shape
 gguf = pytest.importorskip('gguf', reason='no package gguf: pip install -r requirements-interop.txt')
 NO_LLAMA = pytest.mark.skipif(not find_spec('llama_cpp'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')
 WRITTEN = [f for f in FAMILIES if f in ARCHITECTURES]
-READ = [f for f in ('llama', 'mistral', 'qwen2') if f in FAMILIES]   # of the others, transformers' reader leaves out a size or the rotary base
+READ = [f for f in ('llama', 'mistral', 'qwen2') if f in FAMILIES]   # transformers' reader leaves out a size of the others
 
 
 def random_folder(path, family: str, queries: int = 1, context: int = 1024):

@@ -1,13 +1,19 @@
-"""The embedded model writes the same lines, whatever engine runs it."""
-import pytest
-from codegpt_nbc.engines.generate import open_engine
-from codegpt_nbc.data.samples import load_samples
-from codegpt_nbc.engines.generate import complete_batch
-from codegpt_nbc.model.folder import load_model, save_model
-from codegpt_nbc.engines.onnx_export import export_onnx
+"""The embedded model writes the same lines, whatever engine runs it; weights of any size."""
+import os, shutil
+import numpy as np, pytest, torch
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
-from codegpt_nbc.methods.quantize import quantize
+from codegpt_nbc.data.samples import load_samples
+from codegpt_nbc.engines import onnx_export
+from codegpt_nbc.engines.generate import complete_batch, greedy, open_engine
+from codegpt_nbc.engines.onnx_export import export_onnx
+from codegpt_nbc.engines.onnx_run import DATA_FILE, OrtEngine
+from codegpt_nbc.engines.pytorch import TorchEngine
+from codegpt_nbc.evidence.evaluate import size_of, weight_files
+from codegpt_nbc.methods.quantize import PRECISIONS, quantize
 from codegpt_nbc.methods.schemes import weight_schemes
+from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.folder import load_model, save_model
+from codegpt_nbc.model.layers import Shape
 
 PROMPTS = load_samples('codexglue', 8, 'test', CORPUS).input
 
@@ -31,3 +37,55 @@ def test_onnx_with_float_inputs_writes_what_pytorch_writes_from_the_same_codes(b
 def test_int8_changes_few_texts(dense, tmp_path):
     int8 = texts(export_onnx(BASE_MODEL, tmp_path/'onnx', 'int8'))
     assert sum(a == b for a, b in zip(int8, dense)) >= 6
+
+
+# Weights that do not fit into one file
+
+LLAMA = Shape(512, 64, 64, 16, (2,)*12, (96,)*12, 'llama', queries=2, tied=False)
+IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
+
+
+@pytest.fixture(params=[Shape(512, 64, 64, 16, (4,)*12, (128,)*12), LLAMA], ids=['gpt2', 'llama'])
+def model(request):
+    m = Decoder(request.param).init_weights()
+    for p in m.parameters(): p.data = 6*p if p.ndim == 2 else p + .1*torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return m
+
+
+def both_ways(source, out, precision, monkeypatch):
+    "The same export in one file and in two."
+    whole = export_onnx(source, out/f'{precision}-one', precision)
+    monkeypatch.setattr(onnx_export, 'ONE_FILE', 10_000)
+    return whole, export_onnx(source, out/f'{precision}-two', precision)
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_a_file_of_weights_changes_nothing(precision, model, tmp_path, monkeypatch):
+    one, two = both_ways(save_model(model, tmp_path/'m'), tmp_path, precision, monkeypatch)
+    assert not (one/DATA_FILE).exists() and (two/'model.onnx').stat().st_size < .6*(one/'model.onnx').stat().st_size
+    assert weight_files(two) == [two/'model.onnx', two/DATA_FILE]
+    assert size_of(two).params == size_of(one).params and size_of(two).nonzero_params == size_of(one).nonzero_params
+    assert size_of(two).raw_bytes > .9*size_of(one).raw_bytes
+    written = [greedy(OrtEngine(f, threads=1), IDS, 12, 5) for f in (one, two)]
+    assert written[0] == written[1]
+    moved = shutil.copytree(two, tmp_path/'elsewhere')
+    assert greedy(OrtEngine(moved, threads=1), IDS, 12, 5) == written[0]
+
+
+@pytest.mark.parametrize('damage', ['missing', 'short'])
+def test_a_damaged_file_of_weights_is_one_sentence(damage, model, tmp_path, monkeypatch):
+    _, two = both_ways(save_model(model, tmp_path/'m'), tmp_path, 'int4', monkeypatch)
+    data = two/DATA_FILE
+    if damage == 'missing': data.unlink()
+    else: data.write_bytes(data.read_bytes()[:-5000])
+    for call in (OrtEngine, size_of):
+        with pytest.raises(ValueError, match='model.onnx.data is missing or truncated'): call(two)
+
+
+@pytest.mark.skipif(not os.environ.get('CODEGPT_NBC_LARGE'), reason='takes 10 GB of memory and minutes: set CODEGPT_NBC_LARGE=1')
+def test_a_graph_of_more_than_two_gib(tmp_path):
+    model = Decoder(Shape(151_936, 64, 896, 64, (2,)*24, (4864,)*24, 'llama', queries=7)).init_weights()
+    folder = export_onnx(save_model(model, tmp_path/'m', dtype=torch.bfloat16), tmp_path/'onnx')
+    assert (folder/DATA_FILE).stat().st_size > 1.9e9
+    model = load_model(tmp_path/'m')
+    assert greedy(OrtEngine(folder), IDS, 4, -1) == greedy(TorchEngine(model), IDS, 4, -1)

@@ -10,11 +10,14 @@ __all__ = ['INPUTS', 'OPENVINO_FILE', 'OPENVINO_PRECISIONS', 'openvino', 'table'
 import time, numpy as np, torch
 from pathlib import Path
 from typing import Literal
+from fastcore.basics import patch
+from torch import nn
 from torch.nn import functional as F
 from ..core.paths import BASE_MODEL, cores, new_folder
 from ..core.record import StepResult, cpu_model
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
+from ..model.layers import GatedFeedForward
 from ..model.folder import describe, load_model, read_config, shape_of_config
 from ..methods.quantize import in_precision
 
@@ -75,17 +78,31 @@ def _product(x, m, w): # (…, d) → (…, n)
     return ops.matmul(x, w, False, True)
 
 def _linear(x, m): # (…, d) → (…, n)
-    return openvino().opset13.add(_product(x, m, table(m)), m.bias.detach().float().numpy())
+    y = _product(x, m, table(m))
+    return y if m.bias is None else openvino().opset13.add(y, m.bias.detach().float().numpy())
 
 def _embed(ids, m, w): # (B, S) → (B, S, D)
     ops = openvino().opset13
     x, d = ops.gather(w, ids, ops.constant(0)), m.weight.shape[1]
     return x if w.shape[1] == d else ops.slice(x, *(ops.constant(np.array([v])) for v in (0, d, 1, 2)))
 
-def _norm(x, m): # (…, D) → (…, D)
+def _rms(x, eps: float): # (…, D) → (…, D)
+    "x over its root mean square."
     ops = openvino().opset13
-    x = ops.mvn(x, ops.constant(np.array([-1])), True, m.eps, 'inside_sqrt')
-    return ops.add(ops.multiply(x, m.weight.detach().float().numpy()), m.bias.detach().float().numpy())
+    mean = ops.reduce_mean(ops.power(x, np.float32(2)), ops.constant(np.array([-1])), True)   # (…, 1)
+    return ops.divide(x, ops.sqrt(ops.add(mean, np.float32(eps))))
+
+def _norm(x, m): # (…, D) → (…, D)
+    "The norm `m` of `x`: an RMS norm, or a layer norm."
+    ops, rms = openvino().opset13, isinstance(m, nn.RMSNorm)
+    y = _rms(x, m.eps) if rms else ops.mvn(x, ops.constant(np.array([-1])), True, m.eps, 'inside_sqrt')
+    y = ops.multiply(y, m.weight.detach().float().numpy())
+    return y if rms else ops.add(y, m.bias.detach().float().numpy())
+
+def _neurons(x, m): # (…, D) → (…, neurons)
+    "The FFN `m` before its output map."
+    ops, up = openvino().opset13, _linear(x, m.up)
+    return ops.multiply(ops.swish(_linear(x, m.gate)), up) if isinstance(m, GatedFeedForward) else ops.gelu(up, 'tanh')
 
 # %% ../../nbs/engines/54_openvino.ipynb #28e94f58
 INPUTS = dict(  # of the model: name → (shape, element type); −1: any size
@@ -119,39 +136,69 @@ class Writer:
         self.sinks.append(ops.assign(whole, name))
         return whole
 
-    def attention(self, x, m, l: int): # (B, S, D) → (B, S, H·d)
-        "Attention `m` of layer `l`, before its output map."
-        ops, (h, d) = openvino().opset13, (m.n_head, m.d_head)
-        def turned(t): return ops.transpose(t, ops.constant(np.array([0, 2, 1, 3]))) # (B, H, …, d)
-        packed = ops.split(_linear(x, m.qkv), ops.constant(2), 3)                    # each (B, S, H·d)
-        q, k, v = (ops.reshape(t, ops.constant(np.array([0, 0, h, d])), True) for t in packed.outputs())
-        k, v = self.cached(k, f'{l}.key', h, d), self.cached(v, f'{l}.value', h, d)  # (B, T, H, d)
-        y = ops.scaled_dot_product_attention(turned(q), turned(k), turned(v), self.mask)
-        return ops.reshape(turned(y), ops.constant(np.array([0, 0, h*d])), True)
+
+# %% ../../nbs/engines/54_openvino.ipynb #5fd45f2f
+def _ints(*values): return openvino().opset13.constant(np.array(values))
+
+@patch
+def turn(self: Writer, model: Decoder) -> list: # cosines and sines, each (B, S, 1, d); none where positions are learned
+    "How the new positions turn queries and keys, see `rotation`. The tables are PyTorch's, so that the angles are equal."
+    ops, tables = openvino().opset13, model.turn(torch.arange(model.shape.context))   # (context, d) twice
+    if tables is None: return []
+    def at_positions(t): return ops.unsqueeze(ops.gather(ops.constant(t.numpy()), self.position_ids, ops.constant(0)), _ints(2))
+    return [at_positions(t) for t in tables]
+
+def _turned(x, cos, sin): # (B, S, H, d) → (B, S, H, d)
+    "See `rotate`."
+    ops = openvino().opset13
+    first, second = ops.split(x, ops.constant(3), 2).outputs()              # (B, S, H, d/2) each
+    quarter = ops.concat([ops.negative(second), first], 3)
+    return ops.add(ops.multiply(x, cos), ops.multiply(quarter, sin))
+
+def _split(x, m, turn) -> list: # (B, S, D) → (B, S, G·H, d) and twice (B, S, H, d)
+    "Queries, keys and values, see `Attention.split`."
+    ops = openvino().opset13
+    packed = ops.split(_linear(x, m.qkv), ops.constant(2), 3).outputs() if hasattr(m, 'qkv') else [_linear(x, t) for t in (m.q, m.k, m.v)]
+    q, k, v = (ops.reshape(t, _ints(0, 0, -1, m.d_head), True) for t in packed)
+    return [*(_turned(t, *turn) for t in (q, k)), v] if turn else [q, k, v]
+
+
+# %% ../../nbs/engines/54_openvino.ipynb #c0980d30
+@patch
+def attention(self: Writer, x, m, l: int, turn: list): # (B, S, D) → (B, S, G·H·d)
+    "Attention `m` of layer `l`, before its output map."
+    ops, (h, d) = openvino().opset13, (m.n_head, m.d_head)
+    def swapped(t): return ops.transpose(t, _ints(0, 2, 1, 3))              # (B, H, …, d) or back
+    def each(t): # (B, H, T, d) → (B, G·H, T, d): once for each query that shares it
+        if m.queries == 1: return t
+        copies = ops.broadcast(ops.unsqueeze(t, _ints(2)), _ints(1, 1, m.queries, 1, 1), broadcast_spec='BIDIRECTIONAL')   # (B, H, G, T, d)
+        return ops.reshape(copies, _ints(0, m.queries*h, -1, d), True)
+    q, k, v = _split(x, m, turn)
+    k, v = self.cached(k, f'{l}.key', h, d), self.cached(v, f'{l}.value', h, d)   # (B, T, H, d)
+    y = ops.scaled_dot_product_attention(swapped(q), each(swapped(k)), each(swapped(v)), self.mask)
+    return ops.reshape(swapped(y), _ints(0, 0, m.queries*h*d), True)
+
 
 # %% ../../nbs/engines/54_openvino.ipynb #c9c04042
 @torch.no_grad()
 def build_model(model: Decoder): # openvino.Model
-    "The decoder as an OpenVINO model, whatever its shape. Raises `ValueError` for a family other than gpt2."
-    if model.shape.family != 'gpt2':
-        raise ValueError(f'OpenVINO folders are written for gpt2 alone, and this model is a {model.shape.family}: '
-                         'export it with export_onnx.')
+    "The decoder as an OpenVINO model, whatever its shape and family."
     ov, g = openvino(), Writer()
     ops = ov.opset13
     def only_asked(x): return ops.gather_nd(x, g.asked)                              # (B, S, …) → (logits, …)
     last = max((l for l, heads in enumerate(model.shape.heads) if heads), default=-1)   # the last layer with attention
     lookup, head = (model.tokens,)*2 if model.shape.tied else (model.tokens.lookup, model.tokens.head)
-    tokens = table(lookup)
-    x = ops.add(_embed(g.input_ids, lookup, tokens), _embed(g.position_ids, model.positions, table(model.positions)))
+    tokens, turn = table(lookup), g.turn(model)
+    x = _embed(g.input_ids, lookup, tokens)                                          # (B, S, D)
+    if model.positions is not None: x = ops.add(x, _embed(g.position_ids, model.positions, table(model.positions)))
     if last < 0: x = only_asked(x)
     for l, block in enumerate(model.blocks):
         if block.attn is not None:
-            y = g.attention(_norm(x, block.norm1), block.attn, l)
+            y = g.attention(_norm(x, block.norm1), block.attn, l, turn)
             if l == last: x, y = only_asked(x), only_asked(y)
             x = ops.add(x, _linear(y, block.attn.proj))
         if block.mlp is not None:
-            neurons = ops.gelu(_linear(_norm(x, block.norm2), block.mlp.up), 'tanh')
-            x = ops.add(x, _linear(neurons, block.mlp.down))
+            x = ops.add(x, _linear(_neurons(_norm(x, block.norm2), block.mlp), block.mlp.down))
     logits = _product(_norm(x, model.norm), head, tokens if model.shape.tied else table(head))   # (logits, vocab)
     logits.output(0).set_names({'logits'})
     return ov.Model([ops.result(logits)], g.sinks, [getattr(g, name) for name in INPUTS], 'decoder')

@@ -25,7 +25,7 @@ class Graph:
     ):
         self.accuracy_level, self.by_row = accuracy_level, by_row
         self.nodes = []      # onnx.NodeProto, in the order of computation
-        self.taken = set()   # names of values in a graph that nodes are copied from
+        self.taken = set()   # names of values, those made here and those in a graph that nodes are copied from
         self.weights = {}    # name → array
         self.tables = {}     # module → names and attributes of its quantised matrix, see `Graph.table`
         self.rounded = {}    # value → names of its integers, step and zero point, and its rows' largest magnitudes
@@ -47,6 +47,7 @@ class Graph:
         "A name that no node has, neither of those made here nor of those copied from another graph."
         number = len(self.nodes)
         while f'{kind}_{number}' in self.taken: number += len(self.taken)
+        self.taken.add(f'{kind}_{number}')
         return f'{kind}_{number}'
 
     def weight(self,

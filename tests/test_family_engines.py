@@ -1,0 +1,88 @@
+"""Every family in every engine, at twelve layers: what PyTorch writes, ONNX Runtime and OpenVINO write."""
+import os, subprocess, sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+import numpy as np, pytest, torch
+from codegpt_nbc.data.tokenizer import save_tokenizer, train_tokenizer
+from codegpt_nbc.engines.generate import greedy
+from codegpt_nbc.engines.onnx_export import count_onnx_parameters, export_onnx
+from codegpt_nbc.engines.onnx_run import OrtEngine
+from codegpt_nbc.engines.pytorch import TorchEngine
+from codegpt_nbc.engines.session import Session
+from codegpt_nbc.methods.quantize import in_precision
+from codegpt_nbc.model.decoder import Decoder, count_parameters
+from codegpt_nbc.model.families import FAMILIES
+from codegpt_nbc.model.folder import save_model
+from codegpt_nbc.model.layers import Scaling, Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+DEEP = Shape(vocab=512, context=96, d_model=64, d_head=16, heads=(4,)*12, inner=(96,)*12)
+GROUPED = dict(heads=(2,)*12, queries=2)
+OWN = dict(   # of each family, besides its own parts
+    gpt2={}, gpt_bigcode=dict(heads=(1,)*12, queries=4), llama=GROUPED, qwen2=GROUPED, qwen3=GROUPED, mistral=GROUPED,
+    starcoder2=GROUPED, gptj=dict(tied=False, turned=8), codegen=dict(tied=False, turned=8), gpt_neox=dict(tied=False, turned=4))
+SHAPES = {name: replace(DEEP, family=name, **OWN.get(name, {})) for name in FAMILIES} | {
+    'gpt2, erf': replace(DEEP, activation='gelu'),
+    'gpt_bigcode, many heads': replace(DEEP, family='gpt_bigcode'),
+    'llama, biases': replace(DEEP, family='llama', **GROUPED, biased=('q', 'k', 'v', 'proj', 'gate', 'up', 'down')),
+    'llama, linear': replace(DEEP, family='llama', **GROUPED, scaling=Scaling('linear', 4.)),
+    'llama, llama3': replace(DEEP, family='llama', **GROUPED, tied=False, scaling=Scaling('llama3', 8., original=32)),
+    'qwen3, heads of 12': replace(DEEP, family='qwen3', **GROUPED, d_head=12, tied=False),
+    'gptj, sliced': replace(DEEP, family='gptj', tied=False, turned=6, d_head=10, heads=(4, 0, 3, 1)*3, inner=(96, 33, 0, 7)*3),
+    'gpt_neox, halves in turn': replace(DEEP, family='gpt_neox', tied=False, turned=6, d_head=20, parallel=False),
+}
+IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
+CLOSE = {'fp32': 1e-5, 'int8': .1, 'int4': .1}   # relative error of the logits, to the same codes in PyTorch
+
+
+def random_model(shape):
+    "A model with weights so large that every part of it matters."
+    m, g = Decoder(shape).init_weights().eval(), torch.Generator().manual_seed(1)
+    for p in m.parameters(): p.data = 8*p if p.ndim == 2 else p + .1*torch.randn(p.shape, generator=g)
+    return m
+
+
+def logits(engine):
+    "Of a batch of unequal lengths, of steps with half of it, and of one row that grows by several tokens and is taken back."
+    lengths = np.array([len(row) for row in IDS])
+    ids = np.zeros((len(IDS), lengths.max()), np.int64)
+    for a, row in zip(ids, IDS): a[:len(row)] = row
+    engine.start(len(ids), 34)
+    out = [engine.prefill(ids, lengths.copy()), engine.step(ids[:, 0])]
+    engine.keep(np.array([1, 3]))
+    out += [engine.step(ids[:2, 1]), engine.step(ids[2:4, 2])]
+    engine.start(1, 40)
+    engine.extend(ids[2, :20])
+    engine.extend(ids[4, :4], 4)
+    engine.rewind(20)
+    return out + [engine.extend(ids[2, 20:25], 5), engine.step(ids[2, 25:26])]
+
+
+def error(engine, right):
+    "‖logits − right logits‖ / ‖right logits‖, the largest of all calls."
+    return max(float(np.linalg.norm(a - b)/np.linalg.norm(b)) for a, b in zip(logits(engine), logits(right)))
+
+
+@pytest.fixture(scope='module', params=SHAPES)
+def made(request, tmp_path_factory):
+    "A random model of a family, and its folder."
+    model = random_model(SHAPES[request.param])
+    return model, save_model(model, tmp_path_factory.mktemp('family')/'m')
+
+
+@pytest.mark.parametrize('precision', CLOSE)
+def test_onnx_computes_what_pytorch_computes(made, precision, tmp_path):
+    model, folder = made
+    right = TorchEngine(in_precision(model, precision))
+    onnx = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision), threads=1)
+    assert error(onnx, right) < CLOSE[precision]
+    assert count_onnx_parameters(tmp_path/'onnx'/'model.onnx')[0] == count_parameters(model)[0]
+    if precision == 'fp32': assert greedy(onnx, IDS, 24, 5) == greedy(right, IDS, 24, 5)
+
+
+def test_int4_with_float_inputs_computes_what_the_codes_do(made, tmp_path):
+    model, folder = made
+    exact, right = OrtEngine(export_onnx(folder, tmp_path/'onnx', 'int4', 1), threads=1), TorchEngine(in_precision(model, 'int4'))
+    assert error(exact, right) < 1e-5
+    assert greedy(exact, IDS, 24, 5) == greedy(right, IDS, 24, 5)

@@ -1,10 +1,10 @@
 """Every family in every engine, at twelve layers: what PyTorch writes, ONNX Runtime and OpenVINO write."""
-import os, subprocess, sys
+import json, os, subprocess, sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pytest, torch
-from codegpt_nbc.data.tokenizer import save_tokenizer, train_tokenizer
+from codegpt_nbc.data.tokenizer import train_tokenizer
 from codegpt_nbc.engines.generate import greedy
 from codegpt_nbc.engines.onnx_export import count_onnx_parameters, export_onnx
 from codegpt_nbc.engines.onnx_run import OrtEngine
@@ -86,3 +86,82 @@ def test_int4_with_float_inputs_computes_what_the_codes_do(made, tmp_path):
     exact, right = OrtEngine(export_onnx(folder, tmp_path/'onnx', 'int4', 1), threads=1), TorchEngine(in_precision(model, 'int4'))
     assert error(exact, right) < 1e-5
     assert greedy(exact, IDS, 24, 5) == greedy(right, IDS, 24, 5)
+
+
+@pytest.fixture(scope='module')
+def words(): return train_tokenizer([TEXT], [], 512)
+
+
+TEXT = '<s> ' + ' <EOL> '.join(f'def f{i} ( x ) : return x + y{i}' for i in range(4))
+EDITS = (TEXT[:60], TEXT[:75], TEXT[:40] + ' z' + TEXT[40:75], TEXT[:62])   # typing goes on, an insertion further up, text taken back
+
+
+def edited(engine, tok):
+    "Completions of a text that is edited, and of each state of it from nothing; the tokens that the first one reads."
+    one, written, fresh, read = Session(engine, tok, 12), [], [], []
+    for text in EDITS:
+        written.append(one.complete(text))
+        read.append((one.read, one.reused))
+        fresh.append(Session(engine, tok, 12).complete(text))
+    return written, fresh, read
+
+
+@pytest.mark.parametrize('precision', ['torch', 'fp32', 'int8', 'int4'])
+def test_a_session_reads_what_an_edit_changed(made, precision, words, tmp_path):
+    model, folder = made
+    if precision == 'torch': engine = TorchEngine(model)
+    else: engine = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision, 1 if precision == 'int4' else 4), threads=1)
+    written, fresh, read = edited(engine, words)
+    assert all(reused > 0 for _, reused in read[1:]), read
+    if precision != 'int8': assert written == fresh   # int8 has a range for each pass
+    if precision == 'fp32': assert written == edited(TorchEngine(model), words)[0]
+
+
+# OpenVINO, in the environment that has it
+
+EXACT = {'INFERENCE_PRECISION_HINT': 'f32', 'KV_CACHE_PRECISION': 'f32', 'DYNAMIC_QUANTIZATION_GROUP_SIZE': '0'}
+RUN = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import test_family_engines
+print(json.dumps(test_family_engines.in_openvino(Path(sys.argv[2]))))
+"""
+
+
+def in_openvino(scratch):
+    "Shape → precision → what OpenVINO computes: errors with float inputs and as it is used, equal texts, equal sessions."
+    from codegpt_nbc.engines.openvino import OpenvinoEngine, export_openvino
+    tok, out = train_tokenizer([TEXT], [], 512), {}
+    for name, shape in SHAPES.items():
+        model = random_model(shape)
+        folder = save_model(model, scratch/'m')
+        for precision in CLOSE:
+            made = export_openvino(folder, scratch/'openvino', precision)
+            exact, usual, right = OpenvinoEngine(made, 1, EXACT), OpenvinoEngine(made, 1), TorchEngine(in_precision(model, precision))
+            written, fresh, read = edited(exact, tok)
+            out.setdefault(name, {})[precision] = dict(
+                exact=error(exact, right), usual=error(usual, right), same_text=greedy(exact, IDS, 24, 5) == greedy(right, IDS, 24, 5),
+                same_session=written == fresh, reused=[reused for _, reused in read[1:]])
+    return out
+
+
+@pytest.fixture(scope='module')
+def openvino(tmp_path_factory):
+    python = sys.executable if find_spec('openvino') else str(ROOT/'.venv-peers'/'bin'/'python')
+    if not Path(python).is_file(): pytest.skip('no environment with OpenVINO: call make peers')
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])}
+    command = [python, '-c', RUN, str(ROOT/'tests'), str(tmp_path_factory.mktemp('openvino'))]
+    p = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert p.returncode == 0, p.stderr[-3000:]
+    return json.loads(p.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize('precision', CLOSE)
+@pytest.mark.parametrize('name', SHAPES)
+def test_openvino_computes_what_pytorch_computes(name, precision, openvino):
+    found = openvino[name][precision]
+    assert found['exact'] < (.1 if precision == 'int8' else 1e-5)   # int8 rounds its inputs in PyTorch, in OpenVINO it does not
+    assert found['usual'] < (1e-5 if precision == 'fp32' else .15)
+    if precision != 'int8': assert found['same_text']
+    assert found['same_session'] and all(found['reused'])

@@ -77,9 +77,12 @@ def _product(x, m, w): # (…, d) → (…, n)
         x = ops.pad(x, none, none[1:] + [pad], 'constant', np.float32(0))
     return ops.matmul(x, w, False, True)
 
+def _biased(y, m): # (…, n) → (…, n)
+    bias = getattr(m, 'bias', None)
+    return y if bias is None else openvino().opset13.add(y, bias.detach().float().numpy())
+
 def _linear(x, m): # (…, d) → (…, n)
-    y = _product(x, m, table(m))
-    return y if m.bias is None else openvino().opset13.add(y, m.bias.detach().float().numpy())
+    return _biased(_product(x, m, table(m)), m)
 
 def _embed(ids, m, w): # (B, S) → (B, S, D)
     ops = openvino().opset13
@@ -101,8 +104,10 @@ def _norm(x, m): # (…, D) → (…, D)
 
 def _neurons(x, m): # (…, D) → (…, neurons)
     "The FFN `m` before its output map."
-    ops, up = openvino().opset13, _linear(x, m.up)
-    return ops.multiply(ops.swish(_linear(x, m.gate)), up) if isinstance(m, GatedFeedForward) else ops.gelu(up, 'tanh')
+    ops = openvino().opset13
+    functions = {'gelu_tanh': lambda t: ops.gelu(t, 'tanh'), 'gelu': lambda t: ops.gelu(t, 'erf'), 'silu': ops.swish}   # of `ACTIVATIONS`
+    active = functions[m.activation]
+    return ops.multiply(active(_linear(x, m.gate)), _linear(x, m.up)) if isinstance(m, GatedFeedForward) else active(_linear(x, m.up))
 
 # %% ../../nbs/engines/54_openvino.ipynb #28e94f58
 INPUTS = dict(  # of the model: name → (shape, element type); −1: any size
@@ -141,26 +146,29 @@ class Writer:
 def _ints(*values): return openvino().opset13.constant(np.array(values))
 
 @patch
-def turn(self: Writer, model: Decoder) -> list: # cosines and sines, each (B, S, 1, d); none where positions are learned
+def turn(self: Writer, model: Decoder) -> list: # cosines and sines, each (B, S, 1, r); none where positions are learned
     "How the new positions turn queries and keys, see `rotation`. The tables are PyTorch's, so that the angles are equal."
-    ops, tables = openvino().opset13, model.turn(torch.arange(model.shape.context))   # (context, d) twice
-    if tables is None: return []
+    ops, tables = openvino().opset13, model.turn(torch.arange(model.shape.context)) or ()   # (context, r) twice
     def at_positions(t): return ops.unsqueeze(ops.gather(ops.constant(t.numpy()), self.position_ids, ops.constant(0)), _ints(2))
     return [at_positions(t) for t in tables]
 
-def _turned(x, cos, sin): # (B, S, H, d) → (B, S, H, d)
-    "See `rotate`."
-    ops = openvino().opset13
-    first, second = ops.split(x, ops.constant(3), 2).outputs()              # (B, S, H, d/2) each
+def _turned(x, d: int, cos, sin): # (B, S, H, d) → (B, S, H, d)
+    "See `rotate`: the first r channels are turned, the others stay."
+    ops, r = openvino().opset13, cos.output(0).partial_shape[3].get_length()
+    first, second, *rest = ops.variadic_split(x, ops.constant(3), _ints(*(n for n in (r//2, r//2, d - r) if n))).outputs()
+    whole = ops.concat([first, second], 3)                                  # (B, S, H, r)
     quarter = ops.concat([ops.negative(second), first], 3)
-    return ops.add(ops.multiply(x, cos), ops.multiply(quarter, sin))
+    y = ops.add(ops.multiply(whole, cos), ops.multiply(quarter, sin))
+    return ops.concat([y, *rest], 3) if rest else y
 
 def _split(x, m, turn) -> list: # (B, S, D) → (B, S, G·H, d) and twice (B, S, H, d)
     "Queries, keys and values, see `Attention.split`."
     ops = openvino().opset13
     packed = ops.split(_linear(x, m.qkv), ops.constant(2), 3).outputs() if hasattr(m, 'qkv') else [_linear(x, t) for t in (m.q, m.k, m.v)]
     q, k, v = (ops.reshape(t, _ints(0, 0, -1, m.d_head), True) for t in packed)
-    return [*(_turned(t, *turn) for t in (q, k)), v] if turn else [q, k, v]
+    if hasattr(m, 'q_norm'): q, k = _norm(q, m.q_norm), _norm(k, m.k_norm)
+    if turn: q, k = (_turned(t, m.d_head, *turn) for t in (q, k))
+    return [q, k, v]
 
 
 # %% ../../nbs/engines/54_openvino.ipynb #c0980d30
@@ -180,6 +188,21 @@ def attention(self: Writer, x, m, l: int, turn: list): # (B, S, D) → (B, S, G�
 
 
 # %% ../../nbs/engines/54_openvino.ipynb #c9c04042
+def _layer(g: Writer, l: int, block, x, turn: list, asked): # (B, S, D) → the same, or (logits, D)
+    "One layer. `asked` cuts a value to the positions whose logits are asked for: after the last attention, before which it is None."
+    ops, narrow = openvino().opset13, asked or (lambda y: y)
+    shared = block.norm2 is None   # one norm for both halves, which then read the same stream
+    h = _norm(x, block.norm1) if shared or block.attn is not None else None
+    out = x
+    if block.attn is not None:
+        y = narrow(g.attention(h, block.attn, l, turn))
+        x = narrow(x)                                                                # (logits, D) from the last attention on
+        if shared and block.mlp is not None: h = narrow(h)
+        out = ops.add(x, _linear(y, block.attn.proj))
+    if block.mlp is None: return out
+    if not shared: h = _norm(x if block.parallel else out, block.norm2)
+    return ops.add(out, _linear(_neurons(h, block.mlp), block.mlp.down))
+
 @torch.no_grad()
 def build_model(model: Decoder): # openvino.Model
     "The decoder as an OpenVINO model, whatever its shape and family."
@@ -192,16 +215,12 @@ def build_model(model: Decoder): # openvino.Model
     x = _embed(g.input_ids, lookup, tokens)                                          # (B, S, D)
     if model.positions is not None: x = ops.add(x, _embed(g.position_ids, model.positions, table(model.positions)))
     if last < 0: x = only_asked(x)
-    for l, block in enumerate(model.blocks):
-        if block.attn is not None:
-            y = g.attention(_norm(x, block.norm1), block.attn, l, turn)
-            if l == last: x, y = only_asked(x), only_asked(y)
-            x = ops.add(x, _linear(y, block.attn.proj))
-        if block.mlp is not None:
-            x = ops.add(x, _linear(_neurons(_norm(x, block.norm2), block.mlp), block.mlp.down))
-    logits = _product(_norm(x, model.norm), head, tokens if model.shape.tied else table(head))   # (logits, vocab)
+    for l, block in enumerate(model.blocks): x = _layer(g, l, block, x, turn, only_asked if l == last else None)
+    y = _product(_norm(x, model.norm), head, tokens if model.shape.tied else table(head))
+    logits = _biased(y, head)                                                        # (logits, vocab)
     logits.output(0).set_names({'logits'})
     return ov.Model([ops.result(logits)], g.sinks, [getattr(g, name) for name in INPUTS], 'decoder')
+
 
 # %% ../../nbs/engines/54_openvino.ipynb #6d8511b4
 OPENVINO_FILE = 'openvino_model.xml'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'CORPUS', 'OWN_FILES', 'project_root', 'runs_dir', 'figures_dir', 'models_dir',
-           'shared', 'cores', 'all_cores', 'atomic_path', 'write_text', 'write_json', 'read_json', 'check_replaceable',
-           'new_folder', 'sha256', 'verify_checksums', 'write_checksums']
+           'shared', 'cores', 'all_cores', 'free_memory', 'check_memory', 'atomic_path', 'write_text', 'write_json',
+           'read_json', 'check_replaceable', 'new_folder', 'sha256', 'verify_checksums', 'write_checksums']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, errno, hashlib, json, os, shutil, tempfile
@@ -57,6 +57,32 @@ def all_cores() -> int:
     "The number of cores that this process may use."
     if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))   # Linux only
     return os.cpu_count() or 1
+
+# %% ../../nbs/core/00_paths.ipynb #cfd5689c
+def free_memory() -> int | None:
+    "Bytes of memory that can still be taken; None where neither the platform nor `psutil` tells."
+    found = []
+    try:
+        import psutil
+        found.append(psutil.virtual_memory().available)
+    except (ImportError, OSError, RuntimeError): pass   # not installed, or not on this platform
+    group = Path('/sys/fs/cgroup')                      # of a container, version 2
+    try:
+        limit, taken = (int((group/f'memory.{name}').read_text()) for name in ('max', 'current'))
+        found.append(limit - taken)
+    except (OSError, ValueError): pass                  # no group, or none with a limit
+    return min(found, default=None)
+
+def check_memory(
+    need: int,   # bytes
+    what: str,   # takes them, such as 'reading models/big'
+):
+    "Raise `ValueError` if so much memory is not free; where that is unknown, begin."
+    free = free_memory()
+    if free is not None and need > free:
+        raise ValueError(f'{what} takes {need/1e9:.1f} GB of memory, but {free/1e9:.1f} GB are free: '
+                         'end other programs, or use a smaller model or a machine with more memory.')
+
 
 # %% ../../nbs/core/00_paths.ipynb #04f0be8e
 @contextmanager

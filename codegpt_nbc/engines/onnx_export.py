@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, check_replaceable, new_folder
+from ..core.paths import BASE_MODEL, check_memory, check_replaceable, new_folder
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_of
@@ -38,7 +38,7 @@ def _block(d: int) -> int:
 def _unsigned(codes, bits: int): # int8 (n, d) → uint8 (n, d) or, two codes a byte, (n, d/2)
     "Codes from 0, as ONNX Runtime stores them."
     from codegpt_nbc.methods.int8 import pack
-    return pack(codes, 4) if bits == 4 else (codes.to(torch.int16) + 128).to(torch.uint8)
+    return pack(codes, 4) if bits == 4 else (codes ^ -128).view(torch.uint8)   # plus 128
 
 @patch
 def table(self: Graph,
@@ -366,6 +366,12 @@ def _lineage(model: Decoder, precision: str, accuracy_level: int) -> dict: # the
                   UserWarning, stacklevel=3)
     return step | {'ranges': 'dynamic'}
 
+def _bytes_to_export(s, precision: str) -> int:
+    "Memory that writing a graph takes, about: the codes, a file of one piece as a graph and as bytes, and the largest matrix in float32."
+    n, largest = count_of(s), 4*s.vocab*s.d_model
+    file = n*{'fp32': 4, 'int8': 1}.get(precision, .75)
+    return int((precision != 'fp32')*n + (2*file if file <= ONE_FILE else 0) + 2*largest)
+
 def export_onnx(
     folder=BASE_MODEL,        # A model folder with safetensors
     out='model-onnx',         # Written whole, or not at all
@@ -379,8 +385,11 @@ def export_onnx(
     check_replaceable(out, 'model', [folder])
     if (Path(folder)/'model.onnx').is_file():
         raise ValueError(f'{folder} is an ONNX folder already: give the model folder it was made from.')
-    found = load_model(folder)
+    shape = shape_of_config(read_config(folder))[0]
+    check_memory(_bytes_to_export(shape, precision), f'exporting {folder} as {precision}')
+    found = load_model(folder, stored=True)
     step, model = _lineage(found, precision, accuracy_level), in_precision(found, precision)
+    del found   # and the pages of its file
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
            'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
     with new_folder(out, 'model', [folder]) as tmp:

@@ -55,7 +55,10 @@ class Graph:
         value, # Array or PyTorch tensor
     ) -> str: # its name
         "Store a tensor."
-        if name not in self.weights: self.weights[name] = value.detach().numpy() if hasattr(value, 'detach') else np.asarray(value)
+        if name in self.weights: return name
+        if hasattr(value, 'detach'):   # NumPy lacks bfloat16
+            value = (value.float() if 'bfloat16' in str(value.dtype) else value).detach().numpy()
+        self.weights[name] = np.asarray(value)
         return name
 
     def initializers(self): # yields onnx.TensorProto

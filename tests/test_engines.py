@@ -1,6 +1,7 @@
 """The embedded model writes the same lines, whatever engine runs it; weights of any size."""
-import os, shutil
+import os, shutil, sys
 import numpy as np, pytest, torch
+from codegpt_nbc.core import paths
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
 from codegpt_nbc.data.samples import load_samples
 from codegpt_nbc.engines import onnx_export
@@ -9,6 +10,7 @@ from codegpt_nbc.engines.onnx_export import export_onnx
 from codegpt_nbc.engines.onnx_run import DATA_FILE, OrtEngine
 from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.evidence.evaluate import size_of, weight_files
+from codegpt_nbc.methods import quantize as methods_quantize
 from codegpt_nbc.methods.quantize import PRECISIONS, quantize
 from codegpt_nbc.methods.schemes import weight_schemes
 from codegpt_nbc.model.decoder import Decoder
@@ -89,3 +91,40 @@ def test_a_graph_of_more_than_two_gib(tmp_path):
     assert (folder/DATA_FILE).stat().st_size > 1.9e9
     model = load_model(tmp_path/'m')
     assert greedy(OrtEngine(folder), IDS, 4, -1) == greedy(TorchEngine(model), IDS, 4, -1)
+
+
+# Models that do not fit into the memory
+
+def test_a_model_too_large_for_the_memory_is_one_sentence_before_work_begins(model, tmp_path, monkeypatch):
+    source = save_model(model, tmp_path/'m')
+    folder = export_onnx(source, tmp_path/'onnx', 'int4')
+    monkeypatch.setattr(paths, 'free_memory', lambda: 10_000)
+    for call in (lambda: load_model(source), lambda: export_onnx(source, tmp_path/'x', 'int8'), lambda: OrtEngine(folder)):
+        with pytest.raises(ValueError, match=r'takes 0\.0 GB of memory, but 0\.0 GB are free: end other programs'): call()
+    assert not (tmp_path/'x').exists()
+
+
+def test_where_the_free_memory_is_unknown_work_begins(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, 'free_memory', lambda: None)
+    load_model(save_model(model, tmp_path/'m'))
+
+
+def test_free_memory_does_without_psutil(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'psutil', None)
+    assert paths.free_memory() is None or paths.free_memory() > 0
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_matrices_rounded_in_parts_are_the_same(bits, model, tmp_path, monkeypatch):
+    whole = quantize(model, *weight_schemes(bits, symmetric=False)).state_dict()
+    monkeypatch.setattr(methods_quantize, 'AT_ONCE', 1000)
+    parts = quantize(model, *weight_schemes(bits, symmetric=False)).state_dict()
+    assert whole.keys() == parts.keys() and all(torch.equal(t, parts[name]) for name, t in whole.items())
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_bfloat16_is_exported_as_its_floats_are(precision, model, tmp_path):
+    halves = save_model(model, tmp_path/'bf16', dtype=torch.bfloat16)
+    floats = save_model(load_model(halves), tmp_path/'fp32', dtype=torch.float32)
+    made = [export_onnx(f, tmp_path/f'{f.name}-onnx', precision)/'model.onnx' for f in (halves, floats)]
+    assert made[0].read_bytes() == made[1].read_bytes()

@@ -11,7 +11,7 @@ import tempfile, numpy as np
 from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
-from ..core.paths import cores, read_json
+from ..core.paths import check_memory, cores, read_json
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
@@ -294,6 +294,7 @@ class OrtEngine:
         data, size = path.with_name(DATA_FILE), how.get('data_bytes', 0)
         if size and not (data.is_file() and data.stat().st_size == size):
             raise ValueError(f'{data} is missing or truncated: copy the whole folder, or export it again.')
+        check_memory((path.stat().st_size + size)*(3 if how.get('int8_prompts') else 1), f'opening {folder}')
         self.sessions = self._open(path, threads, how, profile)
         inputs = self.sessions[0].get_inputs()
         self.caches = [i for i in inputs if i.name.startswith('past_key_values')]

@@ -17,11 +17,17 @@ assert names['present'] and len(names['errors']) and len(names['same']) == 3
 """
 
 
+def run_where_openvino_is(code, *args):
+    "Run Python code in an environment with OpenVINO: this one, or that of the other engines."
+    python = sys.executable if find_spec('openvino') else str(PEERS)
+    if not Path(python).is_file(): pytest.skip('no environment with OpenVINO: call make peers')
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), 'HF_HUB_OFFLINE': '1'}
+    return subprocess.run([python, '-c', code, *args], env=env, capture_output=True, text=True)
+
+
 def test_the_notebook_where_openvino_is():
-    if not PEERS.is_file(): pytest.skip('no environment with OpenVINO: call make peers')
     notebook = next(ROOT.glob('nbs/engines/*_openvino.ipynb'))
-    env = os.environ | {'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
-    p = subprocess.run([str(PEERS), '-c', RUN, str(notebook)], env=env, capture_output=True, text=True)
+    p = run_where_openvino_is(RUN, str(notebook))
     assert p.returncode == 0, p.stderr[-3000:]
 
 
@@ -59,8 +65,5 @@ with tempfile.TemporaryDirectory() as d:
 
 
 def test_both_families_tied_or_not_where_openvino_is():
-    python = sys.executable if find_spec('openvino') else str(PEERS)
-    if not Path(python).is_file(): pytest.skip('no environment with OpenVINO: call make peers')
-    path = os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')])
-    p = subprocess.run([python, '-c', FAMILIES], env=os.environ | {'PYTHONPATH': path}, capture_output=True, text=True)
+    p = run_where_openvino_is(FAMILIES)
     assert p.returncode == 0, p.stderr[-3000:]

@@ -14,9 +14,9 @@ from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 from torch.overrides import TorchFunctionMode
-from ..core.paths import BASE_MODEL, new_folder, read_json, sha256, write_json
+from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sha256, write_json
 from ..data.tokenizer import load_tokenizer
-from .decoder import Decoder
+from .decoder import Decoder, count_of
 from .families import FAMILIES, Family, in_file_order, is_regular, resolved
 from .layers import Scaling, Shape
 
@@ -295,6 +295,7 @@ class _WithoutInit(TorchFunctionMode):
 def from_disk(
     shape: Shape,
     tensors: dict, # Their name → tensor
+    stored: bool = False, # see `load_model`
 ) -> Decoder:
     "A decoder that holds `tensors`. Raises `ValueError` naming a tensor that is missing or has the wrong size."
     with _WithoutInit(), torch.device('meta'): model = Decoder(shape)
@@ -303,7 +304,8 @@ def from_disk(
         if ours not in wanted: continue
         w, want = tensors.get(theirs, tensors.get(_without_prefix(theirs))), wanted[ours].shape
         if w is None: raise ValueError(f'the weights lack the tensor {theirs!r}: the folder is incomplete or of another architecture.')
-        w = (w.T if transposed else w).float().contiguous()
+        w = w.T if transposed else w
+        w = (w if stored and w.dtype == torch.bfloat16 else w.float()).contiguous()
         if w.shape != want: raise ValueError(f'{theirs!r} has shape {tuple(w.shape)}, but the configuration asks for {tuple(want)}.')
         check_finite(theirs, w)
         state[ours] = in_file_order(w, ours, shape, back=True)
@@ -367,14 +369,19 @@ def reader_of(method: str):
 CHECKSUM = 'weights_sha256'   # of a quantised file, in its `quantization_config`
 
 def load_model(
-    folder=BASE_MODEL, # A model folder; by default the embedded model
+    folder=BASE_MODEL,    # A model folder; by default the embedded model
+    stored: bool = False, # Leave bfloat16 as it is, mapped into memory: to quantise and export, not to compute
 ) -> Decoder: # in evaluation mode, float32
-    "Read a model folder. Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged or not supported."
-    config, tensors = read_config(folder), read_tensors(folder)
+    """Read a model folder.
+
+    Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged, not supported, or larger than the memory."""
+    config = read_config(folder)
     shape, _ = shape_of_config(config)
     quantization = config.get('quantization_config', {})
+    if not stored: check_memory(count_of(shape)*(1 if quantization else 4), f'reading {folder}')
+    tensors = read_tensors(folder)
     method, checksum = quantization.get('quant_method'), quantization.get(CHECKSUM)
-    if method is None: return from_disk(shape, tensors).eval()
+    if method is None: return from_disk(shape, tensors, stored).eval()
     if method not in READERS:
         raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     if checksum and sha256(Path(folder)/'model.safetensors') != checksum:

@@ -52,16 +52,17 @@ def toy_plan() -> dict: # as a profile's YAML
 # %% ../../nbs/report/86_toy.ipynb #e83d5f07
 def raw_plan() -> dict: # as a profile's YAML
     "Integers, a smaller vocabulary and structured pruning of a model of raw source."
-    unjudged, cut = dict(line=0), 'prune-structured-0.2'
+    unjudged, cut = dict(line=0), 'prune-structured-'
+    pruned = [run for s in (.2, .4) for run in (
+        one('prune', f'{cut}{s}', pattern='structured', sparsity=s, **unjudged),
+        one('distill', f'{cut}{s}-distilled', f'{cut}{s}', student='model', tokens=1000, **unjudged),
+        one('onnx', f'onnx-int8-{s}', f'{cut}{s}-distilled', precision='int8'))]
     return {'about': 'Invented.', 'set': {'codexglue': 0, 'thesis': 0, 'line': 60}, 'runs': [
         {'method': 'baseline', 'id': 'baseline'},
         *(one('onnx', f'onnx-{p}', precision=p) for p in ('int8', 'int4')),
         one('gptq', 'gptq-int4', block=32, **unjudged), one('onnx', 'onnx-gptq-int4', 'gptq-int4', precision='int4'),
         one('trim_vocabulary', 'trimmed', size=16384, **unjudged),
-        one('onnx', 'onnx-int8-trimmed', 'trimmed', precision='int8'),
-        one('prune', cut, pattern='structured', sparsity=.2, **unjudged),
-        one('distill', f'{cut}-distilled', cut, student='model', **unjudged),
-        one('onnx', 'onnx-int8-0.2', f'{cut}-distilled', precision='int8'),
+        one('onnx', 'onnx-int8-trimmed', 'trimmed', precision='int8'), *pruned,
         {'method': 'measure', 'id': 'measure-{target}', 'of': 'models'}]}
 
 # %% ../../nbs/report/86_toy.ipynb #e7a11e23
@@ -212,11 +213,11 @@ class ToyHome:
         import yaml
         self.folder, self.before = tempfile.TemporaryDirectory(), os.environ.get('CODEGPT_NBC_HOME')
         os.environ['CODEGPT_NBC_HOME'] = self.folder.name
-        for name, made in {**dict.fromkeys(('toy', 'part', 'none'), toy_plan()), 'raw': raw_plan()}.items():
+        for name, made in {**dict.fromkeys(('toy', 'part', 'none'), toy_plan()), 'smollm2': raw_plan()}.items():
             write_text(self.path/'configs'/f'{name}.yaml', yaml.safe_dump(made))
         plan = read_profile('toy')
         invent_runs('toy', plan)
-        invent_runs('raw', read_profile('raw'))
+        invent_runs('smollm2', read_profile('smollm2'))
         missing = ('tile-0.5', 'asym-tensor-all', 'onnx-pruned-fp32', 'measure-control')
         invent_runs('part', plan, skip=[i for i in plan if i.endswith(missing)])
         other_profiles()

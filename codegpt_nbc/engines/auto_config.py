@@ -17,6 +17,9 @@ GENERAL = dict(context='max_position_embeddings', d_model='hidden_size', layers=
 
 class DecoderConfig(PreTrainedConfig):
     "The configuration of a folder that transformers has no class for: sliced, quantised, or both."
+    def convert_rope_params_to_dict(self, **kwargs):
+        "Rotary settings stay as the folder states them, since `shape_of_config` reads them."
+        return kwargs
 
 def config_class(
     family: Family,

@@ -154,7 +154,7 @@ def complete_raw(
     suffixes: list | None = None, # Texts after the cursor, for models that fill in; None instead of one: without
     batch: int = 32,         # Rows at a time, fewer where they are long
     desc: str | None = None, # Name of a progress bar; None: no bar
-    block: int | None = 1,   # Tokens left out at once where a text is too long; None: a quarter of the room, for texts that are being edited
+    block: int | None = 1,   # Tokens left out at once where a text is too long; None: a quarter of the room, for editing
 ) -> list: # Answers, in the order of the prompts
     "Complete raw source greedily. What does not fit is left out, see `RawText.prompts`. Nothing is stripped."
     raw, (room, heal), until = _raw_text(tokenizer), _sizes(engine, max_new), stop_named(stop)

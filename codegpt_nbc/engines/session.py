@@ -69,7 +69,8 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 class Cached:
     """An engine that remembers the row that it read and wrote last, and reads of the next prompt what comes after the common beginning.
 
-    With drafts it also reads ahead: a guess that the caller then appends is answered without a pass. The methods are those of `Engine`, for one row."""
+    With drafts it also reads ahead: a guess that the caller then appends is answered without a pass.
+    The methods are those of `Engine`, for one row."""
     def __init__(self,
         engine: Engine,  # Shared weights; the copy has a cache of its own
         drafts: PromptLookup | None = None, # None: one token a pass
@@ -81,7 +82,8 @@ class Cached:
     def forget(self):
         "Begin anew."
         self.engine.start(1, min(64, self.context))   # the cache grows with the text
-        self.ids, self.filled, self.work = np.zeros(0, np.int64), 0, Work()   # `ids`: of all cached positions; those after `filled` are guesses
+        self.ids = np.zeros(0, np.int64)   # of all cached positions; those after `filled` are guesses
+        self.filled, self.work = 0, Work()
 
     @property
     def bytes(self) -> int:
@@ -204,7 +206,8 @@ class Session:
         until_eol: bool = True,  # Stop at `<EOL>`
         block: int | None = None, # Tokens dropped at once where the text is too long; None: a quarter of the room
     ):
-        self.engine, self.tok, self.max_new = Cached(engine, drafts), tok, max_new
+        self.row, self.tok, self.max_new = Cached(engine, drafts), tok, max_new
+        self.engine = self.row.engine
         self.room = room_for(engine, max_new)          # tokens that a prompt may have
         self.stop = end_of_line(tok) if until_eol else -1
         self.block = block or max(1, self.room//4)
@@ -215,8 +218,13 @@ class Session:
 
     def forget(self):
         "Begin anew."
-        self.engine.forget()
+        self.row.forget()
         self.encode.lines, self.dropped = {}, 0
+
+    @property
+    def cached(self) -> np.ndarray: # (n,)
+        "The ids in the cache."
+        return self.row.ids[:self.row.filled]
 
 # %% ../../nbs/engines/55_session.ipynb #38c5a292
 @patch
@@ -242,8 +250,8 @@ def complete(self: Session,
     if cursor is not None and not 0 <= cursor <= len(text):
         raise ValueError(f'the cursor is at {cursor}, but the text has {len(text)} characters: give a position in the text.')
     ids = self.window(text[:cursor])
-    self.written = write(self.engine, ids, self.max_new, self.stop)
-    self.reused, self.read = self.engine.work.reused, self.engine.work.read
+    self.written = write(self.row, ids, self.max_new, self.stop)
+    self.reused, self.read = self.row.work.reused, self.row.work.read
     return decode_lines(self.tok, [[t for t in self.written.tokens if t != self.stop]])[0]
 
 # %% ../../nbs/engines/55_session.ipynb #d71b0f92

@@ -6,9 +6,10 @@
 __all__ = ['Stop', 'KINDS', 'EARLY', 'router', 'DRAINED', 'Asked', 'StreamOptions', 'OpenaiRequest', 'LlamaRequest',
            'InfillRequest', 'Refused', 'refused', 'cut', 'Ask', 'ended_early', 'Job', 'Figures', 'Worker', 'OpenaiForm',
            'LlamaForm', 'Settings', 'Server', 'completions', 'models', 'one_model', 'llama_completion', 'infill',
-           'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'serve', 'served']
+           'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'Http', 'serve',
+           'served']
 
-# %% ../../nbs/runs/76_serve.ipynb #e03f278e
+# %% ../../nbs/runs/76_serve.ipynb #9964b4c4
 import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ try:
     from starlette.exceptions import HTTPException
 except ImportError: raise ImportError("the server's packages are not installed: pip install 'codegpt_nbc[serve]'.") from None
 
-# %% ../../nbs/runs/76_serve.ipynb #32b48325
+# %% ../../nbs/runs/76_serve.ipynb #b197a9dd
 Stop = Annotated[str, Field(max_length=256)]
 
 class Asked(BaseModel):
@@ -63,7 +64,7 @@ class InfillRequest(Asked):
     prompt: str = ''
     n_predict: int = Field(-1, ge=-1)
 
-# %% ../../nbs/runs/76_serve.ipynb #3f249819
+# %% ../../nbs/runs/76_serve.ipynb #5f3daf3a
 KINDS = {401: 'authentication_error', 404: 'not_found_error', 429: 'rate_limit_error'}
 
 class Refused(Exception):
@@ -96,7 +97,7 @@ def _refused_field(error: dict) -> Refused:
     names = '.'.join(str(part) for part in error['loc'][1:]) or 'the body'
     return Refused(400, 'invalid_value', f'{names}: {error["msg"]}.')
 
-# %% ../../nbs/runs/76_serve.ipynb #74b48269
+# %% ../../nbs/runs/76_serve.ipynb #0b324d96
 def cut(
     text: str,    # Not sent yet
     stops: list,  # Texts that end an answer, none empty
@@ -108,7 +109,7 @@ def cut(
     at = len(text) - max(begun, default=0)
     return text[:at], text[at:], False
 
-# %% ../../nbs/runs/76_serve.ipynb #b199f3c0
+# %% ../../nbs/runs/76_serve.ipynb #655a145a
 @dataclass(frozen=True)
 class Ask:
     "One completion."
@@ -151,7 +152,7 @@ class Job:
         "From any thread."
         with contextlib.suppress(RuntimeError): self.loop.call_soon_threadsafe(self.told.put_nowait, event)   # a closed loop
 
-# %% ../../nbs/runs/76_serve.ipynb #fe1fa0be
+# %% ../../nbs/runs/76_serve.ipynb #ed2a28b3
 class Figures:
     "What `/metrics` shows."
     def __init__(self):
@@ -170,7 +171,7 @@ class Figures:
         for kind in ('read', 'reused'): self.tokens.labels(kind).inc(sum(getattr(w, kind) for w in works))
         self.tokens.labels('written').inc(written)
 
-# %% ../../nbs/runs/76_serve.ipynb #e433dcbb
+# %% ../../nbs/runs/76_serve.ipynb #6cbdf374
 class Worker(threading.Thread):
     "Does one job after the other."
     def __init__(self,
@@ -203,15 +204,14 @@ class Worker(threading.Thread):
         self.waiting = collections.deque(job for job in self.waiting if not job.early)
 
     def close(self):
-        "End all jobs, and the thread."
+        "End all jobs; the thread ends after its present pass."
         with self.changed:
             self.closing = True
             for job in (*self.waiting, self.job):
                 if job: job.end('closing')
             self.changed.notify()
-        if self.is_alive(): self.join()
 
-# %% ../../nbs/runs/76_serve.ipynb #2d69e288
+# %% ../../nbs/runs/76_serve.ipynb #cb35f238
 @patch
 def run(self: Worker):
     "The thread."
@@ -259,7 +259,7 @@ def complete(self: Worker, job: Job, i: int, ask: Ask):
     usage = dict(prompt=first.reused + first.read, cached=first.reused, written=written)
     job.tell('done', i, 'stop' if ended or answer.ended else 'length', usage)
 
-# %% ../../nbs/runs/76_serve.ipynb #6defbf5a
+# %% ../../nbs/runs/76_serve.ipynb #94830834
 class OpenaiForm:
     "Of OpenAI's `text_completion`."
     last = 'data: [DONE]\n\n'
@@ -300,7 +300,7 @@ class LlamaForm:
         return dict(index=0, content='' if self.hidden else texts[0], stop=True, model=self.name, stop_type=kind,
                     tokens_predicted=usage['written'], tokens_evaluated=usage['prompt'], tokens_cached=usage['cached'])
 
-# %% ../../nbs/runs/76_serve.ipynb #bc9dc5b1
+# %% ../../nbs/runs/76_serve.ipynb #35971cd9
 @dataclass
 class Settings:
     "Of a server."
@@ -334,7 +334,7 @@ class Server:
         if session: self.sessions[session] = job
         return job
 
-# %% ../../nbs/runs/76_serve.ipynb #ceb96aa1
+# %% ../../nbs/runs/76_serve.ipynb #514890ae
 async def _end_when_gone(request: Request, job: Job):
     "Wait until the client closes the connection."
     while (await request.receive())['type'] != 'http.disconnect': pass
@@ -374,7 +374,7 @@ def finish(self: Server, job: Job, gone: asyncio.Task):
     gone.cancel()
     for name in [name for name, last in self.sessions.items() if last is job]: del self.sessions[name]
 
-# %% ../../nbs/runs/76_serve.ipynb #54eb0bf0
+# %% ../../nbs/runs/76_serve.ipynb #34cdfe99
 def _sse(content: dict) -> str: return f'data: {json.dumps(content)}\n\n'
 
 @patch
@@ -402,7 +402,7 @@ async def chunks(self: Server, job: Job, gone: asyncio.Task, form, first: tuple,
     finally: self.finish(job, gone)
     yield form.last
 
-# %% ../../nbs/runs/76_serve.ipynb #f5f43a52
+# %% ../../nbs/runs/76_serve.ipynb #d2934758
 router = APIRouter()
 
 def _server(request: Request) -> Server: return request.app.state.server
@@ -433,7 +433,7 @@ async def one_model(name: str, request: Request):
     _known(_server(request), name)
     return (await models(request))['data'][0]
 
-# %% ../../nbs/runs/76_serve.ipynb #847ea64c
+# %% ../../nbs/runs/76_serve.ipynb #56c3c1ae
 async def _answer_llama(request: Request, body, prefix: str, suffix: str | None):
     "Asked for no token, as plug-ins do in advance, the prompt is read, and the answer is empty."
     server = _server(request)
@@ -470,7 +470,7 @@ async def metrics(request: Request):
     "In Prometheus' text format."
     return Response(generate_latest(_server(request).worker.figures.registry), media_type='text/plain; version=0.0.4')
 
-# %% ../../nbs/runs/76_serve.ipynb #bdb4ed37
+# %% ../../nbs/runs/76_serve.ipynb #83776be1
 DRAINED = 16   # times `max_body` that is read and dropped, so that the client gets to read why
 
 class Door:
@@ -498,7 +498,7 @@ class Door:
         figures.requests.labels(route, status).inc()
         figures.seconds.labels(route).observe(time.monotonic() - scope['began'])
 
-# %% ../../nbs/runs/76_serve.ipynb #88000928
+# %% ../../nbs/runs/76_serve.ipynb #01191d8b
 _NAME = re.compile(r'(\[[^]]*\]|[^:]*)(:\d*)?')
 
 @patch
@@ -531,7 +531,7 @@ def _again(body: bytes, receive):
     async def again(): return first.pop() if first else await receive()
     return again
 
-# %% ../../nbs/runs/76_serve.ipynb #f096db67
+# %% ../../nbs/runs/76_serve.ipynb #31868490
 def _is_loopback(host: str) -> bool:
     try: return host == 'localhost' or ipaddress.ip_address(host.strip('[]')).is_loopback
     except ValueError: return False
@@ -542,7 +542,8 @@ def create_app(worker: Worker, settings: Settings = Settings()) -> FastAPI:
     async def alive(app):
         worker.start()
         yield
-        await asyncio.to_thread(worker.close)
+        worker.close()
+        await asyncio.to_thread(worker.join)
     app = FastAPI(title='codegpt_nbc', lifespan=alive)
     app.state.server = Server(worker, settings)
     app.include_router(router)
@@ -551,7 +552,7 @@ def create_app(worker: Worker, settings: Settings = Settings()) -> FastAPI:
     app.add_middleware(Door, server=app.state.server)
     return app
 
-# %% ../../nbs/runs/76_serve.ipynb #c3f6dc4f
+# %% ../../nbs/runs/76_serve.ipynb #03d328b1
 def check_address(host: str, token: str):
     "Raises `ValueError` for an address that others reach without a token."
     if not token and not _is_loopback(host):
@@ -561,6 +562,17 @@ def bound_socket(host: str, port: int) -> socket.socket:
     "Raises `OSError` with a sentence where the address is taken."
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e: raise OSError(f'the server cannot have {host}:{port} ({e.strerror}): choose another --port or --host.') from None
+
+class Http(uvicorn.Server):
+    "uvicorn's server; its log is off, as it might repeat parts of a request."
+    def __init__(self, app: FastAPI):
+        super().__init__(uvicorn.Config(app, log_level='critical', access_log=False, timeout_graceful_shutdown=5))
+        self.worker = app.state.server.worker
+
+    async def shutdown(self, sockets=None):
+        "Before the connections are closed, those who wait are told so."
+        self.worker.close()
+        await super().shutdown(sockets)
 
 def serve(
     model='codegpt-nano',   # As for `load`
@@ -577,11 +589,10 @@ def serve(
     listening = bound_socket(host, port)
     app = create_app(Worker(load(model), memory, bound, drafts), settings)
     warnings.simplefilter('ignore', Truncated)   # editors send whole files
-    server = uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False, timeout_graceful_shutdown=2))
     print(f'{app.state.server.name} on http://{host}:{listening.getsockname()[1]}', flush=True)
-    server.run(sockets=[listening])
+    Http(app).run(sockets=[listening])
 
-# %% ../../nbs/runs/76_serve.ipynb #fc8b025f
+# %% ../../nbs/runs/76_serve.ipynb #8413f321
 @contextlib.contextmanager
 def served(
     model: Model,
@@ -591,7 +602,7 @@ def served(
     "Within the block, a server in a thread, on a free port of this machine."
     worker, listening = Worker(model, memory, bound, drafts), bound_socket('127.0.0.1', 0)
     app = create_app(worker, Settings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level='error', access_log=False, timeout_graceful_shutdown=2))
+    server = Http(app)
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
     thread.start()
     try:

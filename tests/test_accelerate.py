@@ -49,6 +49,7 @@ def test_two_processes_are_one(tmp_path):
         assert close([one['after']], [r['after']])
     assert two[0]['weights'] == two[1]['weights'], 'both hold the same model'
     assert [r['seen'] for r in two] == [20, 0], 'the main process alone looks at the model on the way'
-    assert sorted(p.name for p in (out/'checkpoint').iterdir()) == ['state.json', 'state.safetensors'] and not list(out.glob('.tmp-*'))
+    left = sorted(p.name for p in (out/'checkpoint').iterdir())
+    assert left == ['.codegpt_nbc.json', 'state.json', 'state.safetensors'] and not list(out.glob('.tmp-*'))
     bars = [l for l in said.replace('\r', '\n').splitlines() if l.startswith('two: 100%')]
     assert len(bars) == 1, said[-1000:]

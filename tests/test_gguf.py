@@ -20,7 +20,7 @@ from codegpt_nbc.model.layers import Shape
 gguf = pytest.importorskip('gguf', reason='no package gguf: pip install -r requirements-interop.txt')
 NO_LLAMA = pytest.mark.skipif(not find_spec('llama_cpp'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')
 WRITTEN = [f for f in FAMILIES if f in ARCHITECTURES]
-READ = [f for f in ('llama', 'mistral', 'qwen2') if f in FAMILIES]   # of the others, transformers' reader leaves out a size or the rotary base
+READ = [f for f in ('llama', 'mistral', 'qwen2') if f in FAMILIES]   # transformers' reader leaves out a size of the others
 
 
 def random_folder(path, family: str, queries: int = 1, context: int = 1024):
@@ -58,11 +58,19 @@ def test_what_gguf_cannot_say_is_refused_before_a_file_is_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['notes', 'sliced']
 
 
-def llama(path, logits_all=False):
-    "The file in llama.cpp, with keys and values in single precision, as here."
-    from llama_cpp import GGML_TYPE_F32, Llama
-    cache = dict(type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
-    return Llama(str(path), n_ctx=0, n_threads=1, n_threads_batch=1, logits_all=logits_all, verbose=False, **cache)
+@pytest.fixture
+def llama(monkeypatch):
+    "A function that opens a file in llama.cpp. Keys and values are in single precision, as here."
+    from llama_cpp import GGML_TYPE_F32, Llama, llama_cpp
+    defaults = llama_cpp.llama_model_default_params
+
+    def plain_buffers():   # its buffers for AMX end the process at the first product with integer weights (0.3.36)
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+    monkeypatch.setattr(llama_cpp, 'llama_model_default_params', plain_buffers)
+    how = dict(n_ctx=0, n_threads=1, n_threads_batch=1, verbose=False, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)
+    return lambda path, logits_all=False: Llama(str(path), logits_all=logits_all, **how)
 
 
 def by_llama(model, ids: list, new: int, stop: int) -> list:
@@ -76,7 +84,7 @@ def by_llama(model, ids: list, new: int, stop: int) -> list:
 
 @NO_LLAMA
 @pytest.mark.parametrize('precision', ['fp32', 'fp16', 'int8'])
-def test_llama_cpp_writes_our_text(tmp_path, precision):
+def test_llama_cpp_writes_our_text(tmp_path, llama, precision):
     "Of the embedded model, on held-out prompts; in int8 the codes are the same, and llama.cpp rounds the inputs of products too."
     tok, prompts = load_tokenizer(), load_samples('codexglue', 12, 'test').input
     rows = [row[-400:] for row in encode_batch(tok, list(prompts))]
@@ -85,11 +93,11 @@ def test_llama_cpp_writes_our_text(tmp_path, precision):
     want, stop = greedy(TorchEngine(model), rows, 32, tok.token_to_id('<EOL>')), tok.token_to_id('<EOL>')
     theirs = llama(export_gguf(BASE_MODEL, tmp_path/'m.gguf', precision))
     same = [by_llama(theirs, row, 32, stop) == ours for row, ours in zip(rows, want)]
-    assert sum(same) >= {'fp32': 12, 'fp16': 11, 'int8': 10}[precision], same
+    assert sum(same) >= {'fp32': 12, 'fp16': 12, 'int8': 10}[precision], same
 
 
 @NO_LLAMA
-def test_llama_cpp_reads_our_tokens(tmp_path):
+def test_llama_cpp_reads_our_tokens(tmp_path, llama):
     "The same ids, once the blanks in front of a word of the format are gone, which its tokenizer does not take off."
     theirs, tok = llama(export_gguf(BASE_MODEL, tmp_path/'m.gguf')), load_tokenizer()
     text = "<s> def read ( path ) : <EOL> with open ( path , '<STR_LIT:rb>' ) as f : <EOL> return f . read ( <NUM_LIT:0> )"
@@ -100,7 +108,7 @@ def test_llama_cpp_reads_our_tokens(tmp_path):
 
 @NO_LLAMA
 @pytest.mark.parametrize('family', WRITTEN)
-def test_llama_cpp_computes_every_family(tmp_path, family):
+def test_llama_cpp_computes_every_family(tmp_path, llama, family):
     "Logits of a small random model, within what its half-precision tables of activations lose."
     folder = random_folder(tmp_path/'m', family, 2 if 'shared' in FAMILIES[family].keys else 1, context=64)
     model, theirs = load_model(folder), llama(export_gguf(folder, tmp_path/'m.gguf'), logits_all=True)

@@ -50,16 +50,18 @@ def timed_tables():
             if ms and ratio: yield pytest.param(columns, rows, ms[0], ratio[0], id=f'{path.relative_to(ROOT)}:{n}')
 
 
-def groups(columns, rows):
-    "The rows of each run: a table of several benchmarks has a baseline in each."
-    if 'run' not in columns: return [rows]
-    at = columns.index('run')
-    return [[r for r in rows if r[at] == run] for run in dict.fromkeys(r[at] for r in rows)]
+def groups(columns, rows, ratio):
+    "The rows of each baseline: a table of several benchmarks has one in each run, and one of several models has one a model."
+    if 'run' in columns:
+        at = columns.index('run')
+        return [[r for r in rows if r[at] == run] for run in dict.fromkeys(r[at] for r in rows)]
+    starts = [n for n, r in enumerate(rows) if n == 0 or r[columns.index(ratio)] == '1']
+    return [rows[a:b] for a, b in zip(starts, [*starts[1:], len(rows)])]
 
 
 @pytest.mark.parametrize('columns, rows, ms, ratio', list(timed_tables()))
 def test_milliseconds_and_ratios_of_a_table_agree(columns, rows, ms, ratio):
-    for group in groups(columns, rows):
+    for group in groups(columns, rows, ratio):
         timed = [(r, printed(r[columns.index(ms)]), printed(r[columns.index(ratio)])) for r in group]
         assert timed[0][2] == (1, .5), 'the baseline comes first, and its ratio is 1'
         base, base_half = timed[0][1]
@@ -67,6 +69,11 @@ def test_milliseconds_and_ratios_of_a_table_agree(columns, rows, ms, ratio):
             if time is None or factor is None: continue
             least, most = (base - base_half)/(time[0] + time[1]), (base + base_half)/(time[0] - time[1])
             assert least <= factor[0] + factor[1] and most >= factor[0] - factor[1], f'{row[0]}: {base} / {time[0]} is not {factor[0]}'
+
+
+def test_a_second_baseline_begins_a_group():
+    rows = [['a', '8', '1'], ['b', '4', '2.00 (1.90–2.10)'], ['c', '90', '1'], ['d', '30', '3.00 (2.90–3.10)']]
+    assert groups(['what', 'ms', '× faster'], rows, '× faster') == [rows[:2], rows[2:]]
 
 
 def test_some_tables_have_both_columns(): assert len(list(timed_tables())) >= 6

@@ -26,8 +26,8 @@ from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, with_layers
 from ..model.folder import digest, load_model, read_config, save_model, shape_of_config
 from ..model.layers import Shape
-from ..model.losses import OverVocabulary, batches_loss, hard_loss
-from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, cut_to_context,
+from ..model.losses import OverVocabulary, hard_loss
+from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, cut_to_context,
                                      files_enough, fit, keep_zeros, training_rows)
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6

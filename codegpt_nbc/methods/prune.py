@@ -25,8 +25,7 @@ from ..model.decoder import Decoder, count_of, count_parameters, halves
 from ..model.families import FAMILIES, resolved
 from ..model.folder import load_model, save_model
 from ..model.layers import Shape
-from ..model.losses import batches_loss
-from ..model.train import Samples, TrainConfig, autocast, cut_to_context, fit, next_token_loss
+from ..model.train import Samples, TrainConfig, autocast, batches_loss, cut_to_context, fit, next_token_loss
 
 # %% ../../nbs/methods/30_prune.ipynb #42350809
 @dataclass(frozen=True)

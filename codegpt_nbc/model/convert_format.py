@@ -23,8 +23,8 @@ from ..data.tokenizer import SPECIAL, encode_batch, load_tokenizer, save_tokeniz
 from .decoder import Decoder
 from .folder import load_model, recipe_of, save_model
 from .gguf_import import read_gguf
-from .losses import batches_loss, hard_loss
-from .train import Samples, TrainConfig, files_enough, fit, training_rows
+from .losses import hard_loss
+from .train import Samples, TrainConfig, batches_loss, files_enough, fit, training_rows
 
 # %% ../../nbs/model/27_convert_format.ipynb #aa7e2d0a
 SPELLED = {'<EOL>': '\n', '<STR_LIT>': 'string', '<NUM_LIT>': '0'} | dict.fromkeys(('<s>', '</s>', '<pad>'), '<|endoftext|>')

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from .families import FAMILIES, resolved
 from .layers import Shape, rotation
+from .losses import hard_loss
 
 # %% ../../nbs/model/22_decoder.ipynb #ac2a1909
 class Table(nn.Embedding):
@@ -130,9 +131,12 @@ class Decoder(nn.Module):
         ids,          # (B, S) token ids
         targets=None, # (B, S) next token ids; −100: ignored
     ): # (B, S, vocab) logits, or with `targets` their mean cross-entropy in nats
-        z = self.logits(self.hidden(ids))
-        if targets is None: return z
-        return F.cross_entropy(z.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        h = self.hidden(ids)                                     # (B, S, D)
+        if targets is None: return self.logits(h)
+        real = targets != -100                                   # (B, S)
+        h, targets = h[real], targets[real]                      # (n, D), (n,)
+        if h.requires_grad: return hard_loss(self.norm(h), self.tokens.output, targets)   # keeps no logits
+        return F.cross_entropy(self.logits(h).float(), targets)
 
 # %% ../../nbs/model/22_decoder.ipynb #c6c4c757
 @patch

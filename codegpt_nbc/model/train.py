@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
            'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough', 'training_rows',
-           'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit', 'keep_zeros']
+           'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit', 'batches_loss',
+           'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
@@ -321,6 +322,19 @@ def fit(
     acc.wait_for_everyone()
     model.eval()
     return r
+
+# %% ../../nbs/model/24_train.ipynb #e1ae2580
+@torch.no_grad()
+def batches_loss(
+    model,
+    batches,   # Function: number → (ids, targets), each (B, S)
+    n: int,    # Batches
+) -> float: # nats per token
+    "Mean loss over the first `n` batches."
+    device, total = model.norm.weight.device, 0.
+    with autocast():
+        for i in range(n): total += float(next_token_loss(model, [t.to(device) for t in batches(i)]))
+    return total/n
 
 # %% ../../nbs/model/24_train.ipynb #5715ba09
 def keep_zeros(model: nn.Module): # → a function for `after_step`; None where there is nothing to keep

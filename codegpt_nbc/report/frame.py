@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'SETTINGS', 'COLUMNS', 'PRECISIONS', 'published', 'studies', 'printed_pruning', 'accuracy_columns',
-           'cost_columns', 'planned_runs', 'row_of', 'anchor_speed', 'session_details', 'frame', 'first_few', 'absent',
-           'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained',
-           'gains', 'percent_of_dense', 'dense_value', 'published_systems', 'split_time', 'pareto_front',
-           'precision_of', 'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'growth', 'corpus_facts',
-           'hours_of']
+           'cost_columns', 'planned_runs', 'judged_by', 'row_of', 'anchor_speed', 'session_details', 'frame',
+           'first_few', 'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test',
+           'versus', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'published_systems', 'split_time',
+           'pareto_front', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'growth',
+           'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from functools import cache
 from ..core.paths import ASSETS, BASE_MODEL, CORPUS, read_json
 from ..core.record import Accuracy, Result, load_results
+from ..data.samples import PROTOCOLS
 from .style import chain_of, family_of, run_label
 from ..runs.grid import WITHOUT_MODEL, is_step, read_profile
 
@@ -41,14 +42,14 @@ def printed_pruning() -> pd.DataFrame: # index: baseline, prune-0.6
 
 # %% ../../nbs/report/81_frame.ipynb #cdc8041e
 def accuracy_columns(
-    protocol: str,   # 'codexglue' or 'thesis'
     a: Accuracy,
+    prefix: str = '',   # of the columns
 ) -> dict: # column → per cent
-    "One protocol's scores under the frame's names."
+    "The scores under one protocol, under the frame's names."
     scores = dict(n=a.n, es=a.es, es_low=a.es_ci[0], es_high=a.es_ci[1], em=a.em, em_low=a.em_ci[0],
                   em_high=a.em_ci[1],
                   identifier_f1=a.identifier_f1, whole=a.whole)
-    return {f'{protocol}_{name}': value for name, value in scores.items()}
+    return {f'{prefix}{name}': value for name, value in scores.items()}
 
 def cost_columns(
     r: Result,   # a run, or the run that measured it
@@ -73,7 +74,7 @@ def cost_columns(
 SCORES = ('n', 'es', 'es_low', 'es_high', 'em', 'em_low', 'em_high', 'identifier_f1', 'whole')
 SETTINGS = ['pattern', 'sparsity', 'symmetric', 'granularity', 'placement', 'precision']
 COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS,
-           *(f'{p}_{s}' for p in ('codexglue', 'thesis') for s in SCORES),
+           *SCORES, *(f'{p}_{s}' for p in PROTOCOLS for s in SCORES),
            'raw_mb', 'zip_mb', 'params_m', 'nonzero_m', 'samples_per_s', 'ratio', 'ratio_low', 'ratio_high', 'ms',
            'prefill_ms', 'decode_ms_per_token',
            'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio',
@@ -85,14 +86,23 @@ def planned_runs(profile: str) -> dict: # run id → `grid.Run`
     try: return read_profile(profile)
     except FileNotFoundError: return {}
 
+def judged_by(results: dict) -> str: # of `PROTOCOLS`
+    """The protocol that runs are judged by, `results`: run id → `Result`. It is the first one that the dense model was evaluated
+    under, or else any run; the first of all where none was evaluated."""
+    everyone = {protocol for r in results.values() for protocol in r.metrics}
+    dense = results['baseline'].metrics if 'baseline' in results else {}
+    return next(p for p in PROTOCOLS if p in (dense or everyone or PROTOCOLS))
+
 def row_of(
     r: Result,
     results: dict,            # run id → `Result`, of the same profile
+    protocol: str,            # that they are judged by
     measured: Result | None,  # the run that measured it
 ) -> dict: # some of `COLUMNS`
     "One row of the frame."
-    row = {k: r.config[k] for k in COLUMNS if k in r.config}
-    for protocol, accuracy in r.metrics.items(): row |= accuracy_columns(protocol, accuracy)
+    row = {k: r.config[k] for k in ('model', *SETTINGS) if k in r.config}
+    for name, accuracy in r.metrics.items(): row |= accuracy_columns(accuracy, f'{name}_')
+    if protocol in r.metrics: row |= accuracy_columns(r.metrics[protocol])
     row |= cost_columns(r)
     if measured: row |= cost_columns(measured)
     chain = chain_of(r, results)
@@ -122,19 +132,20 @@ def session_details(results: dict) -> dict: # (run id, label of the model) → d
     return out
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
-    """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the methods of its planned
-    runs, which of them are to be timed, the details of its sessions, which runs were made with uncommitted changes, and the
-    noise of the dense model's speed."""
+    """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
+    are judged by, the methods of its planned runs, which of them are to be timed, the details of its sessions, which runs were
+    made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
     shown = [i for i in order if results[i].method not in WITHOUT_MODEL and (results[i].metrics or results[i].size)]
-    rows = [row_of(results[i], results, measured.get(i)) for i in shown]
+    protocol = judged_by(results)
+    rows = [row_of(results[i], results, protocol, measured.get(i)) for i in shown]
     df = pd.DataFrame(rows, index=pd.Index(shown, name='run_id')).reindex(columns=COLUMNS)
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_MODEL}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    df.attrs = dict(profile=profile, planned=expected,
+    df.attrs = dict(profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), dirty=dirty, noise=anchor_speed(df))
     return df
@@ -177,7 +188,7 @@ def headline(
     traits = rows.assign(pruned=rows.sparsity != 0)[['method', 'backend', 'pattern', 'pruned', 'precision', 'model']]
     kind = [str(tuple(t)) for t in traits.itertuples(index=False)]
     ranked = rows.assign(kind=kind, far=(rows.sparsity - sparsity).abs())
-    ranked = ranked.sort_values(['far', 'codexglue_es'], ascending=[True, False], kind='stable')
+    ranked = ranked.sort_values(['far', 'es'], ascending=[True, False], kind='stable')
     best = set(ranked.drop_duplicates('kind').index)
     return [i for i in rows.index if i in best]
 
@@ -200,16 +211,15 @@ def paired_test(a: Accuracy, b: Accuracy) -> dict: # 'es' and 'em' → `metrics.
 def versus(
     fr: pd.DataFrame,
     run: str, base: str,          # run ids
-    protocol: str = 'codexglue',
 ) -> dict | None: # 'es' and 'em' → `metrics.paired`; None where one of the two has not been evaluated
-    "Paired difference of two runs on the same samples."
+    "Paired difference of two runs on the same samples, under the protocol that they are judged by."
     if run == base or not {run, base} <= set(fr.index): return None
-    a, b = (fr.result[i].metrics.get(protocol) for i in (run, base))
+    a, b = (fr.result[i].metrics.get(fr.attrs['protocol']) for i in (run, base))
     return paired_test(a, b) if a and b else None
 
 def retained(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: es, low, high, in % of the dense model's ES
     "How much of the dense model's edit similarity each run keeps, with the interval of the paired difference."
-    base = fr.codexglue_es.get('baseline', np.nan)
+    base = fr.es.get('baseline', np.nan)
     rows = {'baseline': (100., 100., 100.)}
     for i in fr.index:
         if not (d := versus(fr, i, 'baseline')): continue

@@ -156,10 +156,12 @@ class RunFailed(RuntimeError): "A template notebook raised an error."
 
 def template_parameters(template) -> dict: # name → default, as it is written
     "The parameters that the template's cell of that name defines."
-    import logging, papermill
+    import logging, papermill, warnings
     logging.getLogger('papermill').setLevel(logging.ERROR)
     if not Path(template).is_file(): raise FileNotFoundError(f'there is no template {template}: give a notebook of nbs/experiments.')
-    try: return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
+    try:
+        with warnings.catch_warnings(action='ignore'):   # about the file's name
+            return {name: p['default'] for name, p in papermill.inspect_notebook(str(template)).items()}
     except Exception as e:   # the reader's errors share no base
         raise ValueError(f'{template} is not a notebook ({type(e).__name__}): give a notebook of nbs/experiments.') from None
 

@@ -232,11 +232,9 @@ def do(self: Worker, job: Job):
         for i, ask in enumerate(job.asks): self.complete(job, i, ask)
         job.tell('end')
         self.typical = .8*self.typical + .2*(time.monotonic() - began)
-    except Exception as e:
+    except BaseException as e:   # a library's panic is no `Exception`
         if job.early: self.figures.early.labels(job.early).inc()
         else: job.tell('error', e)
-    self.figures.rows.set(len(self.model.engine.rows))
-    self.figures.bytes.set(self.model.engine.bytes)
 
 @patch
 def complete(self: Worker, job: Job, i: int, ask: Ask):
@@ -256,6 +254,8 @@ def complete(self: Worker, job: Job, i: int, ask: Ask):
     answer, first = pieces.answer, prefixes.works[0]
     written = answer.max_new - answer.left
     self.figures.count_work(prefixes.works, written)
+    self.figures.rows.set(len(prefixes.rows))
+    self.figures.bytes.set(prefixes.bytes)
     usage = dict(prompt=first.reused + first.read, cached=first.reused, written=written)
     job.tell('done', i, 'stop' if ended or answer.ended else 'length', usage)
 
@@ -606,7 +606,7 @@ def served(
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listening]))
     thread.start()
     try:
-        while not server.started: time.sleep(.01)
+        while thread.is_alive() and not server.started: time.sleep(.01)
         yield f'http://127.0.0.1:{listening.getsockname()[1]}', worker
     finally:
         server.should_exit = True

@@ -39,7 +39,7 @@ KERNELS = setuptools.Extension(   # optional: without a compiler the package wor
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
-EXTRAS = {'notebooks': 'notebook', 'dev': 'dev', 'docs': 'docs', 'slurm': 'slurm', 'openvino': 'openvino', 'smollm2': 'smollm2'}
+EXTRAS = {'notebooks': 'notebook'} | {name: name for name in ('dev', 'docs', 'slurm', 'openvino', 'serve', 'smollm2')}
 setuptools.setup(
     name=s['lib_name'], version=s['version'], description=s['description'], license='Apache-2.0',
     long_description=(Path(__file__).parent/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',

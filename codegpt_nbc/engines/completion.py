@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STOPS', 'RESTARTS', 'UntilLine', 'UntilStatement', 'UntilEnd', 'stop_named', 'Answer', 'AnswerRule', 'answer_all',
-           'text_of_bytes', 'complete_raw', 'stream_raw', 'WordsAnswer', 'complete_source']
+           'text_of_bytes', 'complete_raw', 'Pieces', 'stream_raw', 'WordsAnswer', 'complete_source', 'stream_source']
 
 # %% ../../nbs/engines/56_completion.ipynb #b6317ae8
 import codecs, re, warnings, numpy as np
 from heapq import heappush
-from ..data.raw_text import HEAL, RawText
+from ..data.raw_text import HEAL, RawText, surplus
 from ..data.raw_words import Cursor, answer_source, is_whole, to_words
 from ..data.text_format import Literals
 from ..data.tokenizer import decode_lines, encode_batch, whole
@@ -63,7 +63,7 @@ class Answer:
 
     def reset(self):
         "Begin anew."
-        self.spelled, self.text, self.left = 0, b'', self.max_new   # `spelled`: bytes of `owed` that are written
+        self.spelled, self.text, self.left, self.ended = 0, b'', self.max_new, False   # `spelled`: bytes of `owed` that are written
 
     def pick(self, logits: np.ndarray) -> int: # (vocab,) → id
         "The next token. `turned` says that another beginning, now `path`, is more probable than all that go on from here."
@@ -81,6 +81,7 @@ class Answer:
     def take(self, token: int) -> bool: # Has the answer ended?
         "Append a token."
         piece = self.raw.spells(token)
+        self.ended = not piece
         if not piece: return True
         rest = len(self.owed) - self.spelled
         self.spelled += min(rest, len(piece))
@@ -88,8 +89,8 @@ class Answer:
         if not piece: return False   # all of it was owed
         end = self.stop(self.text, piece)
         self.text += piece[:end]
-        self.left -= 1
-        return end is not None or not self.left
+        self.left, self.ended = self.left - 1, end is not None
+        return self.ended or not self.left
 
     def turn(self) -> bool: # Is there more to write?
         "Take the other beginning."
@@ -117,6 +118,8 @@ def _sizes(engine: Engine, max_new: int) -> tuple: # (tokens of a prompt, bytes 
     room = room_for(engine, max_new)
     heal = min(HEAL, room//4)
     return room - heal, heal
+
+def _block(block: int | None, room: int) -> int: return max(1, room//4) if block is None else block
 
 def answer_all(
     engine: Engine,
@@ -151,10 +154,11 @@ def complete_raw(
     suffixes: list | None = None, # Texts after the cursor, for models that fill in; None instead of one: without
     batch: int = 32,         # Rows at a time, fewer where they are long
     desc: str | None = None, # Name of a progress bar; None: no bar
+    block: int | None = 1,   # Tokens left out at once where a text is too long; None: a quarter of the room, for editing
 ) -> list: # Answers, in the order of the prompts
     "Complete raw source greedily. What does not fit is left out, see `RawText.prompts`. Nothing is stripped."
     raw, (room, heal), until = _raw_text(tokenizer), _sizes(engine, max_new), stop_named(stop)
-    read = raw.prompts(prompts, room, heal, suffixes)
+    read = raw.prompts(prompts, room, heal, suffixes, _block(block, room))
     answers = [Answer(raw, p.owed, max_new, until(text)) for p, text in zip(read, prompts)]
     for _ in answer_all(engine, [p.ids for p in read], answers, max_new + heal, batch, desc): pass
     return [text_of_bytes(a.text) for a in answers]
@@ -165,6 +169,12 @@ def _warn_of_cut(tokens: int, read: int, level: int):
         message = f'the prompt has {tokens} tokens, of which the model reads {read}: those nearest to the cursor.'
         warnings.warn(message, Truncated, stacklevel=level + 1)
 
+class Pieces:
+    "The pieces of an answer, an iterator over strings. `answer` is what has been written so far."
+    def __init__(self, pieces, answer: Answer): self.pieces, self.answer = pieces, answer
+    def __iter__(self): return self
+    def __next__(self): return next(self.pieces)
+
 def stream_raw(
     engine: Engine,
     tokenizer,               # `RawText`, or a tokenizer
@@ -172,12 +182,14 @@ def stream_raw(
     max_new: int = MAX_NEW,  # Tokens at most
     stop: str = 'line',      # A key of `STOPS`
     suffix: str | None = None, # After the cursor, for models that fill in
-): # yields str
+    block: int | None = 1,   # See `complete_raw`
+) -> Pieces:
     "Complete raw source, a piece at a time. Warns (`Truncated`) if the prompt does not fit."
     raw, (room, heal), until = _raw_text(tokenizer), _sizes(engine, max_new), stop_named(stop)
-    read = raw.prompts([prompt], room, heal, [suffix])[0]
+    read = raw.prompts([prompt], room, heal, [suffix], _block(block, room))[0]
     _warn_of_cut(read.tokens, read.read, 2)
-    return _pieces(engine, read.ids, max_new + heal, Answer(raw, read.owed, max_new, until(prompt)))
+    answer = Answer(raw, read.owed, max_new, until(prompt))
+    return Pieces(_pieces(engine, read.ids, max_new + heal, answer), answer)
 
 def _pieces(engine: Engine, ids: list, most: int, answer: Answer):
     characters, sent = codecs.getincrementaldecoder('utf-8')('replace'), 0
@@ -200,11 +212,12 @@ class WordsAnswer(Answer):
 
     def reset(self):
         "Begin anew."
-        self.spelled, self.tokens, self.left = 0, [], self.max_new
+        self.spelled, self.tokens, self.left, self.ended = 0, [], self.max_new, False
 
     def take(self, token: int) -> bool: # Has the line ended?
         "Append a token."
-        if token == self.stop: return True
+        self.ended = token == self.stop
+        if self.ended: return True
         self.tokens.append(token)
         if self.spelled >= len(self.choices): self.left -= 1
         self.spelled += max(1, len(self.raw.spells(token)))
@@ -224,24 +237,52 @@ def _words_prompt(raw: RawText, cursor: Cursor, vocabulary: dict) -> tuple: # (i
     same = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
     return ids[:same], b''.join(map(raw.spells, ids[same:])), None
 
+# %% ../../nbs/engines/56_completion.ipynb #d16e8dc0
+def _begin_source(
+    raw: RawText, prompts: list, room: int, heal: int, max_new: int, block: int | None,
+) -> tuple: # (cursors, ids, answers), a row a prompt
+    "What is read for each prompt, and the answers to be written. Warns (`Truncated`) of a prompt that does not fit."
+    vocabulary, block = raw.tok.get_vocab(), _block(block, room)
+    literals, stop = Literals.among(vocabulary), vocabulary['<EOL>']
+    cursors = [to_words(whole(p), literals) for p in prompts]
+    read = [_words_prompt(raw, c, vocabulary) for c in cursors]
+    answers = [WordsAnswer(raw, owed[:heal], fitting, max_new, stop) for _, owed, fitting in read]
+    out = [surplus(len(ids), room, block) for ids, *_ in read]
+    for (ids, *_), left_out in zip(read, out): _warn_of_cut(len(ids), len(ids) - left_out, 3)
+    return cursors, [ids[n:] or start_of_text(raw.tok) for (ids, *_), n in zip(read, out)], answers
+
+def _as_source(raw: RawText, cursors: list, answers: list) -> list: # of strings
+    "Lines of words as source to write at the cursors."
+    lines = decode_lines(raw.tok, [a.tokens for a in answers])
+    return [answer_source(c, (c.inside[0] if c.inside else '') + line) for c, line in zip(cursors, lines)]
+
 def complete_source(
     engine: Engine,
     tokenizer,               # `RawText`, or a tokenizer; with `<EOL>`
     prompts: list,           # Raw source up to the cursor
     max_new: int = MAX_NEW,  # Tokens at most
     batch: int = 32,         # Rows at a time, fewer where they are long
+    block: int | None = 1,   # See `complete_raw`
 ) -> list: # Source to write at the cursors
     """Complete lines of raw source with a model of CodeXGLUE's words.
 
     Warns (`Truncated`) of a prompt that does not fit; errors as `to_words`."""
     raw, (room, heal) = _raw_text(tokenizer), _sizes(engine, max_new)
-    vocabulary = raw.tok.get_vocab()
-    literals, stop = Literals.among(vocabulary), vocabulary['<EOL>']
-    cursors = [to_words(whole(p), literals) for p in prompts]
-    read = [_words_prompt(raw, c, vocabulary) for c in cursors]
-    answers = [WordsAnswer(raw, owed[:heal], fitting, max_new, stop) for _, owed, fitting in read]
-    for ids, *_ in read: _warn_of_cut(len(ids), min(len(ids), room), 2)
-    ids = [ids[-room:] or start_of_text(raw.tok) for ids, *_ in read]
+    cursors, ids, answers = _begin_source(raw, prompts, room, heal, max_new, block)
     for _ in answer_all(engine, ids, answers, max_new + heal, batch): pass
-    lines = decode_lines(raw.tok, [a.tokens for a in answers])
-    return [answer_source(c, (c.inside[0] if c.inside else '') + line) for c, line in zip(cursors, lines)]
+    return _as_source(raw, cursors, answers)
+
+def stream_source(
+    engine: Engine,
+    tokenizer,               # See `complete_source`
+    prompt: str,             # Raw source up to the cursor
+    max_new: int = MAX_NEW,  # Tokens at most
+    block: int | None = 1,   # See `complete_raw`
+) -> Pieces: # one: words become source when the line is whole
+    "`complete_source` of one prompt, with the answer that says how it ended."
+    raw, (room, heal) = _raw_text(tokenizer), _sizes(engine, max_new)
+    cursors, ids, answers = _begin_source(raw, [prompt], room, heal, max_new, block)
+    def line():
+        for _ in answer_all(engine, ids, answers, max_new + heal, 1): pass
+        yield _as_source(raw, cursors, answers)[0]
+    return Pieces(line(), answers[0])

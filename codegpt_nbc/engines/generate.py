@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RUNTIMES', 'BATCH_TOKENS', 'MAX_NEW', 'Engine', 'runtime_of', 'engine_of', 'open_engine', 'Rule', 'UntilToken',
-           'steps', 'greedy', 'Truncated', 'room_for', 'start_of_text', 'batches', 'complete_batch', 'complete',
-           'timed_completion']
+           'steps', 'greedy', 'Sampled', 'Truncated', 'room_for', 'start_of_text', 'batches', 'complete_batch',
+           'complete', 'timed_completion']
 
 # %% ../../nbs/engines/50_generate.ipynb #a7abc0b8
 import warnings, numpy as np
@@ -33,6 +33,8 @@ class Engine(Protocol):
         "Append tokens to the only row; the logits after each of the last ones."
     def rewind(self, length: int):
         "Forget the positions of the only row from `length` on."
+    def cache_bytes(self) -> int:
+        "Memory of the cache."
 
 # %% ../../nbs/engines/50_generate.ipynb #570bcf37
 # A file of a model folder → the engine that reads it, and the function that counts its parameters
@@ -119,6 +121,23 @@ def greedy(
     for rows, tokens, ended in steps(engine, prompts, max_new, UntilToken(stop)):
         for r, t in zip(rows[~ended], tokens[~ended]): out[r].append(int(t))
     return out
+
+# %% ../../nbs/engines/50_generate.ipynb #9cd99993
+class Sampled:
+    "An engine of which the largest logit is drawn by chance. The methods are those of `Engine`, but for `extend`."
+    def __init__(self,
+        engine: Engine,
+        temperature: float, # Above 0
+        seed: int | None = None, # None: another draw each time
+    ): self.engine, self.temperature, self.rng = engine, temperature, np.random.default_rng(seed)
+
+    def __getattr__(self, name): return getattr(self.engine, name)   # the rest as it is
+    def prefill(self, ids, lengths): return self.noisy(self.engine.prefill(ids, lengths))
+    def step(self, tokens): return self.noisy(self.engine.step(tokens))
+
+    def noisy(self, logits: np.ndarray) -> np.ndarray: # (B, vocab) → (B, vocab)
+        "Logits with Gumbel noise."
+        return logits + self.temperature*self.rng.gumbel(size=logits.shape)
 
 # %% ../../nbs/engines/50_generate.ipynb #ae71741e
 BATCH_TOKENS = 2**14   # positions of a batch at most: 16 rows of a context of 1,024, whose cache takes a gigabyte at 124 M parameters

@@ -353,6 +353,10 @@ class OrtEngine:
         self.lengths = self.lengths + len(tokens)
         return logits
 
+    def cache_bytes(self) -> int:
+        "Memory of the cache."
+        return sum(a.nbytes for a in self.cache.values())
+
     def rewind(self, length):
         "Forget the positions of the only row from `length` on."
         self.lengths = np.array([length])

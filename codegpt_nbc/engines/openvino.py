@@ -326,6 +326,10 @@ class OpenvinoEngine:
         self.lengths = self.lengths + n
         return logits
 
+    def cache_bytes(self) -> int:
+        "Memory of the cache."
+        return sum(state.state.byte_size for state in self.request.query_state())
+
     def rewind(self, length):
         "Forget the positions of the only row from `length` on."
         if length == self.lengths[0]: return

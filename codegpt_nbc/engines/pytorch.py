@@ -54,6 +54,10 @@ class TorchEngine:
         "Go on with these rows only."
         self.cache.keep(torch.from_numpy(rows))
 
+    def cache_bytes(self) -> int:
+        "Memory of the cache."
+        return sum(t.nbytes for t in (*self.cache.k, *self.cache.v))
+
     def rewind(self, length):
         "Forget the positions of the only row from `length` on."
         self.cache.length = torch.tensor([length])

@@ -6,6 +6,7 @@
 __all__ = ['text_of_prompt', 'Model', 'load', 'complete', 'Compressed', 'compress', 'Scores', 'evaluate']
 
 # %% ../../nbs/runs/74_api.ipynb #89b653c8
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ def text_of_prompt(
 
 class Model:
     "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads."
+    block = 1   # tokens left out at once where source is too long, see `complete_raw`
     def __init__(self, folder):
         from codegpt_nbc.data.tokenizer import text_of
         from codegpt_nbc.engines.generate import open_engine
@@ -50,6 +52,19 @@ class Model:
         "The tokenizer with all that completing raw source needs."
         from codegpt_nbc.data.raw_text import RawText
         return RawText(self.tokenizer, self.folder)
+
+    def session(self,
+        memory: int = 2**28,    # Bytes of caches, see `Prefixes`
+        drafts: bool = False,   # Guess tokens from the text
+        check=None,             # See `Prefixes`
+    ): # -> Model
+        """The same weights for source that is being edited: what a prompt has in common with an earlier one is not read again.
+
+        A text that is too long loses a quarter at once."""
+        from codegpt_nbc.engines.session import Prefixes, PromptLookup
+        other = copy.copy(self)
+        other.engine, other.block = Prefixes(self.engine, memory, PromptLookup() if drafts else None, check), None
+        return other
 
     def __repr__(self) -> str:
         return f'Model({self.folder.name}: {self.engine.name}, {self.engine.context} positions, {self.engine.vocab:,} tokens)'
@@ -70,19 +85,19 @@ def stream(self: Model,
     text = text_of_prompt(prompt, self.reads, text)
     if self.reads == 'raw':
         from codegpt_nbc.engines.completion import stream_raw
-        return stream_raw(self.engine, self.raw_text, prompt, max_new, stop, suffix)
-    return iter([self._line(prompt, suffix, max_new, stop, text)])
+        return stream_raw(self.engine, self.raw_text, prompt, max_new, stop, suffix, self.block)
+    return self._line(prompt, suffix, max_new, stop, text)
 
 @patch
-def _line(self: Model, prompt: str, suffix, max_new: int, stop: str, text: str) -> str:
+def _line(self: Model, prompt: str, suffix, max_new: int, stop: str, text: str): # yields str
     "The rest of a line by a model of CodeXGLUE's words."
     if suffix is not None: raise ValueError("a model of CodeXGLUE's words cannot fill in: leave out what follows the cursor.")
     if stop != 'line': raise ValueError(f"a model of CodeXGLUE's words completes lines, so stop cannot be {stop!r}: leave it out.")
     if text == 'raw':
-        from codegpt_nbc.engines.completion import complete_source
-        return complete_source(self.engine, self.raw_text, [prompt], max_new)[0]
+        from codegpt_nbc.engines.completion import stream_source
+        return stream_source(self.engine, self.raw_text, prompt, max_new, self.block)
     from codegpt_nbc.engines.generate import complete
-    return complete(self.engine, self.tokenizer, prompt, max_new)
+    return iter([complete(self.engine, self.tokenizer, prompt, max_new)])
 
 @patch
 def complete(self: Model,

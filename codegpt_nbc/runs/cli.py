@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'ModelName', 'Code', 'Force', 'MENDABLE', 'complete', 'evaluate', 'compress', 'search', 'reproduce', 'run',
-           'export', 'main']
+           'export', 'serve', 'main']
 
 # %% ../../nbs/runs/73_cli.ipynb #dbf3d8a0
 import json, os, re, shlex, signal, sys, typer
@@ -150,6 +150,25 @@ def export(
     write = resolve_name(f'codegpt_nbc.engines.{room}:export_{format}')
     print(write(resolve_model(model, 'try'), out, precision))
     if format != 'gguf': print(f"next: codegpt-nbc complete '<s> def read ( path ) : <EOL> with open (' --model {out}")
+
+# %% ../../nbs/runs/73_cli.ipynb #f82bc492
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help='as for compress')] = 'codegpt-nano',
+    host: Annotated[str, typer.Option(help='an address of this machine; one that others reach needs --token')] = '127.0.0.1',
+    port: Annotated[int, typer.Option(min=0, max=65535, help='0: any that is free')] = 8012,
+    token: Annotated[str, typer.Option(envvar='CODEGPT_NBC_TOKEN', help='that requests must bear')] = '',
+    memory: Annotated[int, typer.Option(min=1, help='MB of caches')] = 256,
+    queue: Annotated[int, typer.Option(min=1, help='requests that wait at most')] = 16,
+    timeout: Annotated[float, typer.Option(min=.1, help='seconds of a request at most')] = 60.,
+    max_body: Annotated[int, typer.Option(min=1, help='kB of a request at most')] = 1024,
+    ignore_suffix: Annotated[bool, typer.Option('--ignore-suffix', help='answer from the prefix where the model cannot fill in')] = False,
+    drafts: Annotated[bool, typer.Option('--drafts', help='guess tokens from the text, and check several at once')] = False,
+):
+    "Serve completions to an editor, as OpenAI's and llama.cpp's servers do."
+    from codegpt_nbc.runs.serve import serve
+    limits = dict(timeout=timeout, max_body=max_body*2**10, ignore_suffix=ignore_suffix)
+    serve(model, host, port, memory*2**20, queue, drafts, token=token, **limits)
 
 # %% ../../nbs/runs/73_cli.ipynb #34119c2c
 MENDABLE = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError)   # whose message is a sentence with a remedy

@@ -75,7 +75,7 @@ def free_memory() -> int | None:
     except (ImportError, OSError, RuntimeError): pass   # not installed, or not on this platform
     group = Path('/sys/fs/cgroup')                      # of a container, version 2
     try:
-        limit, taken = (int((group/f'memory.{name}').read_text()) for name in ('max', 'current'))
+        limit, taken = (int((group/f'memory.{name}').read_text(encoding='ascii')) for name in ('max', 'current'))
         found.append(limit - taken)
     except (OSError, ValueError): pass                  # no group, or none with a limit
     return min(found, default=None)

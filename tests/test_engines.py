@@ -81,7 +81,7 @@ def test_a_damaged_file_of_weights_is_one_sentence(damage, model, tmp_path, monk
     if damage == 'missing': data.unlink()
     else: data.write_bytes(data.read_bytes()[:-5000])
     for call in (OrtEngine, size_of):
-        with pytest.raises(ValueError, match='model.onnx.data is missing, truncated or corrupt'): call(two)
+        with pytest.raises(ValueError, match='model.onnx.data is missing(,| or) truncated'): call(two)
 
 
 @pytest.mark.skipif(not os.environ.get('CODEGPT_NBC_LARGE'), reason='takes 8 GB of memory and minutes: set CODEGPT_NBC_LARGE=1')

@@ -238,14 +238,18 @@ def test_code_llamas_gap_as_its_authors_lay_it_out():
 
 # A folder of a model of raw source
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
+def folder_that_fills_in(tmp_path_factory):
+    "A folder of a model of raw source, whose tokenizer has Qwen's tokens for filling in."
     source, out = tmp_path_factory.mktemp('tokenizer'), tmp_path_factory.mktemp('made')/'raw'
     infill = INFILLS['Qwen2.5-Coder, CodeGemma']
     tok = byte_level((infill.before_prefix, infill.before_suffix, infill.before_answer))
     tok.save(str(source/'tokenizer.json'))
     write_json(source/'config.json', {'eos_token_id': [0], 'bos_token_id': 0})
     return save_model(engine_for(tok).model, out, parent=source)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return folder_that_fills_in(tmp_path_factory)
 
 
 def test_the_library_reads_raw_source(folder):

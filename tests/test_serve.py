@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
-from test_raw import ENGINES, RAW, SLOW, TEXT, TOKENIZERS, byte_level, engine_for
+from test_raw import ENGINES, RAW, SLOW, TEXT, TOKENIZERS, folder_that_fills_in
 from codegpt_nbc import load
-from codegpt_nbc.core.paths import write_json
-from codegpt_nbc.data.raw_text import INFILLS
 from codegpt_nbc.engines.completion import complete_raw, complete_source, stream_raw
 from codegpt_nbc.engines.generate import Sampled, Truncated
 from codegpt_nbc.engines.session import Cached, Prefixes, PromptLookup
-from codegpt_nbc.model.folder import save_model
 
 MISSING = [name for name in ('fastapi', 'uvicorn', 'httpx', 'prometheus_client') if not find_spec(name)]
 needs_server = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install '.[serve]' httpx")
@@ -115,14 +112,7 @@ if not MISSING:
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A model of raw source that fills in."
-    source, out = tmp_path_factory.mktemp('tokenizer'), tmp_path_factory.mktemp('made')/'raw'
-    infill = INFILLS['Qwen2.5-Coder, CodeGemma']
-    tok = byte_level((infill.before_prefix, infill.before_suffix, infill.before_answer))
-    tok.save(str(source/'tokenizer.json'))
-    write_json(source/'config.json', {'eos_token_id': [0], 'bos_token_id': 0})
-    return save_model(engine_for(tok).model, out, parent=source)
+def folder(tmp_path_factory): return folder_that_fills_in(tmp_path_factory)
 
 
 @pytest.fixture(scope='module')

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'STUDENTS', 'BETAS', 'Layers', 'DistillLoss', 'spread', 'least_loss', 'spread_evenly', 'random_student',
-           'reduced_student', 'model_as_student', 'Pair', 'pair_loss', 'clip_each', 'Taught', 'taught', 'TaughtConfig',
-           'number_of', 'DistillConfig', 'layers_of', 'load_pair', 'LearningCurve', 'distill', 'validation_batches',
-           'validation_loss', 'trained_details', 'distill_step']
+           'reduced_student', 'model_as_student', 'kept_logits_loss', 'Pair', 'pair_loss', 'clip_each', 'Taught',
+           'taught', 'TaughtConfig', 'number_of', 'DistillConfig', 'layers_of', 'load_pair', 'LearningCurve', 'distill',
+           'validation_batches', 'validation_loss', 'trained_details', 'distill_step']
 
 # %% ../../nbs/methods/37_distill.ipynb #307cac6e
-import numpy as np, shutil, torch
-from dataclasses import dataclass
+import math, numpy as np, shutil, torch
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,8 +27,8 @@ from ..model.decoder import Decoder, with_layers
 from ..model.folder import digest, load_model, read_config, save_model, shape_of_config
 from ..model.layers import Shape
 from ..model.losses import OverVocabulary, hard_loss
-from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, cut_to_context,
-                                     files_enough, fit, keep_zeros, training_rows)
+from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, corpus_folder,
+                                     cut_to_context, files_enough, fit, keep_zeros, packed_rows, training_rows)
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6
 class DistillLoss(Strict):
@@ -100,6 +100,21 @@ def model_as_student(model: Decoder, layers: list, seed: int) -> Decoder:
 
 STUDENTS = {'random': random_student, 'reduced': reduced_student, 'model': model_as_student}
 
+# %% ../../nbs/methods/37_distill.ipynb #4f5efe5e
+def kept_logits_loss(
+    s, t,     # (n, vocab) logits of student and teacher
+    h, h_t,   # (n, d) their last hidden states after the norm
+    targets,  # (n,) true tokens
+    ce: float, clm: float, cos: float, T: float, # weights and temperature, see `DistillLoss`
+): # scalar, nats
+    "`DistillLoss` by plain operations, for a GPU: it has room for the logits, and the compiler fuses what is done to them."
+    s, t = s.float(), t.float()
+    total = 0.
+    if ce: total = total + ce*T**2*F.kl_div((s/T).log_softmax(-1), (t/T).log_softmax(-1), reduction='batchmean', log_target=True)
+    if clm: total = total + clm*F.cross_entropy(s, targets)
+    if cos: total = total + cos*(1 - F.cosine_similarity(h.float(), h_t.float(), dim=-1)).mean()
+    return total
+
 # %% ../../nbs/methods/37_distill.ipynb #e037a716
 class Pair(nn.Module):
     "Student and teacher as one module; its output is the loss."
@@ -108,17 +123,20 @@ class Pair(nn.Module):
         teacher: Decoder,
         loss: DistillLoss,
         frozen: bool = True, # The teacher does not learn
+        full: bool = False,  # Rows have no padding: one graph for `torch.compile`, which keeps the logits
     ):
         super().__init__()
         loss.check(student.shape, teacher.shape)
         self.student, self.teacher = student, teacher.requires_grad_(not frozen)
-        self.loss, self.frozen = loss, frozen
+        self.loss, self.frozen, self.full = loss, frozen, full
+        self.weights = loss.alpha_ce, loss.alpha_clm, loss.alpha_cos, loss.temperature
 
     def forward(self,
         ids,          # (batch, n)
         targets,      # (batch, n), −100 at padding
         hidden=None,  # (batch, n, d_teacher) last hidden states of the teacher, where they are known
     ): # scalar, nats
+        if self.full and self.frozen: return self.of_full_rows(ids, targets)
         real = targets != -100
         y = targets[real]                                             # (positions,)
         if hidden is None: h_t, own = self.teach(ids, real, y)        # (positions, d_teacher), scalar
@@ -127,6 +145,13 @@ class Pair(nn.Module):
         l = self.loss(h, self.student.tokens.output, h_t.detach(), self.teacher.tokens.output.detach(), y)
         if self.frozen: return l
         return l + (own - own.detach())   # the value of the student's loss, the gradients of both
+
+    def of_full_rows(self, ids, targets): # scalar, nats
+        "The same loss of rows without padding, by plain operations."
+        with torch.no_grad(): h_t = self.teacher.norm(self.teacher.hidden(ids)).flatten(0, 1)   # (positions, d_teacher)
+        h = self.student.norm(self.student.hidden(ids)).flatten(0, 1)                           # (positions, d)
+        return kept_logits_loss(self.student.tokens.project(h), self.teacher.tokens.project(h_t).detach(), h, h_t, targets.flatten(),
+                                *self.weights)
 
     def teach(self, ids, real, y) -> tuple: # ((positions, d_teacher) last hidden states, the teacher's own loss)
         "Let the teacher read a batch, and learn from it unless it is frozen."
@@ -201,6 +226,7 @@ def _write_hidden(teacher: Decoder, samples: Samples, path, batch: int):
 class TaughtConfig(RunConfig):
     "Parameters of a training beside a teacher, whatever its loss."
     teacher: str | None = None                      # as `model`; None: `model` itself
+    corpus: str = ''                                # packed tokens to read in place of `data`, see `model.train.corpus_folder`
     tokens: int | None = Field(None, ge=1)          # for the student to see, over all epochs; None: all of the shard in each
     epochs: int = Field(1, ge=1)
     length: int = Field(512, ge=12)                 # tokens of a row
@@ -238,6 +264,15 @@ def training(self: TaughtConfig,
 def shapes(self: TaughtConfig) -> list:
     "Of the model that a student is made of, and of its teacher."
     return [shape_of_config(read_config(folder))[0] for folder in (self.model_folder, self.teacher_folder)]
+
+@patch
+def rows(self: TaughtConfig, tok) -> list: # of lists or arrays of at most length + 1 ids
+    "What the student reads: rows of `corpus`, or of texts of `data`. Raises `ValueError` for a corpus of another tokenizer."
+    if not self.corpus: return training_rows(self.training_texts(files_enough(self)), tok, self)
+    folder = corpus_folder(self.corpus, self.profile)
+    if load_tokenizer(folder).get_vocab() != tok.get_vocab():
+        raise ValueError(f'{folder.name} was packed with another tokenizer than that of {self.model_folder.name}: freeze a corpus with it.')
+    return packed_rows(folder, self.length, self.tokens and math.ceil(self.tokens/self.epochs), self.seed)
 
 @patch
 def check_pair(self: TaughtConfig):
@@ -383,8 +418,9 @@ def distill(
     if c.frozen and c.epochs > 1:
         kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length)}.npy'
         data = taught(teacher, data, kept)
-    pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen)
-    return fit(pair, data, c.training(rows), pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
+    on_gpu = bool(c.corpus) and torch.cuda.is_available()
+    pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
+    return fit(pair, data, replace(c.training(rows), compile=on_gpu), pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
                checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
@@ -412,7 +448,7 @@ def distill_step(
         raise ValueError('curve_samples asks for a learning curve, but nothing scores it: pass score=evidence.evaluate.validation_es.')
     tok, work = load_tokenizer(c.model_folder), c.work
     c = cut_to_context(c, *c.shapes)
-    rows = training_rows(c.training_texts(files_enough(c)), tok, c)
+    rows = c.rows(tok)
     student, teacher = load_pair(c, rows)
     models, held = {'student': student, 'teacher': teacher}, validation_batches(c, tok)
     loss, curve = c.loss(student.shape, teacher.shape), None

@@ -22,7 +22,7 @@ from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
 from ..model.layers import Shape
-from ..model.train import Samples, TrainResult, cut_to_context, files_enough, fit, training_rows
+from ..model.train import Samples, TrainResult, cut_to_context, fit
 from .distill import (DistillLoss, Layers, TaughtConfig, number_of, pair_loss, spread, trained_details,
                                          validation_batches, validation_loss)
 from .quantize import float_decoder, quantize, simulated
@@ -298,7 +298,7 @@ def xtc_step(
     "Compress the model of `c.model_folder` beside the teacher of `c.teacher_folder`, on texts of `c.data_folder`, and write it."
     tok, schemes, work = load_tokenizer(c.model_folder), xtc_schemes(c.bits), c.work
     c = cut_to_context(c, *c.shapes)
-    rows = training_rows(c.training_texts(files_enough(c)), tok, c)
+    rows = c.rows(tok)
     (student, teacher), held = load_models(c), validation_batches(c, tok)
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}

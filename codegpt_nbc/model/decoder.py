@@ -120,6 +120,7 @@ class Decoder(nn.Module):
         first = cache is None or not bool(cache.length.any())
         at = new if first else cache.length[:, None] + new       # (S,) or (B, S)
         x, turn = self.embed(ids, at), self.turn(at)
+        if x.is_cuda and torch.is_autocast_enabled('cuda'): x = x.to(torch.get_autocast_dtype('cuda'))   # half the bytes per layer
         for block in self.blocks: x = block(x, cache, None if first else at, turn)
         return x
 

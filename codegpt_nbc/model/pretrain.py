@@ -19,7 +19,7 @@ from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
 from .folder import load_model, save_model
 from .layers import Shape
-from .train import TrainConfig, Windows, autocast, fit
+from .train import TrainConfig, Windows, autocast, corpus_folder, fit, full_rows_loss, next_token_loss
 
 # %% ../../nbs/model/26_pretrain.ipynb #e038dc4d
 class Stage(Strict):
@@ -49,11 +49,7 @@ class PretrainConfig(RunConfig):
     @property
     def corpus_folder(self) -> Path:
         "The folder of the packed corpus. Raises `ValueError` where there is none."
-        run = models_dir(self.profile)/self.corpus
-        folder = run if run.is_dir() else Path(self.corpus)
-        if not (folder/'train.bin').is_file():
-            raise ValueError(f'{folder} holds no train.bin: give a run of freeze_corpus that has finished.')
-        return folder
+        return corpus_folder(self.corpus, self.profile)
 
     def shape(self, vocab: int, layers: int) -> Shape:
         "The model's shape with so many layers."
@@ -75,13 +71,14 @@ def pretrain(
 ) -> tuple: # (Decoder, list of `TrainResult`, one a stage)
     "Train through all stages. A killed run resumes at its last checkpoint."
     model, results = None, []
+    loss = full_rows_loss if torch.cuda.is_available() else next_token_loss
     for i, stage in enumerate(Stage(**s) for s in cfg.stages):
         if model is None: model = Decoder(cfg.shape(vocab, stage.layers)).init_weights(cfg.seed)
         elif stage.layers != model.shape.n_layer: model = grown(model, stage.layers)
         settings = TrainConfig(steps=stage.steps, lr=stage.lr, optimizer='muon', schedule=stage.schedule, warmup=stage.warmup,
                                compile=cfg.compile, seed=cfg.seed)
         windows = Windows(ids, stage.batch, stage.length, cfg.seed + i)
-        results.append(fit(model, windows, settings, checkpoint=Path(work)/f'stage-{i}', desc=f'stage {i+1} of {len(cfg.stages)}'))
+        results.append(fit(model, windows, settings, loss, checkpoint=Path(work)/f'stage-{i}', desc=f'stage {i+1} of {len(cfg.stages)}'))
     return model, results
 
 # %% ../../nbs/model/26_pretrain.ipynb #0004d83a
@@ -97,7 +94,7 @@ def mean_loss(
     starts = np.linspace(0, len(ids) - n - 1, windows).astype(int)
     for i in range(0, windows, batch):
         rows = np.stack([ids[s:s+n+1] for s in starts[i:i+batch]]).astype(np.int64)   # (batch, n + 1)
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(rows).to(model.norm.weight.device)
         with autocast(): total += float(model(rows[:, :-1], rows[:, 1:]))*len(rows)
     return total/windows
 
@@ -124,7 +121,8 @@ def pretrain_step(
     stages = [asdict(r) | {'config': stage} for r, stage in zip(results, c.stages)]
     with new_folder(out, 'model', [folder]) as tmp:
         save_model(model, tmp, parent=folder, step={'method': 'pretrain', 'stages': c.stages})
-        write_json(tmp/'training.json', dict(data=data, cpu=cpu_model(), valid_loss=valid_loss, stages=stages))
+        processor = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
+        write_json(tmp/'training.json', dict(data=data, cpu=processor, valid_loss=valid_loss, stages=stages))
     return StepResult(out, train_of(results), dict(data=data, valid_loss=valid_loss))
 
 def train_of(results: list) -> Train: # of `TrainResult`, one a stage

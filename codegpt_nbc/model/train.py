@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
            'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough', 'training_rows',
-           'save_checkpoint', 'load_checkpoint', 'share', 'TrainResult', 'next_token_loss', 'fit', 'batches_loss',
-           'keep_zeros']
+           'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows', 'share', 'TrainResult',
+           'next_token_loss', 'full_rows_loss', 'fit', 'batches_loss', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
-from ..core.paths import new_folder, read_json, write_json
+from ..core.paths import models_dir, new_folder, read_json, write_json
 from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
 OPTIMIZERS = ('adamw', 'muon')
-SCHEDULES = ('cosine', 'constant')
+SCHEDULES = ('cosine', 'linear', 'constant')
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -26,14 +26,14 @@ class TrainConfig:
     steps: int                  # optimizer steps
     lr: float = 2e-3            # peak learning rate
     optimizer: str = 'adamw'    # or 'muon': Muon for the blocks' matrices, AdamW for the rest
-    schedule: str = 'cosine'    # after warm-up; or 'constant'
+    schedule: str = 'cosine'    # after warm-up; or 'linear', down to zero, or 'constant'
     warmup: int = 0             # steps of linear warm-up
     final_lr: float = .05       # of the peak, where a cosine ends
     weight_decay: float = .1    # on matrices
     betas: tuple = (.9, .95)    # AdamW
     clip: float = 1.            # gradient norm; 0: not clipped
     precision: str = 'auto'     # 'bf16', 'fp32', or 'auto'
-    compile: bool = False       # torch.compile: pays after some minutes, needs a C++ compiler
+    compile: bool = False       # torch.compile the loss: pays after some minutes, needs a C++ compiler
     seed: int = 42
 
     def __post_init__(self):
@@ -71,11 +71,12 @@ def lr_factor(
     step: int, # From 0
     c: TrainConfig,
 ) -> float: # of the peak
-    "Linear warm-up, then cosine or constant."
+    "Linear warm-up, then cosine, linear to zero (Bergsma et al. 2025: best for long runs) or constant."
     if step < c.warmup: return (step+1)/c.warmup
+    done = min(1., (step - c.warmup)/max(1, c.steps - c.warmup))
     if c.schedule == 'constant': return 1.
-    done = (step - c.warmup)/max(1, c.steps - c.warmup)
-    return c.final_lr + (1 - c.final_lr)*.5*(1 + math.cos(math.pi*min(1., done)))
+    if c.schedule == 'linear': return 1 - done
+    return c.final_lr + (1 - c.final_lr)*.5*(1 + math.cos(math.pi*done))
 
 # %% ../../nbs/model/24_train.ipynb #c099f1be
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Windows:
 @dataclass(frozen=True)
 class Samples:
     "A fixed set of rows in a new random order each epoch: batch number → (ids, targets)."
-    rows: list        # lists of token ids
+    rows: list        # lists or arrays of token ids
     batch: int = 1    # rows (B)
     length: int = 512 # tokens; longer rows are cut
     seed: int = 0
@@ -117,7 +118,7 @@ class Samples:
         return shuffled[i*self.batch:(i+1)*self.batch]
 
     def __call__(self, step: int) -> tuple: # two int64 tensors (B, S), padded with 0 and −100
-        rows = [torch.tensor(self.rows[j][:self.length+1]) for j in self.order(step)]
+        rows = [torch.from_numpy(np.asarray(self.rows[j][:self.length+1], np.int64)) for j in self.order(step)]
         padded = nn.utils.rnn.pad_sequence
         ids = padded([r[:-1] for r in rows], batch_first=True, padding_value=0)
         targets = padded([r[1:] for r in rows], batch_first=True, padding_value=-100)
@@ -205,6 +206,30 @@ def load_checkpoint(folder, model, optimizers: list) -> dict: # The JSON state
         optimizer.load_state_dict({'state': per_parameter, 'param_groups': groups})
     return state
 
+# %% ../../nbs/model/24_train.ipynb #acab6caa
+def corpus_folder(
+    corpus: str,  # A run of `freeze_corpus`, or a folder with its files
+    profile: str,
+) -> Path:
+    "The folder of a packed corpus. Raises `ValueError` where there is none."
+    run = models_dir(profile)/corpus
+    folder = run if run.is_dir() else Path(corpus)
+    if not (folder/'train.bin').is_file():
+        raise ValueError(f'{folder} holds no train.bin: give a run of freeze_corpus that has finished.')
+    return folder
+
+def packed_rows(
+    folder,             # With `train.bin`, uint16
+    length: int,        # Inputs of a row, in tokens
+    tokens: int | None, # Targets at most; None: all
+    seed: int,
+) -> list: # of arrays (length + 1,)
+    "Consecutive rows of a packed corpus in random order."
+    ids = np.asarray(np.memmap(Path(folder)/'train.bin', np.uint16, 'r'))
+    order = np.random.default_rng(seed).permutation((len(ids) - 1)//length)
+    if tokens is not None: order = order[:max(1, math.ceil(tokens/length))]
+    return [ids[i*length:(i+1)*length+1] for i in order.tolist()]
+
 # %% ../../nbs/model/24_train.ipynb #37938ea6
 def share(
     batch: tuple,  # tensors (B, …), the second the targets
@@ -233,6 +258,17 @@ def next_token_loss(
     "Mean cross-entropy in nats, the default loss."
     ids, targets = batch
     return model(ids, targets)
+
+def full_rows_loss(
+    model,
+    batch, # (ids, targets), each (B, S), without padding
+): # scalar
+    """The same for rows without padding, as one graph that `torch.compile` fuses: nothing in it depends on the targets' values.
+    It keeps the logits, which a GPU has room for. There the residual stream has the precision of the products, too."""
+    ids, targets = batch
+    model = getattr(model, 'module', model)   # several processes wrap it
+    logits = model.logits(model.hidden(ids))                     # (B, S, vocab)
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 # %% ../../nbs/model/24_train.ipynb #7106ea7b
 def _resumed(checkpoint, model, optimizers) -> TrainResult:
@@ -285,7 +321,7 @@ def fit(
     main, optimizers = acc.is_main_process, make_optimizers(model, c)
     r = _resumed(checkpoint, model, optimizers)
     wrapped, *optimizers = acc.prepare(model.train(), *optimizers)
-    run = torch.compile(wrapped) if c.compile else wrapped
+    if c.compile: loss = torch.compile(loss, dynamic=False)
     hidden = {'disable': True} if desc is None or not main else {}   # not False, which would overrule TQDM_DISABLE
     bar = tqdm(total=c.steps, initial=r.step, desc=desc, mininterval=2, **hidden)
     begun = saved = time.time()
@@ -295,7 +331,7 @@ def fit(
         for o in optimizers:
             for group in o.param_groups: group['lr'] = lr
         batch = batches(r.step)
-        l = _own_loss(acc, run, loss, batch, c.precision)
+        l = _own_loss(acc, wrapped, loss, batch, c.precision)
         value, late = _agreed(acc, l, time.time() - begun >= stop_s)
         _check_finite(value, r.step, lr)
         acc.backward(l)

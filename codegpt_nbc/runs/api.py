@@ -120,7 +120,7 @@ def load(
     >>> model
     Model(codegpt-nano: torch, 512 positions, 8,192 tokens)
     >>> model.complete('<s> def read ( path ) : <EOL> with open (')
-    "path , '<STR_LIT:rb>' ) as f :"
+    'path , "<STR_LIT:rb>" ) as f :'
     """
     return Model(_folder_of(model))
 
@@ -141,9 +141,9 @@ def complete(
     """Complete one line. To complete several, `load` the model once and call its method.
 
     >>> complete('codegpt-nano', '<s> def read ( path ) : <EOL> with open (')
-    "path , '<STR_LIT:rb>' ) as f :"
+    'path , "<STR_LIT:rb>" ) as f :'
     >>> complete('codegpt-nano', 'def read(path):\\n    with open(')
-    "path, 'rb') as f:"
+    'path, "rb") as f:'
 
     A prompt of raw source is completed in raw source, whatever the model reads.
     """

@@ -45,5 +45,5 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         threads: (workflow.cores or 2) if METHOD in ALONE else 1
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell:
-            'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.cli'
+            'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.warm codegpt_nbc.runs.cli'
             ' run {input.template} {output[0]} --params {params:q} --no-bar --force'

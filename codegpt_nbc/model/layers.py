@@ -8,6 +8,7 @@ __all__ = ['ACTIVATIONS', 'Scaling', 'Shape', 'KVCache', 'Map', 'Half', 'Attenti
 
 # %% ../../nbs/model/20_layers.ipynb #ec3b18dd
 import torch
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from torch import nn
@@ -77,6 +78,15 @@ class KVCache:
         room = max(positions, min(positions + positions//2, self.context))
         def grown(t): return F.pad(t, (0, 0, 0, room - self.capacity))   # (B, H, room, d)
         self.k, self.v, self.capacity = [grown(k) for k in self.k], [grown(v) for v in self.v], room
+
+    def part(self,
+        first: int, last: int, # Rows from `first` on and before `last`
+    ): # `KVCache`
+        "These rows, in the same memory. It cannot grow: `reserve` first what it is to hold."
+        rows = copy(self)
+        rows.k, rows.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
+        rows.length = self.length[first:last]
+        return rows
 
     def keep(self,
         rows, # (n,) indices into the batch

@@ -10,12 +10,13 @@ __all__ = ['READS', 'WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'FOLD
 
 # %% ../../nbs/runs/70_grid.ipynb #4a03b84d
 import ast, itertools, os, re, shutil, subprocess, sys, tempfile, threading, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
 from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
                                     figures_dir, models_dir, project_root, read_json, runs_dir, shared)
+from .warm import as_client, warmed
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
 class Block(Strict):
@@ -209,10 +210,19 @@ def run_notebook(
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
         try:
             papermill.execute_notebook(str(template), str(tmp), params, kernel_name=kernel, cwd=str(project_root()),
-                                       extra_arguments=quiet, **shown)
+                                       extra_arguments=quiet, kernel_manager_class=_warm_kernels(), **shown)
         except papermill.PapermillExecutionError as e: raise _failed(profile, out, tmp, e) from None
         _tidy(tmp, kernel)
     return out
+
+def _warm_kernels() -> type: # of kernel manager
+    "Kernels that are forked where a server waits, see `runs.warm`."
+    from jupyter_client.manager import AsyncKernelManager
+    class WarmKernels(AsyncKernelManager):
+        def format_kernel_cmd(self, extra_arguments=None) -> list:
+            command = super().format_kernel_cmd(extra_arguments)
+            return as_client(command)
+    return WarmKernels
 
 def _failed(profile: str, out: Path, tmp: Path, e) -> RunFailed:
     "Keep the notebook of a failed run where one can look at it."
@@ -464,7 +474,8 @@ def reproduce(
         for folder in (runs_dir(profile), models_dir(profile)):
             for scratch in folder.glob('.tmp-*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
         print(f'profile {profile}: {len(runs)} runs, {len(_not_made(profile, runs))} of them not made yet', flush=True)
-        with _watched(Progress(profile, runs)): done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster))
+        with _watched(Progress(profile, runs)), (nullcontext({}) if cluster else warmed()) as found:
+            done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster), env=os.environ | found)
     if done.returncode:
         missing = _not_made(profile, runs)
         raise RunFailed(f'{len(missing)} of {len(runs)} runs are not finished (first: {missing[0] if missing else "none"}): '

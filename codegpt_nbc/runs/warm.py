@@ -185,6 +185,6 @@ def warmed():
             server.terminate()
             server.wait()
 
-# %% ../../nbs/runs/69_warm.ipynb #81db2e85
+# %% ../../nbs/runs/69_warm.ipynb #ce1fb936
 #| eval: false
 if __name__ == '__main__': main()

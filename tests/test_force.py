@@ -118,7 +118,8 @@ def test_the_old_one_or_the_new_one_is_there_after_a_kill(home):
 
 @pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_command_ends_quietly_and_leaves_nothing_half_written(home, how, code):
-    begun = "from codegpt_nbc.runs import cli, api\nimport os, shutil, time\n"
+    begun = "from codegpt_nbc.runs import cli, api\nimport os, shutil, signal, time\n"
+    begun += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"   # a job in the background, with its tests, ignores it
     begun += f"def half(a, b, **how): open(b/'half', 'w').close(); os.kill(os.getpid(), {int(how)}); time.sleep(60)\n"
     begun += "shutil.copytree = half\ncli.main()"
     small()

@@ -12,6 +12,7 @@ __all__ = ['READS', 'WITHOUT_MODEL', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'FOLD
 import ast, itertools, os, re, shutil, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
 from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
@@ -28,6 +29,7 @@ class Block(Strict):
     set: dict = {}                   # parameters they share; of a recipe, its first step's
     budgets: dict[str, dict] = {}    # method → parameters, before the profile's
     of: str | None = None            # 'models': one for each run above that leaves a model, as {target}
+    without: list[str] = []          # patterns, such as 'ptq-*', of runs that `of` leaves out
 
 class Recipe(Strict):
     "A chain of methods, each on the output of the one before."
@@ -75,8 +77,15 @@ def _axes(b: Block, runs: dict) -> dict: # parameter → (label → value)
     axes = {k: v if isinstance(v, dict) else {str(x): x for x in v} for k, v in b.sweep.items()}
     if b.of == 'models':
         measurable = [i for i, r in runs.items() if r.method not in WITHOUT_MODEL | SIMULATED and not is_step(i)]
-        axes['target'] = {i: i for i in measurable}
+        _check_patterns(b, measurable)
+        axes['target'] = {i: i for i in measurable if not any(fnmatchcase(i, p) for p in b.without)}
     return axes
+
+def _check_patterns(b: Block, names: list):
+    "Raise `ValueError` for a pattern that leaves nothing out."
+    for pattern in b.without:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f'block {b.id!r} is without {pattern!r}, but no run above that leaves a model is named so: mend the pattern.')
 
 def _labelled(b: Block, runs: dict): # yields (run id, swept values)
     "The combinations of a block's swept values."

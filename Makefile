@@ -26,7 +26,7 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 
 test: $(VENV)/ready lint  ## Run the linter, every notebook and the repository's own tests
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
-	OMP_NUM_THREADS=1 pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(VENV)/ready  ## Check notebooks, package and tests with ruff
 	ruff check --quiet .

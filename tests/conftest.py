@@ -3,7 +3,8 @@
 xdist would begin with the files of most tests. The few that run grids, a minute each, would be left for the end,
 when one worker has nothing to do.
 """
-FIRST = ('test_families', 'test_wheel', 'test_contributing', 'test_kills', 'test_raw', 'test_force', 'test_fuzz', 'test_grid')
+FIRST = ('test_families', 'test_wheel', 'test_contributing', 'test_family_engines', 'test_kills', 'test_grid', 'test_raw', 'test_protocols',
+         'test_force', 'test_fuzz')
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,5 @@
 """Nothing is lost: grids killed at any moment, runs that fail when repeated, disks that are full or cannot be written to."""
-import json, os, random, shutil, signal, subprocess, sys
+import json, os, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, pytest
 from codegpt_nbc.core.paths import OWN_FILES
@@ -31,13 +31,18 @@ class Tree:
         save_model(Decoder(Shape(load_tokenizer().get_vocab_size(), 64, 32, 16, (2,), (64,))).init_weights(), folder/'toy')
         self.results, self.models = folder/'papermill_runs'/'tiny', folder/'build'/'tiny'
         self.env = os.environ | {'PYTHONPATH': str(folder), 'OMP_NUM_THREADS': '1'}
+        self.takes = 0.   # seconds of the longest grid
         self.profile(1)
 
     def profile(self, seed): (self.root/'configs'/'tiny.yaml').write_text(PROFILE.format(seed=seed), encoding='utf-8')
 
     def command(self): return [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'reproduce', 'tiny', '--cores', '2']
 
-    def grid(self): return subprocess.run(self.command(), cwd=self.root, env=self.env, capture_output=True, text=True)
+    def grid(self):
+        began = time.time()
+        done = subprocess.run(self.command(), cwd=self.root, env=self.env, capture_output=True, text=True)
+        self.takes = max(self.takes, time.time() - began)
+        return done
 
     def killed(self, after: float) -> bool: # False: it had finished before
         "Start the grid and kill it, with all that it started, after so many seconds."
@@ -93,7 +98,7 @@ def test_a_grid_killed_at_any_moment_loses_nothing(tree):
     tree.profile(seed)   # other parameters: both runs are due again
     while kills < KILLS:
         had = tree.snapshot().keys()
-        if tree.killed(chance.uniform(1, 18)):
+        if tree.killed(chance.uniform(1, tree.takes or 18)):
             kills += 1
             tree.check()
         else: tree.profile(seed := seed + 1)

@@ -420,8 +420,8 @@ def distill(
         data = taught(teacher, data, kept)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
-    return fit(pair, data, replace(c.training(rows), compile=on_gpu), pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
-               checkpoint=work and Path(work)/'checkpoint', desc='distilling')
+    return fit(pair, data, replace(c.training(rows), compile=on_gpu), pair_loss, before_step=clip_each(c.clip),
+               after_step=keep_zeros(student), observe=observe, checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
 def validation_batches(c: TaughtConfig, tok) -> Samples: # four batches of four rows

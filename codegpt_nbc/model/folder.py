@@ -401,8 +401,8 @@ def recipe_of(folder) -> list: # of steps, oldest first
     return read_json(path)['chain'] if path.is_file() else []
 
 def special_ids(folder) -> dict: # for config.json
-    """Ids of the tokens that begin, end and pad a text, as the folder states them; of a folder that holds a tokenizer and no model, those of the
-    tokens that the tokenizer names. They belong to the tokenizer, so they go where it goes."""
+    """Ids of the tokens that begin, end and pad a text, as the folder states them; of a folder that holds a tokenizer and
+    no model, those of the tokens that the tokenizer names. They belong to the tokenizer, so they go where it goes."""
     folder = Path(folder)
     if (folder/'config.json').is_file():
         config = read_config(folder)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Stop', 'KINDS', 'EARLY', 'router', 'DRAINED', 'Asked', 'StreamOptions', 'OpenaiRequest', 'LlamaRequest',
            'InfillRequest', 'Refused', 'refused', 'cut', 'Ask', 'ended_early', 'Job', 'Figures', 'Worker', 'OpenaiForm',
-           'LlamaForm', 'Settings', 'Server', 'completions', 'models', 'one_model', 'llama_completion', 'infill',
-           'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'Http', 'serve',
-           'served']
+           'LlamaForm', 'split_gap', 'Settings', 'Server', 'completions', 'models', 'one_model', 'llama_completion',
+           'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'Http',
+           'serve', 'served']
 
 # %% ../../nbs/runs/76_serve.ipynb #9964b4c4
 import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 from fastcore.basics import patch
 from pydantic import BaseModel, Field
+from ..data.raw_text import INFILLS, Infill
 from ..engines.generate import Sampled, Truncated
 from .api import Model, load
 try:
@@ -300,6 +301,19 @@ class LlamaForm:
         return dict(index=0, content='' if self.hidden else texts[0], stop=True, model=self.name, stop_type=kind,
                     tokens_predicted=usage['written'], tokens_evaluated=usage['prompt'], tokens_cached=usage['cached'])
 
+# %% ../../nbs/runs/76_serve.ipynb #84a42bdb
+def split_gap(
+    prompt: str,
+    own: Infill | None = None, # The tokens of the model that reads it: such a prompt stays as it is
+) -> tuple: # (text before the gap, text after it, or None: there is no gap)
+    "Take apart a prompt that marks a gap in the tokens of some model."
+    for infill in INFILLS.values():
+        tokens = infill.before_prefix, infill.before_suffix, infill.before_answer
+        if infill == own or not prompt.endswith(tokens[2]): continue
+        found = re.fullmatch('.*{}(.*?){}(.*){}'.format(*map(re.escape, tokens)), prompt, re.DOTALL)
+        if found: return found.groups()
+    return prompt, None
+
 # %% ../../nbs/runs/76_serve.ipynb #35971cd9
 @dataclass
 class Settings:
@@ -308,22 +322,24 @@ class Settings:
     timeout: float = 60.        # Seconds of a request at most
     max_body: int = 2**20       # Bytes of a request at most
     ignore_suffix: bool = False # Answer from the prefix where the model cannot fill in
+    alias: str = ''             # Name under which the model is asked for; '': that of its folder
 
 class Server:
     "A worker and the requests that wait for it."
     def __init__(self, worker: Worker, settings: Settings):
         self.worker, self.settings, self.sessions = worker, settings, {}   # `sessions`: name → the last `Job`
-        self.model, self.name, self.began = worker.model, worker.model.folder.name, int(time.time())
-        self.fills_in = self.model.reads == 'raw' and self.model.raw_text.infill is not None
+        self.model, self.name, self.began = worker.model, settings.alias or worker.model.folder.name, int(time.time())
+        self.infill = self.model.raw_text.infill if self.model.reads == 'raw' else None
 
     def ask(self, prompt: str, suffix: str | None, max_new: int, asked: Asked) -> Ask:
         "One completion, within what the model can do. Raises `Refused`."
-        if suffix and not self.fills_in and not self.settings.ignore_suffix:
+        if suffix is None: prompt, suffix = split_gap(prompt, self.infill)
+        if suffix and not self.infill and not self.settings.ignore_suffix:
             message = f'{self.name} cannot fill in: leave out the suffix, or start the server with --ignore-suffix.'
             raise Refused(400, 'suffix_unsupported', message)
         most, stops = max(1, self.model.engine.context//2), [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         seed = None if asked.seed == -1 else asked.seed
-        return Ask(prompt, suffix if self.fills_in else None, most if max_new < 0 else min(max_new, most),
+        return Ask(prompt, suffix if self.infill else None, most if max_new < 0 else min(max_new, most),
                    tuple(filter(None, stops)), asked.temperature or 0., seed)
 
     def job(self, request: Request, asks: list) -> Job:

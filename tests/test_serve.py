@@ -433,19 +433,6 @@ def test_a_thousand_open_connections(raw):
         for s in idle: s.close()
 
 
-@needs_server
-def test_the_client_of_openai(client, raw):
-    openai = pytest.importorskip('openai', reason='no package openai: pip install openai')
-    with openai.OpenAI(base_url=f'{client.base_url}/v1', api_key='none', max_retries=0) as theirs:
-        name = theirs.models.list().data[0].id
-        answer = theirs.completions.create(model=name, prompt='def f(', max_tokens=6, suffix=')')
-        assert answer.choices[0].text == function(raw, 'def f(', 6, ')') and answer.usage.completion_tokens <= 6
-        parts = theirs.completions.create(model=name, prompt='def f(', max_tokens=6, stream=True)
-        assert ''.join(part.choices[0].text for part in parts) == function(raw, 'def f(', 6)
-        with pytest.raises(openai.NotFoundError, match='name it'): theirs.completions.create(model='other', prompt='x')
-        with pytest.raises(openai.BadRequestError, match='max_tokens'): theirs.completions.create(model=name, prompt='x', max_tokens=0)
-
-
 # The command
 
 def command(*args, **how):

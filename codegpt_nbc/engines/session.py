@@ -60,6 +60,7 @@ class Work:
     passes: int = 0    # Runs of the engine after the prompt was read
     drafted: int = 0   # Tokens guessed
     accepted: int = 0  # Of these, rightly
+    seconds: float = 0.  # that reading the prompt took
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
     "Length of the longest common beginning."
@@ -295,7 +296,9 @@ class Prefixes:
         self.check()
         self.row = self.row_for(ids[0, :lengths[0]])
         self.row.start(*self.shape)
+        began = perf_counter()
         logits = self.row.prefill(ids, lengths)
+        self.row.work.seconds = perf_counter() - began
         self.works.append(self.row.work)
         self.trim()
         return logits

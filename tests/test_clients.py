@@ -161,7 +161,7 @@ NO_VIM = next((f'there is no {tool}: apt-get install {tool}' for tool in ('vim',
 @pytest.mark.skipif(bool(NO_VIM), reason=str(NO_VIM))
 def test_tab_takes_the_completion_in_vim(words, tmp_path):  # noqa: F811
     import pexpect
-    file, before, typed = tmp_path/'t.py', 'import json\n\n\ndef read(path):\n    return json.load(path)\n\n\n', 'def save(path):\n    with open('
+    file, before, typed = tmp_path/'t.py', 'import json\n\n\ndef read(x):\n    return json.load(x)\n\n\n', 'def save(path):\n    with open('
     file.write_text(before)
     with client_of(words, ignore_suffix=True) as other:
         config = f"{{'endpoint_fim': '{other.base_url}/infill', 'show_info': 0}}"

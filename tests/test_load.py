@@ -1,7 +1,7 @@
 """The editor's server, as a process of its own, under many clients: every answer is the function's, and its memory stays as it is.
 
-CODEGPT_NBC_LOAD is the number of seconds that 32 clients ask, 5 without it, and CODEGPT_NBC_LOAD_MODEL the model, a small random one without
-it. `pytest -s` prints the counts."""
+CODEGPT_NBC_LOAD is the number of seconds that 32 clients ask, 5 without it, and CODEGPT_NBC_LOAD_MODEL the model, a small random one
+without it. `pytest -s` prints the counts."""
 import json, os, random, re, signal, socket, subprocess, sys, threading, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor

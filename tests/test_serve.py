@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
@@ -334,7 +333,7 @@ def test_a_token(raw):
         assert client.get('/v1/models', headers={'authorization': 'Bearer geheim', 'host': 'elsewhere'}).status_code == 200
 
 
-# Many clients
+# Clients that go away
 
 def until_true(what, seconds=10):
     end = time.monotonic() + seconds

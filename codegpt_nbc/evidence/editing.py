@@ -72,7 +72,7 @@ class Hand:
     def __init__(self,
         files: list,      # Texts of whole files
         seed: int = 0,
-        blocks: int = 6,  # To be written in each file, at most
+        blocks: int = 40, # To be written in each file, at most
         most: int = 12,   # Lines of a block, at most
     ):
         self.rng, self.edits = np.random.default_rng(seed), []
@@ -183,8 +183,8 @@ def record(
 
 def held_out_pair(
     n: int = 2,           # Files
-    least: int = 6_000,   # Characters of each
-    most: int = 16_000,
+    least: int = 12_000,  # Characters of each
+    most: int = 30_000,
 ) -> list: # of texts
     "Whole held-out files of different projects, in the order of the samples."
     from codegpt_nbc.data.samples import load_samples

@@ -42,7 +42,8 @@ def test_a_key_takes_the_place_of_the_one_before(slow, trace):  # noqa: F811
             else: assert answer.result().json()['error']['code'] == 'superseded'
         assert statuses[-1] == 200 and statuses.count(409) > 3, statuses
         assert until_true(lambda: not client.worker.job)
-        assert f'codegpt_ended_early_total{{why="superseded"}} {statuses.count(409)}.0' in client.get('/metrics').text
+        ended = [line for line in client.get('/metrics').text.splitlines() if line.startswith('codegpt_ended_early_total')]
+        assert ended == [f'codegpt_ended_early_total{{why="superseded"}} {statuses.count(409)}.0']
         assert asked(client, keys[0][1]).json()['choices'][0]['text'] == function(slow, keys[0][1], 6)   # no cache is harmed
 
 
@@ -51,7 +52,7 @@ def test_the_trace_stays_within_the_memory_and_comes_back_to_its_files(words, tr
     row = Cached(words.engine).bytes*words.engine.context//64
     with client_of(words, memory=3*row) as client:
         kept, file, back = client.worker.model.engine, None, []
-        for edit, text in itertools.islice(requests(trace, debounce=2.), 40):
+        for edit, text in requests(trace, debounce=2.5):
             answer = asked(client, text, n=2)
             assert answer.status_code in (200, 400)
             assert kept.bytes <= kept.memory and len(kept.rows) <= 8
@@ -59,7 +60,7 @@ def test_the_trace_stays_within_the_memory_and_comes_back_to_its_files(words, tr
                 assert answer.json()['choices'][0]['text'] == function(words, text, 2)
                 if file not in (None, edit.file): back.append(answer.json()['usage']['prompt_tokens_details']['cached_tokens'])
                 file = edit.file
-        assert len(back) >= 2 and max(back[1:]) > 20, back   # the first time, the file is new
+        assert max(back) > 100, back   # tokens that were read before the other file was edited
 
 
 @pytest.mark.skipif(not find_spec('llama_cpp') or not find_spec('gguf'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')

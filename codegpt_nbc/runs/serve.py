@@ -234,6 +234,7 @@ def do(self: Worker, job: Job):
     began = time.monotonic()
     try:
         for i, ask in enumerate(job.asks): self.complete(job, i, ask)
+        if job.early: raise ended_early(job.early)   # at its last token
         job.tell('end')
         self.typical = .8*self.typical + .2*(time.monotonic() - began)
     except BaseException as e:   # a library's panic is no `Exception`

@@ -1,4 +1,4 @@
-"""The editing hour, asked of the server as an editor does: at every key, each request taking the place of the one before; and against llama.cpp.
+"""The editing hour, asked of the server as an editor does, at every key; and of llama.cpp on the same weights.
 
 CODEGPT_NBC_EDITING is the number of requests that are timed against llama.cpp, 8 without it. `pytest -s` prints the table."""
 import itertools, os, sys, time
@@ -9,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from test_serve import MISSING, client_of, function, until_true
 from test_serve import folder, raw, slow, words  # noqa: F401   fixtures
+from codegpt_nbc import load
 from codegpt_nbc.core.paths import BASE_MODEL
 from codegpt_nbc.engines.generate import Truncated, open_engine
 from codegpt_nbc.engines.session import Cached, Prefixes
@@ -63,18 +64,25 @@ def test_the_trace_stays_within_the_memory_and_comes_back_to_its_files(words, tr
         assert max(back) > 100, back   # tokens that were read before the other file was edited
 
 
-@pytest.mark.skipif(not find_spec('llama_cpp') or not find_spec('gguf'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')
+NO_LLAMA = [name for name in ('llama_cpp', 'gguf') if not find_spec(name)]
+
+@pytest.mark.skipif(bool(NO_LLAMA or MISSING), reason=f"not installed: {', '.join(NO_LLAMA)}; pip install -r requirements-interop.txt")
 def test_against_llama_cpp(tmp_path, trace):
-    "The same weights and the same rules: fp32 writes the same texts."
+    "The same weights and the same rules: fp32 writes the same texts. Ours also through the server."
+    import httpx
     from codegpt_nbc.engines.gguf_export import export_gguf
     from codegpt_nbc.engines.onnx_export import export_onnx
     ways = {}
-    for ours, theirs in (('fp32', 'fp32'), ('int8', 'int8')):
-        folder = export_onnx(BASE_MODEL, tmp_path/ours, ours)
-        kept = Prefixes(open_engine(folder, 1)[0], 2**28)
-        llama = Cached(LlamaEngine(export_gguf(BASE_MODEL, tmp_path/f'{theirs}.gguf', theirs), kept.context))
-        ways |= {f'ours {ours}': Completer(kept, folder), f'llama.cpp {theirs}': Completer(llama, folder)}
-    df = replay(trace, ways, N)
+    for precision in ('fp32', 'int8'):
+        made = export_onnx(BASE_MODEL, tmp_path/precision, precision)
+        kept = Prefixes(open_engine(made, 1)[0], 2**28)
+        llama = Cached(LlamaEngine(export_gguf(BASE_MODEL, tmp_path/f'{precision}.gguf', precision), kept.context))
+        ways |= {f'ours {precision}': Completer(kept, made), f'llama.cpp {precision}': Completer(llama, made)}
+    with client_of(load(made)) as client:
+        def by_http(text):
+            answer = asked(client, text, n=ways['ours int8'].max_new)
+            return answer.json()['choices'][0]['text'] if answer.status_code == httpx.codes.OK else None
+        df = replay(trace, ways | {'ours int8 by HTTP': by_http}, N)
     tables = {name: summarise_replay(df, name).round(3) for name in ways if 'llama' in name}
     print(*(f'\nratios to {name}\n{table.to_string()}' for name, table in tables.items()))
     assert tables['llama.cpp fp32'].same_text['ours fp32'] == 1

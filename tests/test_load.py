@@ -90,7 +90,7 @@ class Crowd:
     def one(self, k: int):
         import httpx
         rng, asked = random.Random(k), [*self.answers]
-        with httpx.Client(base_url=self.address, timeout=120) as client:
+        with httpx.Client(base_url=self.address, timeout=600) as client:
             while not self.stop.is_set():
                 one = rng.choice(asked)
                 try: status, text, wait = ask(client, *one, stream=rng.random() < .5)
@@ -111,7 +111,7 @@ def median(values: list): return sorted(values)[len(values)//2]
 
 def test_clients_at_once_and_memory_stays(model, answers):
     seen = []
-    with process_of(model, memory=8, queue=12) as server:
+    with process_of(model, memory=8, queue=12, timeout=600) as server:
         with Crowd(server.address, answers) as crowd:
             end = time.monotonic() + SECONDS
             while time.monotonic() < end:

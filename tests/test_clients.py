@@ -31,7 +31,7 @@ def test_openai_completes(theirs, raw):  # noqa: F811
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens <= answer.usage.prompt_tokens + 6
     again = theirs.completions.create(model=name, prompt='def f(', max_tokens=6, suffix=')')
     assert again.choices[0].text == answer.choices[0].text
-    assert again.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens - 1
+    assert again.usage.prompt_tokens_details.cached_tokens == answer.usage.prompt_tokens
     many = theirs.completions.create(model=name, prompt=['x = ', 'def '], max_tokens=4)
     assert [c.text for c in many.choices] == [function(raw, p, 4) for p in ('x = ', 'def ')]
     whole = function(raw, 'def f(', 24)

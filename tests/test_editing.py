@@ -13,7 +13,7 @@ from codegpt_nbc import load
 from codegpt_nbc.core.paths import BASE_MODEL
 from codegpt_nbc.engines.generate import Truncated, open_engine
 from codegpt_nbc.engines.session import Cached, Prefixes
-from codegpt_nbc.evidence.editing import Completer, LlamaEngine, held_out_pair, record, replay, requests, summarise_replay
+from codegpt_nbc.evidence.editing import Completer, LlamaEngine, OneSlot, held_out_pair, record, replay, requests, summarise_replay
 
 pytestmark = pytest.mark.filterwarnings(f'ignore::{Truncated.__module__}.Truncated')
 needs_server = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install '.[serve]' httpx")
@@ -76,7 +76,7 @@ def test_against_llama_cpp(tmp_path, trace):
     for precision in ('fp32', 'int8'):
         made = export_onnx(BASE_MODEL, tmp_path/precision, precision)
         kept = Prefixes(open_engine(made, 1)[0], 2**28)
-        llama = Cached(LlamaEngine(export_gguf(BASE_MODEL, tmp_path/f'{precision}.gguf', precision), kept.context))
+        llama = OneSlot(LlamaEngine(export_gguf(BASE_MODEL, tmp_path/f'{precision}.gguf', precision), kept.context))
         ways |= {f'ours {precision}': Completer(kept, made), f'llama.cpp {precision}': Completer(llama, made)}
     with client_of(load(made)) as client:
         def by_http(text):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PAUSES', 'HABITS', 'DEBOUNCE', 'Edit', 'Trace', 'Hand', 'record', 'held_out_pair', 'requests', 'Completer',
-           'replay', 'summarise_replay', 'LlamaEngine']
+           'replay', 'summarise_replay', 'LlamaEngine', 'OneSlot']
 
 # %% ../../nbs/evidence/68_editing.ipynb #573ec688
 import itertools
@@ -293,3 +293,30 @@ class LlamaEngine:
     def cache_bytes(self) -> int:
         "Memory of the cache, which is reserved as a whole."
         return self.llama._ctx.get_state_size() if hasattr(self.llama._ctx, 'get_state_size') else 0
+
+# %% ../../nbs/evidence/68_editing.ipynb #e7bd760c
+class OneSlot:
+    """An engine with the cache of llama.cpp's server: what a prompt has in common with the row before stays (`cache_prompt`).
+
+    All else, its last token at least, is computed. The methods are those of `Engine`, for one row."""
+    def __init__(self, engine):
+        self.engine, self.name, self.context, self.vocab = engine, engine.name, engine.context, engine.vocab
+        engine.start(1, engine.context)
+        self.ids = np.zeros(0, np.int64)
+
+    def start(self, batch: int, capacity: int): pass
+    def keep(self, rows): pass
+
+    def prefill(self, ids, lengths): # (1, S) and (1,) → (1, vocab)
+        "Logits after the prompt."
+        ids = ids[0, :lengths[0]]                                               # (n,)
+        n = min(len(ids) - 1, len(self.ids))
+        same = int(np.append(ids[:n] != self.ids[:n], True).argmax())
+        self.engine.rewind(same)
+        self.ids = ids
+        return self.engine.extend(ids[same:])
+
+    def step(self, tokens): # (1,) → (1, vocab)
+        "Append a token; the logits after it."
+        self.ids = np.append(self.ids, tokens)
+        return self.engine.extend(tokens)

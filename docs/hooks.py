@@ -96,7 +96,7 @@ def on_files(files, config):
         head = '---\nsearch:\n  exclude: true\n---\n'
         add_notebook(path, lambda text: head + re.sub('^# (.+)', about, text.lstrip(), count=1), inclusion=InclusionLevel.NOT_IN_NAV)
 
-    origin.update({f.src_uri: f'docs/{f.src_uri}' for f in files if f.src_uri.endswith('.md')})
+    origin.update({f.src_uri: f'docs/{f.src_uri}' for f in files if f.src_uri.endswith(('.md', '.png'))})
     for path in repo('figures/*/*.png') + repo('figures/*/*.svg'):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
         origin[path] = path

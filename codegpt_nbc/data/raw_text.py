@@ -15,6 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from tokenizers import Tokenizer
 from ..core.paths import read_json
+from .text_format import Literals
 from .tokenizer import encode_batch, whole
 
 # %% ../../nbs/data/18_raw_text.ipynb #e14f0eff
@@ -134,6 +135,21 @@ class RawText:
         "Tokens that spell just `text`."
         ids, spelled = self._sorted
         return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
+
+    @cached_property
+    def vocabulary(self) -> dict: # word → id
+        "The tokenizer's vocabulary, which it makes anew each time it is asked."
+        return self.tok.get_vocab()
+
+    @cached_property
+    def literals(self) -> Literals:
+        "The literals that keep their content in a model of CodeXGLUE's words."
+        return Literals.among(self.vocabulary)
+
+    @cached_property
+    def strings(self) -> dict: # word → id
+        "The words of string literals."
+        return {word: i for word, i in self.vocabulary.items() if word.startswith('<STR_LIT')}
 
     @cached_property
     def _inside(self) -> Tokenizer:

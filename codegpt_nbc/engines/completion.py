@@ -11,7 +11,6 @@ import codecs, re, warnings, numpy as np
 from heapq import heappush
 from ..data.raw_text import HEAL, RawText, surplus
 from ..data.raw_words import Cursor, answer_source, is_whole, to_words
-from ..data.text_format import Literals
 from ..data.tokenizer import decode_lines, encode_batch, whole
 from .generate import MAX_NEW, Engine, Truncated, batches, room_for, start_of_text, steps
 
@@ -223,14 +222,14 @@ class WordsAnswer(Answer):
         self.spelled += max(1, len(self.raw.spells(token)))
         return not self.left
 
-def _words_prompt(raw: RawText, cursor: Cursor, vocabulary: dict) -> tuple: # (ids, bytes owed, literals or None)
+def _words_prompt(raw: RawText, cursor: Cursor) -> tuple: # (ids, bytes owed, literals or None)
     "A prompt of whole words, and what holds the answer to the word at the cursor."
     text = ' '.join(cursor.words)
     before = encode_batch(raw.tok, [text])[0]
     if cursor.inside:
         opening, typed = cursor.inside
         begun = '<STR_LIT:' + typed.replace(' ', 'U+0020').replace(',', 'U+002C')
-        fitting = [i for word, i in vocabulary.items() if word == '<STR_LIT>' or word.startswith(begun)]
+        fitting = [i for word, i in raw.strings.items() if word == '<STR_LIT>' or word.startswith(begun)]
         return encode_batch(raw.tok, [f'{text} {opening}'])[0], b'', np.array(sorted(fitting)) if fitting else None
     if not cursor.typed: return before, b'', None
     ids = encode_batch(raw.tok, [f'{text} {cursor.typed}'])[0]
@@ -242,10 +241,9 @@ def _begin_source(
     raw: RawText, prompts: list, room: int, heal: int, max_new: int, block: int | None,
 ) -> tuple: # (cursors, ids, answers), a row a prompt
     "What is read for each prompt, and the answers to be written. Warns (`Truncated`) of a prompt that does not fit."
-    vocabulary, block = raw.tok.get_vocab(), _block(block, room)
-    literals, stop = Literals.among(vocabulary), vocabulary['<EOL>']
-    cursors = [to_words(whole(p), literals) for p in prompts]
-    read = [_words_prompt(raw, c, vocabulary) for c in cursors]
+    block, stop = _block(block, room), raw.vocabulary['<EOL>']
+    cursors = [to_words(whole(p), raw.literals) for p in prompts]
+    read = [_words_prompt(raw, c) for c in cursors]
     answers = [WordsAnswer(raw, owed[:heal], fitting, max_new, stop) for _, owed, fitting in read]
     out = [surplus(len(ids), room, block) for ids, *_ in read]
     for (ids, *_), left_out in zip(read, out): _warn_of_cut(len(ids), len(ids) - left_out, 3)

@@ -166,10 +166,11 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help='kB of a request at most')] = 1024,
     ignore_suffix: Annotated[bool, typer.Option('--ignore-suffix', help='answer from the prefix where the model cannot fill in')] = False,
     drafts: Annotated[bool, typer.Option('--drafts', help='guess tokens from the text, and check several at once')] = False,
+    alias: Annotated[str, typer.Option(help='name under which the model is asked for, by which some plug-ins choose how to ask')] = '',
 ):
     "Serve completions to an editor, as OpenAI's and llama.cpp's servers do."
     from codegpt_nbc.runs.serve import serve
-    limits = dict(timeout=timeout, max_body=max_body*2**10, ignore_suffix=ignore_suffix)
+    limits = dict(timeout=timeout, max_body=max_body*2**10, ignore_suffix=ignore_suffix, alias=alias)
     serve(model, host, port, memory*2**20, queue, drafts, token=token, **limits)
 
 # %% ../../nbs/runs/73_cli.ipynb #34119c2c

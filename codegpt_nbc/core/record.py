@@ -29,6 +29,7 @@ class Accuracy(Strict):
     seconds: float            # to complete all samples
     em_each: str              # '0'/'1' per sample
     es_each: str              # blank-separated whole per cents
+    skip: int = 0             # samples of the file before the first of these
 
 # %% ../../nbs/core/02_record.ipynb #c123ca28
 class Size(Strict):

@@ -66,6 +66,7 @@ class RunConfig(Strict):
     thesis: int = Field(20, ge=0)
     line: int = Field(0, ge=0)
     infill: int = Field(0, ge=0)
+    skip: int = Field(0, ge=0)                         # test samples left out before the first one, under each protocol
 
     # Found once: with many files or on the hub it is work, and it may fail where a run should end
     @cached_property
@@ -168,4 +169,4 @@ def check_samples(self: RunConfig):
     from codegpt_nbc.data.samples import PROTOCOLS, load_samples
     for protocol in PROTOCOLS:
         n = getattr(self, protocol)
-        if n: load_samples(protocol, n, folder=self.data_folder)
+        if n: load_samples(protocol, n, folder=self.data_folder, skip=self.skip)

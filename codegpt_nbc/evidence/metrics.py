@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'post_process', 'exact_match', 'similarity', 'edit_similarity', 'Comparison', 'identifiers',
-           'identifier_f1', 'is_whole', 'score', 'interval', 'share_interval', 'paired']
+           'identifier_f1', 'is_whole', 'score', 'interval', 'share_interval', 'paired', 'detectable', 'holm']
 
 # %% ../../nbs/evidence/60_metrics.ipynb #f871827d
 import Levenshtein, keyword, re, numpy as np, pandas as pd
@@ -109,11 +109,33 @@ def paired(
     x, y,                 # Scores of two models on the same samples (n,)
     resamples: int = 2000,
     seed: int = 0,
-) -> dict: # difference of means x − y, its 95 % interval, and the two-sided p of a sign-flip permutation test
+) -> dict: # difference of means x − y, its 95 % interval, the p of a sign-flip permutation test, what could have been detected
     "Compare two models sample by sample (`scipy.stats.permutation_test`)."
     from scipy.stats import permutation_test
     d = np.asarray(x, float) - np.asarray(y, float)
-    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1.}
+    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': 0.}
     flipped = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples, batch=200, rng=seed)
     return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed),
-            'p': round(float(flipped.pvalue), 4)}
+            'p': round(float(flipped.pvalue), 4), 'detectable': round(detectable(d), 3)}
+
+def detectable(
+    d,            # Paired differences (n,), n ≥ 2
+    power: float = .8,
+    level: float = .05,
+) -> float: # in the unit of `d`; NaN for a single one
+    "The least true mean difference that a two-sided test of so many samples finds with a probability of `power` (Cohen 1988)."
+    from scipy.stats import norm
+    d = np.asarray(d, float)
+    if len(d) < 2: return float('nan')
+    return float((norm.ppf(1 - level/2) + norm.ppf(power))*d.std(ddof=1)/len(d)**.5)
+
+def holm(
+    p, # Of the tests of one family (m,), each in [0, 1]
+) -> list: # (m,) in the same order
+    "p-values corrected for the size of their family (Holm 1979)."
+    p = np.asarray(p, float)
+    order, m = p.argsort(kind='stable'), len(p)
+    raised = np.maximum.accumulate((m - np.arange(m))*p[order]).clip(max=1)   # (m,), least first
+    out = np.empty(m)
+    out[order] = raised
+    return out.tolist()

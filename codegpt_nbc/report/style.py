@@ -6,8 +6,8 @@
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'DENSE', 'SETTING_LABELS', 'MethodStyle',
            'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_prune', 'label_int8',
            'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
-           'label_distill', 'label_xtc', 'label_static', 'label_dense', 'run_label', 'short_label', 'chain_of',
-           'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
+           'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense', 'run_label', 'short_label',
+           'chain_of', 'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
            'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
@@ -24,6 +24,7 @@ class MethodStyle(NamedTuple):
 
 METHOD_STYLES = { # what compressed a model → its style; the order is that of legends
     'baseline': MethodStyle('dense', '#4d4d4d'),
+    'no_model': MethodStyle('no model', '#c3b091'),
     'control': MethodStyle('control', '#949494'),
     'unstructured': MethodStyle('pruned: unstructured', '#0173b2'),
     'tile': MethodStyle('pruned: tile', '#de8f05'),
@@ -163,6 +164,10 @@ def label_static(c) -> str:
     elif groups != 1: did += f", {groups} groups (PEG{', sorted' if c.get('permute') else ''})"
     return did + (', min-max weights' if c.get('weight_range') == 'min_max' else '')
 
+def label_no_model(c) -> str:
+    "What is answered without a model."
+    return 'no model: ' + {'constant': 'best constant line', 'last_line': 'copy of the last line'}[c.get('answer', 'constant')]
+
 def label_dense(c) -> str:
     "The uncompressed model."
     return 'dense, fp32'
@@ -172,7 +177,7 @@ DENSE = ('baseline', 'adopt') # methods whose models the others start from
 SETTING_LABELS = {'baseline': label_dense, 'adopt': label_dense, 'prune': label_prune, 'quantize': label_quantize,
                   'onnx': label_onnx,
                   'gptq': label_gptq, 'trim_vocabulary': label_trim, 'distill': label_distill, 'xtc': label_xtc,
-                  'static_quantize': label_static}
+                  'static_quantize': label_static, 'no_model': label_no_model}
 
 def run_label(
     result: Result,

@@ -32,7 +32,8 @@ def toy_plan() -> dict: # as a profile's YAML
     own = dict(student='reduced', layers=6, frozen=True, curve_samples=10)
     pruned = dict(pattern='structured', sparsity=.6)
     return {'about': 'Invented.', 'set': {'codexglue': 60, 'thesis': 60}, 'runs': [
-        {'method': 'baseline', 'id': 'baseline'}, one('prune', 'control', pattern='structured', sparsity=0.),
+        {'method': 'baseline', 'id': 'baseline'}, one('no_model', 'no-model-constant', answer='constant'),
+        one('prune', 'control', pattern='structured', sparsity=0.),
         {'method': 'prune', 'id': 'prune-{pattern}-{sparsity}', 'sweep': SWEEP,
          'set': {'model': 'baseline', 'samples': 128}},
         *({'method': 'quantize', 'id': f'ptq-{name}-{{symmetric}}-{{granularity}}-{{placement}}', 'sweep': EIGHT,
@@ -173,6 +174,7 @@ def invent_runs(
             found = invented(target, plan, rng)
             parts = measured_parts(found, found.bits < 32, .09 if target.id == 'baseline' else .03)
         elif run.method == 'session': parts = dict(details=SESSION)
+        elif run.method == 'no_model': parts = {'metrics': model_parts(run, Invented(.4, 1, 0, 32, 1), hardness)['metrics']}
         else: parts = model_parts(run, invented(run, plan, rng), hardness)
         save_result(Result(run_id=i, profile=profile, method=run.method, config=run.params, provenance=NOWHERE,
                            **parts))

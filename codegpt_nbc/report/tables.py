@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER', 'SESSION_COLUMNS', 'COMPARED', 'STUDY_METHODS',
            'SUBJECTS', 'PROFILE_TABLES', 'OTHER_TABLES', 'TABLES', 'score_headings', 'as_table', 'as_markdown',
-           'cost_cells', 'score_cells', 'with_dense', 'thesis_cells', 'printed_cells', 'effort', 'gain_cells',
-           'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
+           'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells', 'effort',
+           'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
            'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of',
            'tab_session', 'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies', 'engine_name',
            'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size',
@@ -59,6 +59,13 @@ def score_cells(
     return {'ES %': with_interval(row, 'es'), 'Δ ES': signed_change(d.get('es')),
             'EM %': with_interval(row, 'em'), 'Δ EM': signed_change(d.get('em')),
             'Δ ES, detectable': number(d['es'].get('detectable'), 2) if 'es' in d else '–'}
+
+def held_out_cells(row) -> dict: # column → text
+    "Loss and Kullback–Leibler divergence from the dense model, in nats a token, with their 95 % intervals."
+    def nats(name):
+        v, low, high = (row[name + end] for end in ('', '_low', '_high'))
+        return '–' if np.isnan(v) else f'{v:.4f} [{low:.4f}, {high:.4f}]'
+    return {'loss, held-out': nats('loss'), 'KL from dense': nats('kl')}
 
 def with_dense(fr: pd.DataFrame, *methods: str, base: str = 'baseline') -> tuple: # (rows of the frame, their `family_tests`)
     "The dense model, the baselines without a model, and the runs of some methods, but for steps of recipes."
@@ -169,7 +176,7 @@ def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     for i, row in ours.iterrows():
         rows.append({'model': row.label, 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
                      'zipped, % of control': number(zipped[i], 3),
-                     **score_cells(fr, i, tests), **thesis_cells(row)})
+                     **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)})
     theirs = printed_pruning()
     dense = theirs.loc['baseline']
     for _, p in theirs.iterrows():
@@ -189,11 +196,11 @@ def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
         name = fr.label.get(base, base)
         if base in fr.index:
             rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, tests, base),
-                         **thesis_cells(fr.loc[base])})
+                         **held_out_cells(fr.loc[base]), **thesis_cells(fr.loc[base])})
         for i, row in part.iterrows():
             settings = label_int8(row).removeprefix('int8 ')
             rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, tests, base),
-                         **thesis_cells(row)})
+                         **held_out_cells(row), **thesis_cells(row)})
     best = published('sochirca', 'section 6, Quantization').iloc[0]
     return as_table(rows + [{'base': 'published: 60 % sparse', 'int8': label_int8(best).removeprefix('int8 '),
                              **printed_cells(best)}], fr)
@@ -232,7 +239,7 @@ def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     for i, row in ours.iterrows():
         rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
                      'parameters M': number(row.params_m, 3), 'file MB': number(row.raw_mb, 3),
-                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i, tests)})
+                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i, tests), **held_out_cells(row)})
         name = i.replace('distill-', 'distil-')
         if name not in theirs.index: continue
         p = theirs.loc[name]
@@ -254,7 +261,7 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
                      'file, × smaller': number(gained.smaller[i], 3),
                      'zip, × smaller than the control': number(gained.zipped[i], 3),
                      'bits per parameter': number(8*row.raw_mb/row.params_m, 3), 'samples/s, × dense': speedup(row),
-                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i, tests)})
+                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i, tests), **held_out_cells(row)})
     for _, p in published('demoor', 'poster').drop('baseline').iterrows():
         rows.append({'model': f'published: {p.model}',
                      **{ours: f'{p[theirs]:g}' for ours, theirs in POSTER.items() if pd.notna(p.get(theirs))}})
@@ -264,7 +271,7 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
 def tab_static(fr: pd.DataFrame) -> pd.DataFrame:
     "Calibrated 8-bit activations: per tensor, mixed precision, and per embedding group."
     ours, tests = with_dense(fr, 'static_quantize', 'gptq')
-    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i, tests), **thesis_cells(row)}
+    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)}
             for i, row in ours.iterrows()]
     p = published('sochirca', 'Table 2').loc['mp-peg']
     return as_table(rows + [{'model': f'published: {p.model}', **printed_cells(p)}], fr)

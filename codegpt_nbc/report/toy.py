@@ -12,7 +12,7 @@ import os, tempfile, numpy as np
 from dataclasses import dataclass
 from pathlib import Path
 from ..core.paths import runs_dir, write_json, write_text
-from ..core.record import Accuracy, Memory, Provenance, Result, Size, Speed, Train
+from ..core.record import Accuracy, HeldOut, Memory, Provenance, Result, Size, Speed, Train
 from ..data.samples import PROTOCOLS
 from ..runs.grid import read_profile
 
@@ -153,8 +153,10 @@ def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
     metrics = {p: invented_accuracy(QUALITY.get(p, 1)*i.level, hardness[:n]) for p, n in asked.items()}
     stored = 11.7e6*i.keep*i.bits/8
     zipped = stored*((1 - i.zeros)*.92 + .04*i.zeros)*(.55 if run.id == 'baseline' else 1)
+    judged = run.method in ('quantize', 'gptq', 'xtc', 'static_quantize', 'baseline')
+    held = HeldOut(tokens=2000, loss=2/i.level, loss_ci=(1.9/i.level, 2.1/i.level), kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level))
     train = Train(tokens=60_000, seconds=90) if run.method in ('prune', 'distill', 'xtc') else None
-    return dict(metrics=metrics, train=train,
+    return dict(metrics=metrics, train=train, held_out=held if judged else None,
                 size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep),
                           nonzero_params=int(11.7e6*i.keep*(1 - i.zeros))),
                 details=invented_details(run, i.level))

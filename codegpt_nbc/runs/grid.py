@@ -41,7 +41,7 @@ class Profile(Strict):
     budgets: dict[str, dict] = {}    # method → parameters of its runs here
 
 # %% ../../nbs/runs/70_grid.ipynb #bf1c4c44
-READS = ('model', 'target', 'baseline', 'corpus', 'teacher')   # parameters that may name a run
+READS = ('model', 'target', 'baseline', 'corpus', 'teacher', 'reference')   # parameters that may name a run
 
 @dataclass(frozen=True)
 class Run:
@@ -54,7 +54,7 @@ class Run:
     def needs(self) -> list: # run ids, in the order of `READS`
         "The runs whose models this one reads."
         names = [self.params.get(key) for key in READS]
-        return list(dict.fromkeys(n for n in names if isinstance(n, str) and n not in ('', BASE_MODEL.name)))
+        return list(dict.fromkeys(n for n in names if isinstance(n, str) and n not in ('', BASE_MODEL.name, self.id)))
 
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers', 'no_model'}   # methods that leave no model folder
 SCORED = {'no_model'}            # those of them whose answers are a row of the tables all the same
@@ -155,7 +155,7 @@ def read_profile(name: str) -> dict: # run id → `Run`
 # %% ../../nbs/runs/70_grid.ipynb #420929a0
 class RunFailed(RuntimeError): "A template notebook raised an error."
 
-JUDGING = ('skip',)   # parameters of `RunConfig` that every template has that evaluates
+JUDGING = ('skip', 'held_out', 'reference')   # parameters of `RunConfig` that every template has that evaluates
 
 def template_parameters(template) -> dict: # name → default, as it is written
     "The parameters that the template's cell of that name defines."

@@ -13,6 +13,7 @@ from ..data.inputs import RunConfig
 from ..data.samples import load_samples, protocols_of
 from ..data.tokenizer import encode_batch, load_tokenizer, text_of
 from ..engines.generate import runtime_of
+from ..model.decoder import Decoder
 from ..model.folder import load_model
 from ..model.train import cut_rows
 from .metrics import interval

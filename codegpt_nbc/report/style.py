@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'DENSE', 'SETTING_LABELS', 'MethodStyle',
-           'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_prune', 'label_int8',
-           'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
+           'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_lasso', 'label_prune',
+           'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
            'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense', 'run_label', 'short_label',
            'chain_of', 'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
            'change_interval']
@@ -29,6 +29,7 @@ METHOD_STYLES = { # what compressed a model → its style; the order is that of 
     'unstructured': MethodStyle('pruned: unstructured', '#0173b2'),
     'tile': MethodStyle('pruned: tile', '#de8f05'),
     'structured': MethodStyle('pruned: structured', '#029e73'),
+    'lasso': MethodStyle('pruned: group lasso', '#332288'),
     'quantize': MethodStyle('int8', '#cc78bc'),
     'gptq': MethodStyle('GPTQ int4', '#8a8a00'),
     'distill': MethodStyle('distilled', '#56b4e9'),
@@ -101,9 +102,15 @@ def toolkit_prefix(c) -> str:
     "Words before the label of a run that the first study's own toolkit did."
     return 'toolkit of the study: ' if c.get('backend') == 'itrex' else ''
 
+def label_lasso(c) -> str:
+    "The group lasso, or the choice that a control of it makes after the same training without a penalty."
+    if c.get('lam') != 0: return 'group lasso' + (f", λ {c['lam']:g}" if c.get('lam') else '')
+    return 'trained as the lasso, by ' + {'survivors': 'norms', 'norm': 'norms', 'taylor': 'Taylor'}[c.get('importance') or 'survivors']
+
 def label_prune(c) -> str:
     "Pattern and sparsity; the control run has sparsity 0."
-    did = f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'
+    name = label_lasso(c) if c['pattern'] == 'lasso' else c['pattern']
+    did = f"{name} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'
     return toolkit_prefix(c) + did
 
 def label_int8(c) -> str: # 'int8 sym · channel · all'

@@ -115,7 +115,8 @@ def label_prune(c) -> str:
 
 def label_int8(c) -> str: # 'int8 sym · channel · all'
     "The study's three settings: range, granularity, placement."
-    return f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}"
+    tuned = f", fine-tuned on {c['finetune_samples']} samples" if c.get('finetune_samples') else ''
+    return f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}{tuned}"
 
 def label_quantize(c) -> str:
     "Dynamic int8; the toolkit has no settings to name."
@@ -144,6 +145,8 @@ def distill_variant(c) -> str:
     if c.get('alpha_ce', .33) > 1: said.append('altered weights')
     if c.get('shortest', 1) < 1: said.append(f"{c.get('epochs')} epochs on the shortest files")
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
+    if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
+    if c.get('seed', 42) != 42: said.append(f"seed {c['seed']}")
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -161,7 +164,8 @@ def label_distill(c) -> str:
 
 def label_xtc(c) -> str:
     "Bits a weight; 32 bits stand for a reduction of layers alone."
-    return {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
+    did = {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
+    return did + ('' if c.get('relative', True) else ', loss to the letter')
 
 def label_static(c) -> str:
     "Where static int8 departs from one range for each tensor."

@@ -7,7 +7,7 @@ __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIO
            'accuracy_columns', 'held_out_columns', 'cost_columns', 'planned_runs', 'judged_by', 'row_of',
            'anchor_speed', 'session_details', 'frame', 'first_few', 'absent', 'uncommitted', 'without_steps',
            'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained', 'gains', 'percent_of_dense',
-           'dense_value', 'family_tests', 'published_systems', 'split_time', 'pareto_front', 'precision_of',
+           'dense_value', 'family_tests', 'seeds_of', 'published_systems', 'split_time', 'pareto_front', 'precision_of',
            'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'growth', 'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
@@ -143,7 +143,7 @@ WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, the methods of its planned runs, which of them are to be timed, the details of its sessions, which runs were
+    are judged by, its variants (runs that are not timed), the methods of its planned runs, which of them are to be timed, the details of its sessions, which runs were
     made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
@@ -155,7 +155,7 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_ROW}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    df.attrs = dict(profile=profile, protocol=protocol, planned=expected,
+    df.attrs = dict(variants={i for i, r in planned.items() if not r.timed}, profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), dirty=dirty, noise=anchor_speed(df))
     return df
@@ -194,7 +194,7 @@ def headline(
     sparsity: float = .6,  # prefer runs near it
 ) -> list: # run ids, in the frame's order
     "The control, the baselines without a model, and one run of each method, backend, pattern, precision and model of origin."
-    rows = without_steps(fr)
+    rows = without_steps(fr[~fr.index.isin(fr.attrs['variants'])])
     traits = rows.assign(pruned=rows.sparsity != 0)[['method', 'backend', 'pattern', 'pruned', 'precision', 'model']]
     kind = [str(tuple(t)) for t in traits.itertuples(index=False)]
     ranked = rows.assign(kind=kind, far=(rows.sparsity - sparsity).abs())
@@ -205,7 +205,8 @@ def headline(
 def systems(fr: pd.DataFrame) -> list: # run ids, in the frame's order
     "The runs that earn a row where all systems are compared: of sweeps those of `headline`, of other methods all."
     chosen = set(headline(fr))
-    return [i for i in without_steps(fr).index if i in chosen or fr.method[i] not in ('prune', 'quantize')]
+    rows = without_steps(fr[~fr.index.isin(fr.attrs['variants'])])
+    return [i for i in rows.index if i in chosen or fr.method[i] not in ('prune', 'quantize')]
 
 def matching(fr: pd.DataFrame, pattern: str) -> list: # run ids
     "Planned and finished runs whose id matches a shell pattern such as `ptq-dense-*`."
@@ -267,6 +268,15 @@ def family_tests(
     keys = [(pair, measure) for pair in found for measure in measures]
     raised = dict(zip(keys, holm([found[pair][measure]['p'] for pair, measure in keys])))
     return {pair: {m: test[m] | {'p': raised[pair, m]} for m in measures} for pair, test in found.items()}
+
+# %% ../../nbs/report/81_frame.ipynb #1d2c7419
+def seeds_of(fr: pd.DataFrame) -> dict: # run id → ids of the same run, its own first, with other seeds
+    "The runs that were made with more than one seed, but for steps of recipes."
+    rows, found = without_steps(fr), {}
+    for i in rows.index:
+        base, _, seed = i.rpartition('-seed-')
+        if seed.isdigit() and base in rows.index: found.setdefault(base, [base]).append(i)
+    return found
 
 # %% ../../nbs/report/81_frame.ipynb #ff3f47cc
 def published_systems() -> pd.DataFrame: # index: name; columns: study, model, es (% retained), smaller, faster (times)

@@ -6,11 +6,12 @@
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'DENSE', 'SETTING_LABELS', 'MethodStyle',
            'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_lasso', 'label_prune',
            'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
-           'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense', 'run_label', 'short_label',
-           'chain_of', 'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
-           'change_interval']
+           'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense', 'is_chain_step', 'run_label',
+           'short_label', 'chain_of', 'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup',
+           'signed_change', 'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
+import re
 from functools import wraps
 from math import isnan
 from typing import NamedTuple
@@ -135,7 +136,7 @@ def label_trim(c) -> str:
     return 'smaller vocabulary' + (f" ({c['size']})" if c.get('size') else '')
 
 # %% ../../nbs/report/80_style.ipynb #6aa5a594
-TEACHERS = {'teacher-brief': 'teacher that has seen little'} # run id → what it is
+TEACHERS = {'teacher-brief': 'teacher that has seen little', 'base-brief': 'teacher trained on less'} # run id → what it is
 
 def distill_variant(c) -> str:
     "What sets a distillation apart from the study's standard one; '' for the standard one."
@@ -146,7 +147,7 @@ def distill_variant(c) -> str:
     if c.get('shortest', 1) < 1: said.append(f"{c.get('epochs')} epochs on the shortest files")
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
     if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
-    if c.get('seed', 42) != 42: said.append(f"seed {c['seed']}")
+    if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -158,6 +159,7 @@ def layers_said(layers) -> str:
 def label_distill(c) -> str:
     "Where a student comes from, and what sets it apart."
     student = c.get('student', 'reduced')
+    if student == 'model' and c.get('model') and c.get('teacher') == c['model']: return 'control: dense, distilled from itself'
     if student == 'model': return 'distilled back' + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)
@@ -190,6 +192,10 @@ SETTING_LABELS = {'baseline': label_dense, 'adopt': label_dense, 'prune': label_
                   'gptq': label_gptq, 'trim_vocabulary': label_trim, 'distill': label_distill, 'xtc': label_xtc,
                   'static_quantize': label_static, 'no_model': label_no_model}
 
+def is_chain_step(run_id: str) -> bool:
+    "Is this a step within a recipe of a seed? The recipe's last run names the seed."
+    return bool(re.search(r'-seed-\d+\.\d', run_id))
+
 def run_label(
     result: Result,
     results: dict,   # run id → `Result`: the run's profile
@@ -197,6 +203,7 @@ def run_label(
     "The run in words, after the words for the model it started from."
     label = SETTING_LABELS.get(result.method)
     own = label(result.config) if label else result.run_id
+    if '-seed-' in result.run_id and not is_chain_step(result.run_id): own += f", seed {result.config['seed']}"
     base = results.get(result.config.get('model'))
     if base is None or base is result or base.method in DENSE: return own
     return f'{run_label(base, results)} → {own}'

@@ -8,18 +8,18 @@ __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER'
            'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells', 'effort',
            'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
            'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of',
-           'tab_session', 'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies', 'engine_name',
-           'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size',
-           'search_row', 'tab_search', 'tab_cost']
+           'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed', 'compared_ours',
+           'tab_comparison', 'tab_studies', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells',
+           'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
-from ..core.record import load_results
+from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
 from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, frame, gains, headline, measured_ms,
                                       percent_of_dense, printed_pruning,
-                                      published, retained, studies, systems, versus, without_steps)
+                                      published, retained, seeds_of, studies, systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
@@ -301,6 +301,37 @@ def tab_session(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows).reindex(columns=SESSION_COLUMNS, fill_value='–') if rows else as_table([])
 
 # %% ../../nbs/report/82_tables.ipynb #db3a7221
+def tab_seeds(fr: pd.DataFrame) -> pd.DataFrame:
+    "Runs that train, with several seeds: their scores one by one, mean, and range."
+    rows = []
+    for run, ids in seeds_of(fr).items():
+        cells = {'model': fr.label[run], 'seeds': len(ids)}
+        for score in ('es', 'em'):
+            values, name = fr[score][ids], score.upper()
+            cells |= {f'{name} %': ', '.join(f'{v:.1f}' for v in values), f'{name} %, mean': f'{values.mean():.1f}',
+                      f'{name}, range': f'{np.ptp(values):.1f}'}
+        rows.append(cells)
+    return as_table(rows, fr)
+
+def making_joules(row) -> float: # NaN where no power is stated
+    "Energy of a run's training and of those before it: a run takes one core, and a core its share of the stated power."
+    watts = row.measured.config.get('watts') or np.nan
+    return 60*row.train_minutes*watts/row.measured.speed.threads if row.train_minutes else 0.
+
+def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
+    """Energy of a completion, counted by the processor (RAPL) or time × stated power, and of the training. A model that trained has saved
+    that after so many completions."""
+    with_energy = [i for i in systems(fr) if isinstance(fr.measured[i], Result) and fr.measured[i].speed.joules is not None]
+    dense = fr.measured['baseline'].speed.joules if 'baseline' in with_energy else np.nan
+    rows = []
+    for i in with_energy:
+        speed, making = fr.measured[i].speed, making_joules(fr.loc[i])
+        saved = dense - speed.joules
+        rows.append({'model': fr.label[i], 'J a completion': number(speed.joules, 2), 'known by': speed.energy_source,
+                     'kJ to train (stated power)': number(making/1e3, 2),
+                     'pays after, completions': number(making/saved, 2) if making and saved > 0 else '–'})
+    return as_table(rows, fr)
+
 COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3),
             'memory saved %': ('cpu_memory_decrease', 2),
             'speed gained %': ('cpu_speed_increase', 2), 'ES thesis %': ('es', 3),
@@ -443,6 +474,6 @@ def tab_cost(fr=None) -> pd.DataFrame:
 
 # %% ../../nbs/report/82_tables.ipynb #2f0f3449
 PROFILE_TABLES = (tab_gain, tab_main, tab_systems, tab_pruning, tab_quantization, tab_onnx, tab_distillation, tab_xtc,
-                  tab_static, tab_session, tab_comparison, tab_runs)
+                  tab_static, tab_seeds, tab_energy, tab_session, tab_comparison, tab_runs)
 OTHER_TABLES = (tab_short, tab_studies, tab_peers, tab_size, tab_search, tab_cost)
 TABLES = {make.__name__: make for make in PROFILE_TABLES + OTHER_TABLES}   # name → function of the frame

@@ -26,6 +26,7 @@ class Block(Strict):
     sweep: dict[str, list | dict] = {} # parameter → values, or label → value
     set: dict = {}                   # parameters they share; of a recipe, its first step's
     budgets: dict[str, dict] = {}    # method → parameters, before the profile's
+    timed: bool = True               # False: `of: models` passes its runs over, e.g. since others cost the same
     of: str | None = None            # 'models': one for each run above that leaves a model, as {target}
 
 class Recipe(Strict):
@@ -49,6 +50,7 @@ class Run:
     id: str
     method: str                      # names the template
     params: dict = field(hash=False)
+    timed: bool = True               # see `Block`
 
     @property
     def needs(self) -> list: # run ids, in the order of `READS`
@@ -74,7 +76,7 @@ def _axes(b: Block, runs: dict) -> dict: # parameter → (label → value)
     "What a block sweeps over."
     axes = {k: v if isinstance(v, dict) else {str(x): x for x in v} for k, v in b.sweep.items()}
     if b.of == 'models':
-        measurable = [i for i, r in runs.items() if r.method not in WITHOUT_MODEL | SIMULATED and not is_step(i)]
+        measurable = [i for i, r in runs.items() if r.timed and r.method not in WITHOUT_MODEL | SIMULATED and not is_step(i)]
         axes['target'] = {i: i for i in measurable}
     return axes
 
@@ -95,7 +97,7 @@ def _chained(run_id: str, steps: list, start: dict): # yields (run id, step); `s
     for i, step in enumerate(steps, 1):
         own = run_id if i == len(steps) else f'{run_id}.{i}-{step["method"]}'
         yield own, from_start(step, first) | start
-        start = {'model': own}
+        start = {'model': own} | {k: v for k, v in start.items() if k == 'seed'}   # a seed is that of all steps
 
 # %% ../../nbs/runs/70_grid.ipynb #f83d175f
 def _steps_of(b: Block, profile: str, recipes: dict) -> list: # of dicts
@@ -118,7 +120,7 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
                     raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')
                 budget = {**p.budgets.get(method, {}), **b.budgets.get(method, {})}
-                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step})
+                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step}, b.timed)
     return runs
 
 # %% ../../nbs/runs/70_grid.ipynb #57fc280a

@@ -21,7 +21,11 @@ def group_of(run):
     return {'prune': 'pruning', 'xtc': 'XTC'}.get(run.method, 'the rest')
 
 
-def share(layers): return 1. if layers is None else (len(layers) if isinstance(layers, list) else layers*(LAYERS if isinstance(layers, float) else 1))/LAYERS
+def share(layers):
+    "Part of the dense model's layers that a parameter `layers` names."
+    if layers is None: return 1.
+    if isinstance(layers, float): return layers
+    return (len(layers) if isinstance(layers, list) else layers)/LAYERS
 
 
 def training(run):
@@ -100,7 +104,10 @@ def test_students_see_two_million_tokens():
     assert len(runs) > 25 and all(r.params['tokens'] >= 2_000_000 for r in runs)
 
 
-@pytest.mark.parametrize('run', ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned'])
+TRAINED = ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']
+
+
+@pytest.mark.parametrize('run', TRAINED)
 def test_rows_that_train_have_three_seeds(run):
     plan = read_profile('full')
     for seed in (43, 44):

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 from ..core.paths import CORPUS
 from ..data.inputs import RunConfig
-from ..data.samples import FORMS, PROTOCOLS, load_samples, load_texts, make_samples, protocol_named
+from ..data.samples import PROTOCOLS, load_samples, load_texts, make_samples, protocol_named
 from .evaluate import summarise
 from .metrics import COMPARISONS, score
 

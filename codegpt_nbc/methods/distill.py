@@ -420,7 +420,8 @@ def distill(
         data = taught(teacher, data, kept)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
-    return fit(pair, data, replace(c.training(rows), compile=on_gpu), pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
+    training = replace(c.training(rows), compile=on_gpu)
+    return fit(pair, data, training, pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
                checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
@@ -458,7 +459,8 @@ def distill_step(
     before = {name: validation_loss(m, held) for name, m in models.items()}
     r = distill(student, teacher, rows, c, curve, work)
     after = {name: validation_loss(m, held) for name, m in models.items()}
-    details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [], 'loss_before': before, 'loss_after': after,
+    details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [],
+               'loss_before': before, 'loss_after': after,
                'loss_weights': loss.model_dump(), **trained_details(r)}
     folder = _save_student(student, c, r, loss, out)
     if not keep_work: shutil.rmtree(work, ignore_errors=True)

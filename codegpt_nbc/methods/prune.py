@@ -445,7 +445,8 @@ def keep_evenly(
     scores: list,      # One tensor (count,) for each of `groups`, compared within a kind
     sparsity: float,   # Over all parameters
 ) -> list: # Kept indices, one tensor for each of `groups`
-    "Drop the lowest channels and heads down to `even_counts`, and the lowest neurons until `sparsity` is reached. Raises `ValueError` if it cannot be."
+    """Drop the lowest channels and heads down to `even_counts`, and the lowest neurons until `sparsity` is reached.
+    Raises `ValueError` if it cannot be."""
     d, heads, neurons = even_counts(shape, sparsity)
     kept = [torch.ones(g.count, dtype=torch.bool) for g in groups]
     kept[-1][scores[-1].argsort()[:groups[-1].count - d]] = False
@@ -530,7 +531,8 @@ class Lasso:
         deciles = torch.arange(11)/10
         def of(kind): # → dict
             norms = kind.scaled_norms(model)
-            return {'deciles': [round(float(q), 6) for q in norms.cpu().quantile(deciles)], 'zero': int((norms == 0).sum()), 'lam': round(kind.lam, 4)}
+            found = norms.cpu().quantile(deciles).tolist()
+            return {'deciles': [round(q, 6) for q in found], 'zero': int((norms == 0).sum()), 'lam': round(kind.lam, 4)}
         self.history.append({'step': t} | {name: of(kind) for name, kind in self.kinds.items()})
 
     def recovery(self) -> dict:
@@ -674,7 +676,8 @@ def prune(
 
 # %% ../../nbs/methods/30_prune.ipynb #4e4cc72c
 def _phases(c: PruneConfig, lr: float, per_epoch: int) -> tuple: # of `TrainConfig`: under the penalty, of the recovery
-    penalised = TrainConfig(steps=c.penalty_steps or max(1, per_epoch*(c.epochs - 1)), lr=c.lr or lr, schedule='constant', warmup=min(10, per_epoch),
+    steps = c.penalty_steps or max(1, per_epoch*(c.epochs - 1))
+    penalised = TrainConfig(steps=steps, lr=c.lr or lr, schedule='constant', warmup=min(10, per_epoch),
                             weight_decay=0., seed=c.seed)
     return penalised, replace(penalised, steps=per_epoch, schedule='cosine')
 

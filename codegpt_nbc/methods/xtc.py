@@ -313,7 +313,8 @@ def xtc_step(
     folder = save_model(compressed, out or c.out_folder, parent=c.model_folder, step=step)
     _check_file(folder, compressed)
     by_part, params = bytes_by_part(folder), count_parameters(compressed)[0]
-    details = {'bytes_by_part': by_part, 'layers_kept': layers_kept(c), 'loss_parts': loss_parts, **trained_details(r), 'loss_before': before,
+    details = {'bytes_by_part': by_part, 'layers_kept': layers_kept(c), 'loss_parts': loss_parts,
+               **trained_details(r), 'loss_before': before,
                'loss_after': validation_loss(compressed, held), 'bits_per_parameter': round(8*sum(by_part.values())/params, 3)}
     if not keep_work: shutil.rmtree(work, ignore_errors=True)
     return StepResult(folder, Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details)

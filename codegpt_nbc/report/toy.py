@@ -139,6 +139,10 @@ def invented_details(run, level: float) -> dict:
     if run.method == 'xtc':
         return dict(loss_parts={part: [[1e4*i, scale/i] for i in range(1, 30)]
                                 for part, scale in (('total', 5), ('logits', 2), ('hidden', 2), ('attention', 1))})
+    if run.method == 'prune' and run.params['pattern'] == 'lasso':
+        counts = (('heads', 96, 58), ('neurons', 12288, 7000))
+        groups = {kind: {'of': of, 'removed': gone, 'of them at zero': gone} for kind, of, gone in counts}
+        return dict(heads=[4, 2, 2]*4, lasso=dict(groups=groups))
     if run.method == 'prune': return dict(heads=[4, 2, 2]*4)
     return {}
 

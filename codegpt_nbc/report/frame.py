@@ -143,7 +143,7 @@ WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, its variants (not to be timed), the methods of its planned runs, which are timed, the details of its sessions, which runs were
+    are judged by, its variants (not to be timed), the methods of its planned runs, which are timed, details of its sessions, runs
     made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}

@@ -431,3 +431,12 @@ def test_a_prompt_that_ends_in_blanks_is_answered(smollm2):
     answers = complete_raw(engine, tok, prompts, 12)
     assert answers[0].strip() and answers[1].startswith('rn ') and answers[2].startswith('py')
     assert answers == [''.join(stream_raw(engine, tok, p, 12)) for p in prompts]
+
+
+def test_a_missing_gap_is_said_before_weights_are_read(tmp_path):
+    import shutil
+    folder = shutil.copytree(BASE_MODEL, tmp_path/'model')
+    (folder/'model.safetensors').write_bytes(b'never read')
+    (tmp_path/'a.py').write_text('def f(a):\n    return a +\n\nx = 1\n')
+    done = shell(f'{tmp_path}/a.py:2:15', '--model', str(folder), '--infill')
+    assert done.exit_code == 1 and 'no tokens that mark a gap' in str(done.exception)

@@ -151,7 +151,6 @@ def save_adopted(
     "Write a model folder with its own tokenizer."
     with tempfile.TemporaryDirectory() as d:
         save_tokenizer(tok, d)
-        write_json(Path(d)/'config.json', {'bos_token_id': tok.token_to_id('<s>'), 'eos_token_id': tok.token_to_id('</s>')})
         if parent: write_json(Path(d)/'recipe.json', {'chain': recipe_of(parent)})
         return save_model(model, folder, parent=d, step=step)
 

@@ -401,9 +401,19 @@ def recipe_of(folder) -> list: # of steps, oldest first
     return read_json(path)['chain'] if path.is_file() else []
 
 def special_ids(folder) -> dict: # for config.json
-    "Ids of the tokens that begin, end and pad a text, as the folder states them. They belong to the tokenizer, so they go where it goes."
-    config = read_config(folder) if (Path(folder)/'config.json').is_file() else {}
-    return {k: config[k] for k in SPECIAL_IDS if config.get(k) is not None}
+    """Ids of the tokens that begin, end and pad a text, as the folder states them; of a folder that holds a tokenizer and no model, those of the
+    tokens that the tokenizer names. They belong to the tokenizer, so they go where it goes."""
+    folder = Path(folder)
+    if (folder/'config.json').is_file():
+        config = read_config(folder)
+        return {k: config[k] for k in SPECIAL_IDS if config.get(k) is not None}
+    named = read_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').is_file() else {}
+    words = {k: named.get(k.removesuffix('_id')) for k in SPECIAL_IDS[:2]}
+    words = {k: word for k, word in words.items() if isinstance(word, str)}
+    if not words: return {}
+    tok = load_tokenizer(folder)
+    ids = {k: tok.token_to_id(word) for k, word in words.items()}
+    return {k: i for k, i in ids.items() if i is not None}
 
 def copy_tokenizer(source, folder):
     "Copy tokenizer and settings, as far as `source` has them; a tokenizer of vocabulary and merges is written as tokenizer.json, once."

@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'make_optimizers', 'lr_factor', 'Windows',
            'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough', 'training_rows',
            'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows', 'share', 'TrainResult',
-           'next_token_loss', 'full_rows_loss', 'fit', 'batches_loss', 'keep_zeros']
+           'next_token_loss', 'full_rows_loss', 'processor', 'fit', 'batches_loss', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
 from ..core.paths import models_dir, new_folder, read_json, write_json
+from ..core.record import cpu_model
 from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
@@ -250,6 +251,7 @@ class TrainResult:
     seconds: float  # wall time in the loop, over all calls
     curve: list     # [tokens, mean loss since the last point]
     step: int       # steps done
+    processor: str = '' # that did them
 
 def next_token_loss(
     model,
@@ -275,7 +277,11 @@ def _resumed(checkpoint, model, optimizers) -> TrainResult:
     "The run so far: empty, or from a checkpoint, which is put back in place."
     if not checkpoint or not (Path(checkpoint)/'state.json').is_file(): return TrainResult(0, 0., [], 0)
     state = load_checkpoint(checkpoint, model, optimizers)
-    return TrainResult(state['tokens'], state['seconds'], state['curve'], state['step'])
+    return TrainResult(state['tokens'], state['seconds'], state['curve'], state['step'], state.get('processor', ''))
+
+def processor() -> str:
+    "The name of what trains here."
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_model()
 
 def _own_loss(acc, run, loss, batch, precision: str): # scalar
     "The loss of this process's rows, weighted by their part of the targets."
@@ -320,6 +326,7 @@ def fit(
     acc = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
     main, optimizers = acc.is_main_process, make_optimizers(model, c)
     r = _resumed(checkpoint, model, optimizers)
+    r.processor = r.processor or processor()
     wrapped, *optimizers = acc.prepare(model.train(), *optimizers)
     if c.compile: loss = torch.compile(loss, dynamic=False)
     hidden = {'disable': True} if desc is None or not main else {}   # not False, which would overrule TQDM_DISABLE

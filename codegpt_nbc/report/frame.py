@@ -8,7 +8,7 @@ __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIO
            'anchor_speed', 'session_details', 'frame', 'first_few', 'absent', 'uncommitted', 'without_steps',
            'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained', 'gains', 'percent_of_dense',
            'dense_value', 'family_tests', 'seeds_of', 'published_systems', 'split_time', 'pareto_front', 'precision_of',
-           'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'growth', 'corpus_facts', 'hours_of']
+           'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -349,16 +349,6 @@ def benchmark_alone(geometry: str) -> dict: # {} if not measured
     return next((d for d in benchmarks().values() if d['geometry'] == geometry and d['batch'] == 1), {})
 
 # %% ../../nbs/report/81_frame.ipynb #a1c330c3
-def growth(pruned: Result | None = None) -> dict: # first, last: layers; first_tokens, last_tokens: M; kept, share: %
-    "How the embedded model grew, and the share of the heads left by structured pruning that belong to its original layers."
-    stages = read_json(BASE_MODEL/'training.json')['stages']
-    first, last = stages[0]['config']['layers'], stages[-1]['config']['layers']
-    seen = {n: sum(t['tokens'] for t in stages if t['config']['layers'] == n)/1e6 for n in (first, last)}
-    out = dict(first=first, last=last, first_tokens=seen[first], last_tokens=seen[last], share=100*first/last)
-    if pruned is None or not pruned.details.get('heads'): return out
-    heads, original = pruned.details['heads'], range(0, last, last//first)
-    return out | dict(kept=100*sum(heads[layer] for layer in original)/sum(heads))
-
 def corpus_facts() -> dict: # files, projects
     "How large the shipped corpus is."
     manifest = pd.read_csv(CORPUS/'manifest.csv')

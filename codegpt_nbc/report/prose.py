@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
 from ..evidence.other_engines import PEERS
-from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, growth, hours_of,
+from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, hours_of,
                                       matching, measured_ms, precision_of,
                                       published, retained, uncommitted, versus)
 from .style import number, signed_change, times_text
@@ -94,7 +94,8 @@ class Profile:
             why = f'the profile {self.name!r} has no result of the run {run!r}'
             raise MissingResult(page, placeholder or f"run('{run}')", why, self.name, run)
         return RunView(page, self.name, run, figures | dict(config=result.config, details=result.details,
-                                                            cpu=result.provenance.cpu.split(' (')[0]))
+                                                            cpu=result.provenance.cpu.split(' (')[0],
+                                                            started=result.provenance.started))
 
 # %% ../../nbs/report/83_prose.ipynb #76091414
 class PageContext:
@@ -253,13 +254,6 @@ class Placeholders(Quotations):
         best = engines[fits].ms.idxmin()
         floor = d['floor'].get(precision)
         return dict(name=best, **engines.loc[best], floor_ms=measured_ms(floor, d) if floor else None)
-
-    @pass_context
-    def growth(self, context, id: str) -> dict:
-        "How the embedded model grew, and what structured pruning left of it: see `frame.growth`."
-        p = self._profile()
-        p.view(context.name, id, f'growth({id!r})')
-        return growth(p.frame.result[id])
 
     def corpus(self) -> dict: # files, projects
         "How large the shipped corpus is."

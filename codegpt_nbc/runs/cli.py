@@ -35,6 +35,8 @@ def complete(
     before, after, text = _around_cursor(prompt, at)
     if infill and after is None: raise ValueError('--infill needs what follows the cursor: give file.py:LINE:COLUMN, or --at LINE:COLUMN.')
     from codegpt_nbc import load
+    from codegpt_nbc.runs.api import check_infill
+    if infill: check_infill(model)
     opened = load(model)
     with warnings.catch_warnings(record=True, action='always', category=UserWarning) as warned:
         for piece in opened.stream(before, after if infill else None, max_new, stop, text): print(piece, end='', flush=True)

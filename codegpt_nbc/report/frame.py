@@ -14,7 +14,7 @@ __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIO
 import numpy as np, pandas as pd
 from fnmatch import fnmatch
 from functools import cache
-from ..core.paths import ASSETS, BASE_MODEL, CORPUS, read_json
+from ..core.paths import ASSETS, CORPUS, read_json
 from ..core.record import Accuracy, Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.metrics import holm

@@ -66,12 +66,20 @@ class RunConfig(Strict):
     thesis: int = Field(20, ge=0)
     line: int = Field(0, ge=0)
     infill: int = Field(0, ge=0)
+    skip: int = Field(0, ge=0)                         # test samples left out before the first one, under each protocol
+
+    held_out: int = Field(0, ge=0)                     # tokens of test files on which loss and divergence are measured; 0: none
+    reference: str = BASE_MODEL.name                   # the dense model that the divergence is from, as `model`
 
     # Found once: with many files or on the hub it is work, and it may fail where a run should end
     @cached_property
     def model_folder(self) -> Path:
         "The folder of `model`."
         return resolve_model(self.model, self.profile)
+    @cached_property
+    def reference_folder(self) -> Path:
+        "The folder of `reference`."
+        return resolve_model(self.reference, self.profile)
     @cached_property
     def data_folder(self) -> Path:
         "The folder of `data`."
@@ -138,6 +146,7 @@ def check(self: RunConfig):
     for protocol in PROTOCOLS:
         if getattr(self, protocol): self.check_protocol(protocol)
     self.check_samples()
+    if self.held_out: self.reference_folder
 
 @patch
 def check_data(self: RunConfig):
@@ -168,4 +177,4 @@ def check_samples(self: RunConfig):
     from codegpt_nbc.data.samples import PROTOCOLS, load_samples
     for protocol in PROTOCOLS:
         n = getattr(self, protocol)
-        if n: load_samples(protocol, n, folder=self.data_folder)
+        if n: load_samples(protocol, n, folder=self.data_folder, skip=self.skip)

@@ -162,15 +162,18 @@ def make_samples(df, protocol: str, n: int, seed: int = 42, per_project: float =
 # %% ../../nbs/data/12_samples.ipynb #58183e0b
 def load_samples(
     protocol: str = 'codexglue', # Of `PROTOCOLS`
-    n: int | None = None,        # The first n; the file is in random order, so this is a fair draw
+    n: int | None = None,        # That many; the file is in random order, so this is a fair draw
     split: str = 'test',         # 'test' or 'valid'
     folder = CORPUS,             # In the layout of the frozen corpus
+    skip: int = 0,               # From sample `skip` on: the first ones may have been used to choose by
 ) -> pd.DataFrame: # project, path, input, gt; for raw source suffix, too
-    "The frozen samples of a protocol. Raises `ValueError` if there are fewer than `n`."
+    "The frozen samples of a protocol. Raises `ValueError` if there are fewer than `skip` + `n`."
     place = Path(folder)/FORMS[protocol_named(protocol).text].folder
     df = _read_parquet(place, f'{split}_{protocol}.parquet')
-    if n is not None and n > len(df): raise ValueError(f'{n} samples asked, but {protocol} has {len(df)}: ask for fewer.')
-    df = df.head(len(df) if n is None else n)
+    if n is not None and skip + n > len(df):
+        after = f' after the first {skip}' if skip else ''
+        raise ValueError(f'{n} samples asked{after}, but {protocol} has {len(df)}: ask for fewer.')
+    df = df.iloc[skip:None if n is None else skip + n].reset_index(drop=True)
     if 'input' in df: return df
     return cut_samples(_read_parquet(place, f'{split}.parquet'), df, protocol)
 

@@ -43,20 +43,21 @@ def evaluate(
     split: str = 'test',
     batch: int = 32,      # Prompts at a time
     folder=CORPUS,        # Of the samples
+    skip: int = 0,        # Samples left out before the first
 ): # (DataFrame from `metrics.score`, with the end of the prompts; seconds)
     "Complete `n` held-out samples and score them. Raises `ValueError` if there are fewer."
-    samples, began = load_samples(protocol, n, split, folder), time.time()
+    samples, began = load_samples(protocol, n, split, folder, skip), time.time()
     preds = answers(engine, tok, samples, protocol, batch)
     ends = '…' + samples.input.str[-48:]   # as much as a table shows
     return score(preds, samples['gt'], PROTOCOLS[protocol].text).assign(prompt=ends), time.time() - began
 
-def summarise(scores, seconds: float) -> Accuracy:
+def summarise(scores, seconds: float, skip: int = 0) -> Accuracy:
     "Means, intervals (Wilson's for exact match, bootstrap for edit similarity) and the scores of single samples."
     def per_cent(column): return round(100*float(scores[column].mean()), 3)
     return Accuracy(n=len(scores), em=per_cent('em'), em_ci=share_interval(scores.em),
                     es=round(float(scores.es.mean()), 3), es_ci=interval(scores.es),
                     identifier_f1=per_cent('identifier_f1'), whole=per_cent('whole'), seconds=round(seconds, 2),
-                    em_each=''.join(map(str, scores.em)), es_each=' '.join(map(str, scores.es)))
+                    em_each=''.join(map(str, scores.em)), es_each=' '.join(map(str, scores.es)), skip=skip)
 
 # %% ../../nbs/evidence/61_evaluate.ipynb #4fb70b18
 def evaluate_run(
@@ -69,17 +70,18 @@ def evaluate_run(
     for protocol in PROTOCOLS:
         n = getattr(cfg, protocol)
         if not n: continue
-        frames[protocol], seconds = evaluate(engine, tok, protocol, n, folder=cfg.data_folder)
-        metrics[protocol] = summarise(frames[protocol], seconds)
+        frames[protocol], seconds = evaluate(engine, tok, protocol, n, folder=cfg.data_folder, skip=cfg.skip)
+        metrics[protocol] = summarise(frames[protocol], seconds, cfg.skip)
     return metrics, frames
 
 def against(
-    a: Accuracy, b: Accuracy, # Of the same samples
+    a: Accuracy, b: Accuracy, # Of samples of the same file
 ) -> dict: # measure → `metrics.paired`
-    "Paired differences a − b over the samples that both have, in percentage points."
-    n = min(a.n, b.n)
-    def es(x): return np.array(x.es_each.split()[:n], float)
-    def em(x): return 100*np.array(list(x.em_each[:n]), float)
+    "Paired differences a − b over the samples that both have, in percentage points. Raises `ValueError` where they share none."
+    first, end = max(a.skip, b.skip), min(a.skip + a.n, b.skip + b.n)
+    if first >= end: raise ValueError('the two models were asked different samples: evaluate one of them again.')
+    def es(x): return np.array(x.es_each.split()[first - x.skip:end - x.skip], float)
+    def em(x): return 100*np.array(list(x.em_each[first - x.skip:end - x.skip]), float)
     return {'es': paired(es(a), es(b)), 'em': paired(em(a), em(b))}
 
 # %% ../../nbs/evidence/61_evaluate.ipynb #23f2999a

@@ -8,6 +8,7 @@ __all__ = ['OURS', 'peak_memory', 'open_ours', 'serve', 'Worker', 'take_turns', 
 # %% ../../nbs/evidence/62_measure.ipynb #9b70d3e5
 import json, os, subprocess, sys, tempfile
 from fastcore.basics import patch
+from contextlib import nullcontext
 from functools import cache
 from pkgutil import resolve_name
 from statistics import median
@@ -16,6 +17,7 @@ from ..core.paths import BASE_MODEL, CORPUS, PACKAGE, cores
 from ..core.record import Memory, Speed, versions
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import text_of
+from .energy import Meter
 
 # %% ../../nbs/evidence/62_measure.ipynb #a3aaae26
 def peak_memory() -> int: # bytes
@@ -123,13 +125,15 @@ def take_turns(
     rounds: int,
     completions: int, # of each in a round
     desc: str | None = None, # Name of a progress bar; None: no bar
+    meters: dict | None = None, # name → `energy.Meter` around its completions
 ) -> dict: # name → its answers, one a round
     "Let workers run in turn, a different one first each round."
     from tqdm import tqdm
     names, answers = [*workers], {name: [] for name in workers}
     for r in tqdm(range(rounds), desc, unit='round', disable=desc is None):
         first = r % len(names)
-        for name in names[first:] + names[:first]: answers[name].append(workers[name].ask(completions))
+        for name in names[first:] + names[:first]:
+            with (meters or {}).get(name) or nullcontext(): answers[name].append(workers[name].ask(completions))
     return answers
 
 # %% ../../nbs/evidence/62_measure.ipynb #f609a7b6
@@ -159,6 +163,7 @@ def measure(
     threads: int | None = None, # None: all cores
     data=CORPUS,               # Folder of the samples whose inputs are the prompts
     desc: str | None = None,   # Name of a bar of the rounds; None: no bar
+    watts: float = 0.,         # Stated power of the machine, for where its energy cannot be read; 0: none
 ) -> tuple: # (Speed, Memory, dict with the single rounds and the baseline's own times)
     "Compare `target` with `baseline`, alone on the machine. Raises `RuntimeError` if a model cannot be run."
     about = dict(prompt_tokens=prompt_tokens, new_tokens=new_tokens, threads=threads or cores())
@@ -166,12 +171,15 @@ def measure(
     with Worker(target, **about, **code) as a, Worker(baseline, **about, **code) as b:
         engine = a.read()['ready']
         b.read()
-        done = take_turns(dict(baseline=b, target=a), rounds, completions, desc)
-    speed, ratios = compared(done['target'], done['baseline'], engine=engine, **about)
+        meters = {name: Meter(watts) for name in ('baseline', 'target')}
+        done = take_turns(dict(baseline=b, target=a), rounds, completions, desc, meters)
+    energy = {name: m.joules and m.joules/(rounds*completions) for name, m in meters.items()}
+    speed, ratios = compared(done['target'], done['baseline'], engine=engine, joules=energy['target'],
+                             energy_source=meters['target'].source, **about)
     last, base = done['target'][-1], done['baseline'][-1]
     theirs = median(_medians(answer)[0] for answer in done['baseline'])
     details = dict(ratios=ratios, libraries_rss_bytes=last['floor'], baseline_samples_per_s=1/theirs,
-                   baseline_peak_rss_bytes=base['peak'])
+                   baseline_peak_rss_bytes=base['peak'], baseline_joules=energy['baseline'])
     return speed, Memory(peak_rss_bytes=last['peak']), details
 
 # %% ../../nbs/evidence/62_measure.ipynb #5dfaefba
@@ -184,6 +192,7 @@ class MeasureConfig(RunConfig):
     prompt_tokens: int = Field(448, ge=1)
     new_tokens: int = Field(16, ge=1)
     threads: int = Field(0, ge=0)    # 0: all cores
+    watts: float = Field(0., ge=0)   # stated power of the machine, for where its energy cannot be read; 0: no energy then
 
     @property
     def folders(self) -> tuple: # (target, baseline)

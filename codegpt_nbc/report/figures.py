@@ -6,7 +6,7 @@
 __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', 'PATTERNS', 'PATTERN_WIDTHS', 'UNITS', 'EIGHT',
            'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'PROFILE_FIGURES', 'FIGURES', 'sample_scores', 'round_ratios',
            'observed', 'annotate_below', 'spread_out', 'label_ends', 'meets', 'boxes_around', 'along', 'place_label',
-           'hundred', 'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values',
+           'usual_runs', 'hundred', 'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values',
            'quantized_observations', 'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms',
            'latency_text', 'fig_latency', 'pareto_points', 'draw_points', 'name_points', 'pareto_panel', 'fig_pareto',
            'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
@@ -122,6 +122,13 @@ def place_label(ax, at, text: str, taken: np.ndarray,
     return taken
 
 # %% ../../nbs/report/84_figures.ipynb #acc1e474
+def usual_runs(
+    fr: pd.DataFrame,
+    chosen,      # bool for each row
+) -> pd.DataFrame:
+    "The chosen runs, but for steps of recipes and variants that are in tables alone."
+    return without_steps(fr[chosen & ~fr.index.isin(fr.attrs['variants'])])
+
 PANELS = { # title → column, unit, the study's column
     'parameters not zero': ('nonzero_m', 'M', 'params_m'), 'zipped size': ('zip_mb', 'MB', 'zip_mb'),
     'peak memory': ('peak_ratio', 'MB', 'peak_mb'),
@@ -141,7 +148,7 @@ def pruning_observations(
 ) -> pd.DataFrame: # sparsity (%), pattern, value (% of dense)
     "The pruned runs of a profile, one row a sample, a round or a run."
     dense = dense_value(fr, f'{protocol}_{column}' if protocol else column)
-    runs, frames = without_steps(fr[(fr.method == 'prune') & (fr.sparsity > 0) & (fr.backend != 'itrex')]), []
+    runs, frames = usual_runs(fr, (fr.method == 'prune') & (fr.sparsity > 0) & (fr.backend != 'itrex')), []
     for i, row in runs.iterrows():
         if column in SCORED: values = 100*sample_scores(row.result, column, protocol or fr.attrs['protocol'])/dense
         elif column == 'ratio': values = 100*np.array(round_ratios(row))
@@ -150,9 +157,9 @@ def pruning_observations(
     return observed(frames, ['sparsity', 'pattern', 'value'])
 
 # %% ../../nbs/report/84_figures.ipynb #e508413d
-PATTERNS = ('unstructured', 'tile', 'structured')
+PATTERNS = ('unstructured', 'tile', 'structured', 'lasso')
 # lines that coincide stay visible, one inside the other
-PATTERN_WIDTHS = {'unstructured': 2.4, 'tile': 1.7, 'structured': 1.}
+PATTERN_WIDTHS = {'unstructured': 2.4, 'tile': 1.7, 'structured': 1., 'lasso': .8}
 
 def pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # (x, y, text, colour) where its lines end
     "One measure of all patterns against sparsity."
@@ -220,7 +227,7 @@ def quantized_values(fr: pd.DataFrame, run: str, title: str): # per sample, per 
 
 def quantized_observations(fr: pd.DataFrame, title: str) -> pd.DataFrame: # base (label), configuration, value
     "The quantised runs of a profile under one panel's measure."
-    runs, frames = without_steps(fr[(fr.method == 'quantize') & (fr.backend != 'itrex')]), []
+    runs, frames = usual_runs(fr, (fr.method == 'quantize') & (fr.backend != 'itrex')), []
     for i, row in runs.iterrows():
         values = quantized_values(fr, i, title)
         frames.append(pd.DataFrame({'base': fr.label.get(row.model, row.model),
@@ -246,7 +253,7 @@ def fig_quantization(fr: pd.DataFrame):
     "The study's Figure 4: eight configurations of dynamic int8, on the dense and on the pruned model."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 5, figsize=(WIDTH, 3.9), sharey=True)
-    runs = without_steps(fr[(fr.method == 'quantize') & (fr.backend != 'itrex')])
+    runs = usual_runs(fr, (fr.method == 'quantize') & (fr.backend != 'itrex'))
     bases = [b for b in dict.fromkeys(runs.model) if b in fr.index]
     colors = {fr.label[b]: method_color(fr.loc[b]) for b in bases}
     for ax, title in zip(axes, UNITS): quantized_panel(ax, fr, title, colors)
@@ -395,7 +402,7 @@ def student_name(row) -> str:
 def learning_curves(fr: pd.DataFrame) -> pd.DataFrame: # run, name, training (%), es: one row a point
     "The students' edit similarity over their training, in the frame's order."
     frames = []
-    for i, row in without_steps(fr[fr.method == 'distill']).iterrows():
+    for i, row in usual_runs(fr, fr.method == 'distill').iterrows():
         if not (curve := row.result.details.get('learning_curve')): continue
         share, _, es = zip(*curve)
         frames.append(pd.DataFrame({'run': i, 'name': student_name(row), 'training': 100*np.array(share), 'es': es}))

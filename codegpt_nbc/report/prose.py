@@ -160,7 +160,9 @@ class RunNumbers(PageContext):
         "Paired difference of a score from that of `base`: `change('onnx-dense-int8').difference`, `.ci`, `.p`."
         p = self._profile(profile)
         for run in (id, base): getattr(p.view(context.name, run, f'change({id!r})'), measure)
-        return versus(p.frame, id, base)[measure]
+        if not (d := versus(p.frame, id, base)):
+            raise MissingResult(context.name, f'change({id!r})', f'{id!r} and {base!r} were asked different samples', p.name, id)
+        return d[measure]
 
     @pass_context
     def delta(self, context, id: str, base: str = 'baseline') -> str:
@@ -264,6 +266,15 @@ class Placeholders(Quotations):
     def hours(self, profile: str) -> float:
         "Hours of computing of a profile."
         return hours_of(profile)
+
+    def done(self, *ids: str) -> bool:
+        "Whether all of these runs have a result with scores: for paragraphs that wait for them."
+        scores = self._fr.es
+        return all(i in scores.index and scores[i] == scores[i] for i in ids)
+
+    def energy_known(self) -> bool:
+        "Whether the energy of any completion was measured or reckoned."
+        return len(TABLES['tab_energy'](self._fr)) > 0
 
     def uncommitted(self) -> str:
         "How many runs were made with uncommitted changes; '' for none."

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'DENSE', 'SETTING_LABELS', 'MethodStyle',
-           'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_prune', 'label_int8',
-           'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
-           'label_distill', 'label_xtc', 'label_static', 'label_dense', 'run_label', 'short_label', 'chain_of',
-           'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
-           'change_interval']
+           'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_lasso', 'label_prune',
+           'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant', 'layers_said',
+           'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense', 'is_chain_step', 'run_label',
+           'short_label', 'chain_of', 'compressor', 'family_of', 'number', 'times_text', 'with_interval', 'speedup',
+           'signed_change', 'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
+import re
 from functools import wraps
 from math import isnan
 from typing import NamedTuple
@@ -24,10 +25,12 @@ class MethodStyle(NamedTuple):
 
 METHOD_STYLES = { # what compressed a model → its style; the order is that of legends
     'baseline': MethodStyle('dense', '#4d4d4d'),
+    'no_model': MethodStyle('no model', '#c3b091'),
     'control': MethodStyle('control', '#949494'),
     'unstructured': MethodStyle('pruned: unstructured', '#0173b2'),
     'tile': MethodStyle('pruned: tile', '#de8f05'),
     'structured': MethodStyle('pruned: structured', '#029e73'),
+    'lasso': MethodStyle('pruned: group lasso', '#332288'),
     'quantize': MethodStyle('int8', '#cc78bc'),
     'gptq': MethodStyle('GPTQ int4', '#8a8a00'),
     'distill': MethodStyle('distilled', '#56b4e9'),
@@ -100,14 +103,21 @@ def toolkit_prefix(c) -> str:
     "Words before the label of a run that the first study's own toolkit did."
     return 'toolkit of the study: ' if c.get('backend') == 'itrex' else ''
 
+def label_lasso(c) -> str:
+    "The group lasso, or the choice that a control of it makes after the same training without a penalty."
+    if c.get('lam') != 0: return 'group lasso' + (f", λ {c['lam']:g}" if c.get('lam') else '')
+    return 'trained as the lasso, by ' + {'survivors': 'norms', 'norm': 'norms', 'taylor': 'Taylor'}[c.get('importance') or 'survivors']
+
 def label_prune(c) -> str:
     "Pattern and sparsity; the control run has sparsity 0."
-    did = f"{c['pattern']} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'
+    name = label_lasso(c) if c['pattern'] == 'lasso' else c['pattern']
+    did = f"{name} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'
     return toolkit_prefix(c) + did
 
 def label_int8(c) -> str: # 'int8 sym · channel · all'
     "The study's three settings: range, granularity, placement."
-    return f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}"
+    tuned = f", fine-tuned on {c['finetune_samples']} samples" if c.get('finetune_samples') else ''
+    return f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}{tuned}"
 
 def label_quantize(c) -> str:
     "Dynamic int8; the toolkit has no settings to name."
@@ -126,7 +136,7 @@ def label_trim(c) -> str:
     return 'smaller vocabulary' + (f" ({c['size']})" if c.get('size') else '')
 
 # %% ../../nbs/report/80_style.ipynb #6aa5a594
-TEACHERS = {'teacher-brief': 'teacher that has seen little'} # run id → what it is
+TEACHERS = {'teacher-brief': 'teacher that has seen little', 'base-brief': 'teacher trained on less'} # run id → what it is
 
 def distill_variant(c) -> str:
     "What sets a distillation apart from the study's standard one; '' for the standard one."
@@ -136,6 +146,8 @@ def distill_variant(c) -> str:
     if c.get('alpha_ce', .33) > 1: said.append('altered weights')
     if c.get('shortest', 1) < 1: said.append(f"{c.get('epochs')} epochs on the shortest files")
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
+    if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
+    if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -147,13 +159,15 @@ def layers_said(layers) -> str:
 def label_distill(c) -> str:
     "Where a student comes from, and what sets it apart."
     student = c.get('student', 'reduced')
+    if student == 'model' and c.get('model') and c.get('teacher') == c['model']: return 'control: dense, distilled from itself'
     if student == 'model': return 'distilled back' + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)
 
 def label_xtc(c) -> str:
     "Bits a weight; 32 bits stand for a reduction of layers alone."
-    return {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
+    did = {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
+    return did + ('' if c.get('relative', True) else ', loss to the letter')
 
 def label_static(c) -> str:
     "Where static int8 departs from one range for each tensor."
@@ -162,6 +176,10 @@ def label_static(c) -> str:
     elif groups == 0: did += ', a range a channel (PEG)'
     elif groups != 1: did += f", {groups} groups (PEG{', sorted' if c.get('permute') else ''})"
     return did + (', min-max weights' if c.get('weight_range') == 'min_max' else '')
+
+def label_no_model(c) -> str:
+    "What is answered without a model."
+    return 'no model: ' + {'constant': 'best constant line', 'last_line': 'copy of the last line'}[c.get('answer', 'constant')]
 
 def label_dense(c) -> str:
     "The uncompressed model."
@@ -172,7 +190,11 @@ DENSE = ('baseline', 'adopt') # methods whose models the others start from
 SETTING_LABELS = {'baseline': label_dense, 'adopt': label_dense, 'prune': label_prune, 'quantize': label_quantize,
                   'onnx': label_onnx,
                   'gptq': label_gptq, 'trim_vocabulary': label_trim, 'distill': label_distill, 'xtc': label_xtc,
-                  'static_quantize': label_static}
+                  'static_quantize': label_static, 'no_model': label_no_model}
+
+def is_chain_step(run_id: str) -> bool:
+    "Is this a step within a recipe of a seed? The recipe's last run names the seed."
+    return bool(re.search(r'-seed-\d+\.\d', run_id))
 
 def run_label(
     result: Result,
@@ -181,6 +203,7 @@ def run_label(
     "The run in words, after the words for the model it started from."
     label = SETTING_LABELS.get(result.method)
     own = label(result.config) if label else result.run_id
+    if '-seed-' in result.run_id and not is_chain_step(result.run_id): own += f", seed {result.config['seed']}"
     base = results.get(result.config.get('model'))
     if base is None or base is result or base.method in DENSE: return own
     return f'{run_label(base, results)} → {own}'

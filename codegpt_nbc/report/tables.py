@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER', 'SESSION_COLUMNS', 'COMPARED', 'STUDY_METHODS',
            'SUBJECTS', 'PROFILE_TABLES', 'OTHER_TABLES', 'TABLES', 'score_headings', 'as_table', 'as_markdown',
-           'cost_cells', 'score_cells', 'thesis_cells', 'printed_cells', 'effort', 'gain_cells', 'tab_gain',
-           'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning', 'tab_quantization',
-           'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of', 'tab_session',
-           'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies', 'engine_name', 'benchmark_title',
-           'engine_cells', 'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row',
-           'tab_search', 'tab_cost']
+           'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells', 'effort',
+           'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
+           'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of',
+           'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed', 'compared_ours',
+           'tab_comparison', 'tab_studies', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells',
+           'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
-from ..core.record import load_results
+from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
-from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, frame, gains, headline, measured_ms,
+from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, frame, gains, headline, measured_ms,
                                       percent_of_dense, printed_pruning,
-                                      published, retained, studies, systems, versus, without_steps)
+                                      published, retained, seeds_of, studies, systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
@@ -48,11 +48,29 @@ def cost_cells(row) -> dict: # column → text
     return {'file MB': number(row.raw_mb, 3), 'zipped MB': number(row.zip_mb, 3), 'peak MB': number(row.peak_mb, 3),
             'samples/s, × dense': speedup(row)}
 
-def score_cells(fr: pd.DataFrame, run: str, base: str = 'baseline') -> dict: # column → text
+def score_cells(
+    fr: pd.DataFrame,
+    run: str,
+    tests: dict,             # From `family_tests`, of all rows of the table
+    base: str = 'baseline',
+) -> dict: # column → text
     "A run's scores, and their paired difference from those of `base`."
-    row, d = fr.loc[run], versus(fr, run, base) or {}
+    row, d = fr.loc[run], tests.get((run, base), {})
     return {'ES %': with_interval(row, 'es'), 'Δ ES': signed_change(d.get('es')),
-            'EM %': with_interval(row, 'em'), 'Δ EM': signed_change(d.get('em'))}
+            'EM %': with_interval(row, 'em'), 'Δ EM': signed_change(d.get('em')),
+            'Δ ES, detectable': number(d['es'].get('detectable'), 2) if 'es' in d else '–'}
+
+def held_out_cells(row) -> dict: # column → text
+    "Loss and Kullback–Leibler divergence from the dense model, in nats a token, with their 95 % intervals."
+    def nats(name):
+        v, low, high = (row[name + end] for end in ('', '_low', '_high'))
+        return '–' if np.isnan(v) else f'{v:.4f} [{low:.4f}, {high:.4f}]'
+    return {'loss, held-out': nats('loss'), 'KL from dense': nats('kl')}
+
+def with_dense(fr: pd.DataFrame, *methods: str, base: str = 'baseline') -> tuple: # (rows of the frame, their `family_tests`)
+    "The dense model, the baselines without a model, and the runs of some methods, but for steps of recipes."
+    rows = without_steps(fr[fr.method.isin(['baseline', 'no_model', *methods])])
+    return rows, family_tests(fr, [(i, base) for i in rows.index])
 
 def thesis_cells(row) -> dict: # column → text
     "A row's scores under the studies' protocol."
@@ -94,9 +112,13 @@ def tab_gain(
 # %% ../../nbs/report/82_tables.ipynb #568e59d0
 SHORT_COLUMNS = ('file MB', '× faster', 'ES %', 'Δ ES')   # also: 'peak MB', 'ms', 'parameters M', 'ES kept, %'
 
-def short_row(fr: pd.DataFrame, run: str) -> dict: # column → text
+def short_row(
+    fr: pd.DataFrame,
+    run: str,
+    tests: dict,   # From `family_tests`
+) -> dict: # column → text
     "All that `tab_short` can show of a run."
-    r, d = fr.loc[run], (versus(fr, run, 'baseline') or {}).get('es')
+    r, d = fr.loc[run], tests.get((run, 'baseline'), {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.es['baseline']):.0f}"
     return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else times_text(r.ratio),
             'ms': number(r.ms, 3),
@@ -111,7 +133,9 @@ def tab_short(
 ) -> pd.DataFrame:
     "One line each: size, speed and what it does to the answers."
     if runs is None: runs = [i for i in without_steps(fr).index if fr.family[i] != 'control']
-    cells = {i: short_row(fr, i) for i in runs if i in fr.index}
+    shown = [i for i in runs if i in fr.index]
+    tests = family_tests(fr, [(i, 'baseline') for i in shown], ['es'])
+    cells = {i: short_row(fr, i, tests) for i in shown}
     return as_table([{'model': fr.label[i], **{k: v for k, v in row.items() if k in columns}}
                      for i, row in cells.items()], fr)
 
@@ -120,9 +144,11 @@ def tab_main(
     fr: pd.DataFrame,
     runs=None, # run ids, of which those that are there are shown; None: `headline`
 ) -> pd.DataFrame:
-    "The dense model and one run of each method: size, memory, speed, accuracy, and the difference from the dense model."
+    """The dense model and one run of each method: size, memory, speed, accuracy, and the difference from the dense model.
+    p is corrected over the table (Holm); `Δ ES, detectable`: what so many samples show with a power of 80 % without correction."""
     chosen = headline(fr) if runs is None else [i for i in runs if i in fr.index]
-    return as_table([{'model': fr.label[i], **cost_cells(fr.loc[i]), **score_cells(fr, i)} for i in chosen], fr)
+    tests = family_tests(fr, [(i, 'baseline') for i in chosen])
+    return as_table([{'model': fr.label[i], **cost_cells(fr.loc[i]), **score_cells(fr, i, tests)} for i in chosen], fr)
 
 def tab_systems(fr: pd.DataFrame) -> pd.DataFrame:
     """All systems and the dense baseline: size, parameters, memory, speed, accuracy with intervals, and what is kept of it.
@@ -146,10 +172,11 @@ def tab_runs(fr: pd.DataFrame) -> pd.DataFrame:
 def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     "Every pattern and sparsity, the control and the dense model, beside what the study printed."
     zipped, rows = percent_of_dense(fr, 'zip_mb').value, []
-    for i, row in without_steps(fr[fr.method.isin(['baseline', 'prune'])]).iterrows():
+    ours, tests = with_dense(fr, 'prune')
+    for i, row in ours.iterrows():
         rows.append({'model': row.label, 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
                      'zipped, % of control': number(zipped[i], 3),
-                     **score_cells(fr, i), **thesis_cells(row)})
+                     **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)})
     theirs = printed_pruning()
     dense = theirs.loc['baseline']
     for _, p in theirs.iterrows():
@@ -161,16 +188,19 @@ def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/report/82_tables.ipynb #e7ba75f2
 def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
     "Eight configurations on each base, compared with that base, beside the one that the study printed."
-    rows = []
-    for base, part in fr[fr.method == 'quantize'].groupby('model', sort=False):
+    ours = fr[fr.method == 'quantize']
+    tests = family_tests(fr, zip(ours.index, ours.model))
+    rows = [{'base': fr.label[i], 'int8': 'none', **score_cells(fr, i, tests), **thesis_cells(fr.loc[i])}
+            for i in fr.index[fr.method == 'no_model']]
+    for base, part in ours.groupby('model', sort=False):
         name = fr.label.get(base, base)
         if base in fr.index:
-            rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, base),
-                         **thesis_cells(fr.loc[base])})
+            rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, tests, base),
+                         **held_out_cells(fr.loc[base]), **thesis_cells(fr.loc[base])})
         for i, row in part.iterrows():
             settings = label_int8(row).removeprefix('int8 ')
-            rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, base),
-                         **thesis_cells(row)})
+            rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, tests, base),
+                         **held_out_cells(row), **thesis_cells(row)})
     best = published('sochirca', 'section 6, Quantization').iloc[0]
     return as_table(rows + [{'base': 'published: 60 % sparse', 'int8': label_int8(best).removeprefix('int8 '),
                              **printed_cells(best)}], fr)
@@ -182,9 +212,11 @@ TABLE_1 = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6',
 def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
     "The study's Table 1, each published row below our run of the same, then what else was exported."
     printed, ours, rows = published('sochirca', 'Table 1'), fr[fr.method == 'onnx'], []
-    for i in dict.fromkeys([*TABLE_1, *ours.model, *ours.index]):
+    shown = list(dict.fromkeys([*fr.index[fr.method == 'no_model'], *TABLE_1, *ours.model, *ours.index]))
+    tests = family_tests(fr, [(i, 'baseline') for i in shown], ['es'])
+    for i in shown:
         if i in fr.index:
-            row, d = fr.loc[i], versus(fr, i, 'baseline') or {}
+            row, d = fr.loc[i], tests.get((i, 'baseline'), {})
             rows.append({'model': row.label, **cost_cells(row), **thesis_cells(row),
                          'ES %': with_interval(row, 'es'), 'Δ ES': signed_change(d.get('es'))})
         if i in TABLE_1:
@@ -202,10 +234,12 @@ def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     "Students by depth and variant, with the study's rows beside ours."
     theirs, rows = published('malmsten', 'Table 1'), []
     speed = theirs.samples_per_s/theirs.samples_per_s['baseline']
-    for i, row in fr[fr.method.isin(['baseline', 'distill'])].iterrows():
+    ours = fr[fr.method.isin(['baseline', 'no_model', 'distill'])]
+    tests = family_tests(fr, [(i, 'baseline') for i in ours.index])
+    for i, row in ours.iterrows():
         rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
                      'parameters M': number(row.params_m, 3), 'file MB': number(row.raw_mb, 3),
-                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i)})
+                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i, tests), **held_out_cells(row)})
         name = i.replace('distill-', 'distil-')
         if name not in theirs.index: continue
         p = theirs.loc[name]
@@ -220,14 +254,14 @@ POSTER = {'file MB': 'raw_mb', 'file, × smaller': 'size_factor', 'samples/s, ×
 def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
     "The XTC models: real bytes, what is kept, and the poster's claims."
     kept, gained, rows = retained(fr), gains(fr), []
-    ours = without_steps(fr[(fr.index == 'baseline') | (fr.method == 'xtc')])
+    ours, tests = with_dense(fr, 'xtc')
     for i, row in ours.iterrows():
         rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
                      'file MB': number(row.raw_mb, 3),
                      'file, × smaller': number(gained.smaller[i], 3),
                      'zip, × smaller than the control': number(gained.zipped[i], 3),
                      'bits per parameter': number(8*row.raw_mb/row.params_m, 3), 'samples/s, × dense': speedup(row),
-                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i)})
+                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i, tests), **held_out_cells(row)})
     for _, p in published('demoor', 'poster').drop('baseline').iterrows():
         rows.append({'model': f'published: {p.model}',
                      **{ours: f'{p[theirs]:g}' for ours, theirs in POSTER.items() if pd.notna(p.get(theirs))}})
@@ -236,8 +270,8 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/report/82_tables.ipynb #d6a41206
 def tab_static(fr: pd.DataFrame) -> pd.DataFrame:
     "Calibrated 8-bit activations: per tensor, mixed precision, and per embedding group."
-    ours = without_steps(fr[fr.method.isin(['baseline', 'static_quantize'])])
-    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i), **thesis_cells(row)}
+    ours, tests = with_dense(fr, 'static_quantize', 'gptq')
+    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)}
             for i, row in ours.iterrows()]
     p = published('sochirca', 'Table 2').loc['mp-peg']
     return as_table(rows + [{'model': f'published: {p.model}', **printed_cells(p)}], fr)
@@ -267,9 +301,41 @@ def tab_session(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows).reindex(columns=SESSION_COLUMNS, fill_value='–') if rows else as_table([])
 
 # %% ../../nbs/report/82_tables.ipynb #db3a7221
+def tab_seeds(fr: pd.DataFrame) -> pd.DataFrame:
+    "Runs that train, with several seeds: their scores one by one, mean, and range."
+    rows = []
+    for run, ids in seeds_of(fr).items():
+        cells = {'model': fr.label[run], 'seeds': len(ids)}
+        for score in ('es', 'em'):
+            values, name = fr[score][ids], score.upper()
+            cells |= {f'{name} %': ', '.join(f'{v:.1f}' for v in values), f'{name} %, mean': f'{values.mean():.1f}',
+                      f'{name}, range': f'{np.ptp(values):.1f}'}
+        rows.append(cells)
+    return as_table(rows, fr)
+
+def making_joules(row) -> float: # NaN where no power is stated
+    "Energy of a run's training and of those before it: a run takes one core, and a core its share of the stated power."
+    watts = row.measured.config.get('watts') or np.nan
+    return 60*row.train_minutes*watts/row.measured.speed.threads if row.train_minutes else 0.
+
+def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
+    """Energy of a completion, counted by the processor (RAPL) or time × stated power, and of the training. A model that trained has saved
+    that after so many completions."""
+    with_energy = [i for i in systems(fr) if isinstance(fr.measured[i], Result) and fr.measured[i].speed.joules is not None]
+    dense = fr.measured['baseline'].speed.joules if 'baseline' in with_energy else np.nan
+    rows = []
+    for i in with_energy:
+        speed, making = fr.measured[i].speed, making_joules(fr.loc[i])
+        saved = dense - speed.joules
+        rows.append({'model': fr.label[i], 'J a completion': number(speed.joules, 2), 'known by': speed.energy_source,
+                     'kJ to train (stated power)': number(making/1e3, 2),
+                     'pays after, completions': number(making/saved, 2) if making and saved > 0 else '–'})
+    return as_table(rows, fr)
+
 COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3),
             'memory saved %': ('cpu_memory_decrease', 2),
-            'speed gained %': ('cpu_speed_increase', 2), 'ES thesis %': ('es', 3),
+            'speed gained %': ('cpu_speed_increase', 2), 'GPU memory saved %': ('gpu_memory_decrease', 2),
+            'GPU speed gained %': ('gpu_speed_increase', 2), 'ES thesis %': ('es', 3),
             'EM thesis %': ('em', 3)}   # our column → the published one, digits of our values
 
 def compared_printed(p) -> dict: # column → text
@@ -282,7 +348,8 @@ def compared_ours(r) -> dict: # column → text
     "One of our runs in the columns of the study's Table 2."
     values = {'raw_mb': r.raw_mb, 'zip_mb': r.zip_mb, 'params_m': r.nonzero_m,
               'cpu_memory_decrease': 100*(1 - r.peak_ratio),
-              'cpu_speed_increase': 100*(r.ratio - 1), 'es': r.thesis_es, 'em': r.thesis_em}
+              'cpu_speed_increase': 100*(r.ratio - 1), 'gpu_memory_decrease': np.nan, 'gpu_speed_increase': np.nan,   # not measured
+              'es': r.thesis_es, 'em': r.thesis_em}
     cells = {column: number(values[theirs], digits).replace('-', '−')
              for column, (theirs, digits) in COMPARED.items()}
     return {'model': r.label, 'from': 'this repository', **cells, 'ES %': number(r.es, 3),
@@ -294,7 +361,8 @@ def tab_comparison(
 ) -> pd.DataFrame:
     "The study's Table 2, with our runs of the same methods."
     theirs = published('sochirca', 'Table 2').replace({'method': {'peg': 'static_quantize'}})
-    ours = fr.loc[headline(fr) if runs is None else [i for i in runs if i in fr.index]]
+    chosen = headline(fr) if runs is None else [*fr.index[fr.method == 'no_model'], *(i for i in runs if i in fr.index)]
+    ours = fr.loc[list(dict.fromkeys(chosen))]
     rows = []
     for _, p in theirs.iterrows():
         rows += [compared_printed(p), *(compared_ours(r) for _, r in ours[ours.method == p.method].iterrows())]
@@ -408,6 +476,6 @@ def tab_cost(fr=None) -> pd.DataFrame:
 
 # %% ../../nbs/report/82_tables.ipynb #2f0f3449
 PROFILE_TABLES = (tab_gain, tab_main, tab_systems, tab_pruning, tab_quantization, tab_onnx, tab_distillation, tab_xtc,
-                  tab_static, tab_session, tab_comparison, tab_runs)
+                  tab_static, tab_seeds, tab_energy, tab_session, tab_comparison, tab_runs)
 OTHER_TABLES = (tab_short, tab_studies, tab_peers, tab_size, tab_search, tab_cost)
 TABLES = {make.__name__: make for make in PROFILE_TABLES + OTHER_TABLES}   # name → function of the frame

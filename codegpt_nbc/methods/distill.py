@@ -366,7 +366,7 @@ def layers_of(
 def load_pair(
     c: DistillConfig,
     rows: list,      # From `training_rows`
-) -> tuple: # (student, teacher)
+) -> tuple: # (student, teacher, indices of the layers of `model` that the student has)
     "Student and teacher of a run. Raises `ValueError` where they do not fit together."
     start, teacher = load_model(c.model_folder), load_model(c.teacher_folder)
     for model, folder in ((start, c.model_folder), (teacher, c.teacher_folder)):
@@ -374,10 +374,10 @@ def load_pair(
             raise ValueError(f'{folder.name} is quantised, and can neither be trained nor teach: distil first and quantise afterwards.')
     c.check_pair()
     c.loss(start.shape, teacher.shape).check(start.shape, teacher.shape)
-    layers = [] if c.student == 'model' else layers_of(start, c, rows)
+    layers = [*range(start.shape.n_layer)] if c.student == 'model' else layers_of(start, c, rows)
     student = STUDENTS[c.student](start, layers, c.seed)
     if c.fresh_teacher: teacher.init_weights(c.seed + 1)
-    return student, teacher
+    return student, teacher, layers
 
 # %% ../../nbs/methods/37_distill.ipynb #e90fe017
 class LearningCurve:
@@ -420,8 +420,9 @@ def distill(
         data = taught(teacher, data, kept)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
-    return fit(pair, data, replace(c.training(rows), compile=on_gpu), pair_loss, before_step=clip_each(c.clip),
-               after_step=keep_zeros(student), observe=observe, checkpoint=work and Path(work)/'checkpoint', desc='distilling')
+    training = replace(c.training(rows), compile=on_gpu)
+    return fit(pair, data, training, pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
+               checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
 def validation_batches(c: TaughtConfig, tok) -> Samples: # four batches of four rows
@@ -442,14 +443,14 @@ def distill_step(
     out=None,                # Folder to write; None: the run's
     score=None,              # Function: (student, tokenizer, samples, data folder, text) → function () → float; needed for `curve_samples`
     keep_work: bool = False, # Leave the folder `c.work` of a resumable run for the caller to remove
-) -> StepResult: # details: teacher, losses before and after, learning curve, steps
+) -> StepResult: # details: teacher, layers kept, losses before and after, learning curve, steps
     "Distil the model of `c.teacher_folder` into a student made of `c.model_folder`, on texts of `c.data_folder`, and write the student."
     if c.curve_samples and score is None:
         raise ValueError('curve_samples asks for a learning curve, but nothing scores it: pass score=evidence.evaluate.validation_es.')
     tok, work = load_tokenizer(c.model_folder), c.work
     c = cut_to_context(c, *c.shapes)
     rows = c.rows(tok)
-    student, teacher = load_pair(c, rows)
+    student, teacher, layers = load_pair(c, rows)
     models, held = {'student': student, 'teacher': teacher}, validation_batches(c, tok)
     loss, curve = c.loss(student.shape, teacher.shape), None
     if c.curve_samples:
@@ -458,7 +459,8 @@ def distill_step(
     before = {name: validation_loss(m, held) for name, m in models.items()}
     r = distill(student, teacher, rows, c, curve, work)
     after = {name: validation_loss(m, held) for name, m in models.items()}
-    details = {'teacher': c.teacher_name, 'learning_curve': curve.rows if curve else [], 'loss_before': before, 'loss_after': after,
+    details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [],
+               'loss_before': before, 'loss_after': after,
                'loss_weights': loss.model_dump(), **trained_details(r)}
     folder = _save_student(student, c, r, loss, out)
     if not keep_work: shutil.rmtree(work, ignore_errors=True)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BASE', 'COPIES', 'Workload', 'timed_folder', 'Probe', 'few_bits', 'write_random', 'probed', 'matrix_bytes',
-           'map_sizes', 'probes_of', 'machine', 'CostTable', 'measured_costs', 'measured_point']
+           'map_sizes', 'probes_of', 'machine', 'CostTable', 'measured_point', 'measured_costs', 'calibration_points',
+           'whole_model']
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #ea14e223
 import hashlib, tempfile, time, numpy as np
@@ -143,10 +144,10 @@ def probes_of(
     out, names = [], map_names(s)
     grids = {'vocab': _some(space.vocab, 2), 'heads': _some(space.heads, 3), 'neurons': _some(space.neurons, 3), 'last': _some(space.heads, 2)}
     for engine in space.engines:
-        for d in _some(space.channels, 3):
-            for kind, units in grids.items():
-                maps, precisions = (('tokens',), space.tokens) if kind == 'vocab' else (names.get(kind, ()), space.precisions)
-                others = [p for p in space.stored(engine, precisions) if p != BASE]
+        for kind, units in grids.items():
+            maps, precisions = (('tokens',), space.tokens) if kind == 'vocab' else (names.get(kind, ()), space.precisions)
+            others = [p for p in space.stored(engine, precisions) if p != BASE]
+            for d in space.channels if kind == 'vocab' else _some(space.channels, 3):   # the table's blocks depend on the width
                 out += [Probe(engine, kind, d, u) for u in units + [0]*(kind in ('heads', 'neurons'))]
                 out += [Probe(engine, kind, d, u, m, p) for u in units for m in maps for p in others]
     return out
@@ -163,8 +164,14 @@ def _key(probe: Probe, s: Shape, work: Workload) -> str:
 # %% ../../nbs/evidence/66_cost_table.ipynb #4b7280f0
 class CostTable:
     "Milliseconds and bytes of any point of a space."
-    def __init__(self, figures: dict, s: Shape, work: Workload): # figures: `Probe` → [prompt, token, bytes]
+    def __init__(self,
+        figures: dict,         # `Probe` → [prompt, token, bytes]
+        s: Shape,
+        work: Workload,
+        factors: dict | None = None, # engine → (of the prompt, of a token), see `whole_models`
+    ):
         self.figures, self.shape, self.work, self.names, self.made = figures, s, work, map_names(s), {}
+        self.factors = factors or {}
 
     def _known(self, **fields) -> dict: # (channels, units) → (prompt, token, bytes) of one half, or of the head
         "The figures of one kind, with those of the probe without it taken off."
@@ -217,6 +224,7 @@ def part(self: CostTable,
     out[2] = base[2] + sum(matrix_bytes(*sizes[m], p, engine) - matrix_bytes(*sizes[m], BASE, engine) for m, p in bits.items())
     if last and engine == 'onnx' and kind == 'heads': out[0] += min(0., value('last', '', BASE)[0] - base[0])
     if last and engine == 'onnx' and kind == 'neurons': out[0] = out[1]         # it reads the last token alone
+    out[:2] *= self.factors.get(engine, (1., 1.))
     return np.maximum(out, 0.)
 
 @patch
@@ -230,7 +238,17 @@ def of(self: CostTable, point: Point) -> dict: # ms of a completion, prefill_ms,
             total = total + self.part(point.engine, kind, point.channels, l.units(kind), bits, l.layer >= last)
     return {'ms': self.work.ms(*total[:2]), 'prefill_ms': total[0], 'token_ms': total[1], 'mb': total[2]/1e6}
 
-# %% ../../nbs/evidence/66_cost_table.ipynb #9a8bd788
+# %% ../../nbs/evidence/66_cost_table.ipynb #65884d60
+def measured_point(point: Point, s: Shape, work: Workload, parent=BASE_MODEL) -> dict: # ms, prefill_ms, token_ms, mb
+    "Write a model of a point's shape, and time it."
+    kept = [l for l in point.layers if l.heads or l.neurons]
+    shape = replace(s, vocab=point.vocab, d_model=point.channels, heads=tuple(l.heads for l in kept), inner=tuple(l.neurons for l in kept))
+    with tempfile.TemporaryDirectory() as d:
+        folder = write_random(shape, point.module_bits(), point.engine, Path(d)/'model', parent)
+        prefill, token, size = timed_folder(folder, work)
+    return {'ms': work.ms(prefill, token), 'prefill_ms': prefill, 'token_ms': token, 'mb': size/1e6}
+
+# %% ../../nbs/evidence/66_cost_table.ipynb #569fa841
 def measured_costs(
     space: Space,
     s: Shape,
@@ -248,14 +266,20 @@ def measured_costs(
     with FileLock(ledger.path.with_suffix('.costs.lock')):
         for p in tqdm(probes_of(space, s), desc=desc, disable=desc is None, unit='probe'):
             figures[p] = ledger.known(_key(p, s, work), lambda p=p: probed(p, s, work, parent))
-    return CostTable(figures, s, work)
+        table = CostTable(figures, s, work)
+        for engine in space.engines:
+            ratios = [whole_model(table, p, ledger, parent) for p in calibration_points(space, s, engine)]
+            table.factors[engine] = tuple(np.median(ratios, 0))
+    table.made.clear()
+    return table
 
-# %% ../../nbs/evidence/66_cost_table.ipynb #c149d9de
-def measured_point(point: Point, s: Shape, work: Workload, parent=BASE_MODEL) -> dict: # ms, prefill_ms, token_ms, mb
-    "Write a model of a point's shape, and time it."
-    kept = [l for l in point.layers if l.heads or l.neurons]
-    shape = replace(s, vocab=point.vocab, d_model=point.channels, heads=tuple(l.heads for l in kept), inner=tuple(l.neurons for l in kept))
-    with tempfile.TemporaryDirectory() as d:
-        folder = write_random(shape, point.module_bits(), point.engine, Path(d)/'model', parent)
-        prefill, token, size = timed_folder(folder, work)
-    return {'ms': work.ms(prefill, token), 'prefill_ms': prefill, 'token_ms': token, 'mb': size/1e6}
+def calibration_points(space: Space, s: Shape, engine: str, n: int = 7) -> list: # of `Point`
+    "Models at random, the same each time."
+    own = space.model_copy(update={'engines': (engine,)})
+    return [own.random_point(s, np.random.default_rng(1000 + i), .5) for i in range(n)]
+
+def whole_model(table: CostTable, point: Point, ledger: Ledger, parent=BASE_MODEL) -> list: # of the prompt and of a token
+    "Measured by predicted time of one model, without the factors."
+    key = f'{_key(Probe(point.engine, "whole", point.channels, point.vocab), table.shape, table.work)} {point.model_dump_json()}'
+    real, sum_of_parts = ledger.known(key, lambda: measured_point(point, table.shape, table.work, parent)), CostTable(table.figures, table.shape, table.work).of(point)
+    return [real[k]/sum_of_parts[k] for k in ('prefill_ms', 'token_ms')]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Judge', 'only_units', 'Vocabulary', 'Sensitivities', 'parts_of', 'measured_sensitivities', 'Agreement', 'checked',
-           'real_loss', 'replace_vocab']
+           'real_loss', 'without_vocab']
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #bb8846f0
 import torch
@@ -214,20 +214,19 @@ def checked(
     ledger: Ledger, name: str,
     desc: str | None = None,
 ) -> Agreement:
-    "Predicted and real divergences of points. Both have the same vocabulary's loss."
+    "Predicted and real divergences of points, but for their vocabulary, whose loss is the same in both."
     from tqdm import tqdm
     predicted, measured = [], []
     for p in tqdm(points, desc=desc, disable=desc is None, unit='point'):
-        of_vocab = sensitivities.found['vocab', p.vocab]
-        predicted.append(sensitivities.of(p))
-        measured.append(of_vocab + real_loss(judge, p, ledger, name))
+        predicted.append(sensitivities.of(p) - sensitivities.found['vocab', p.vocab])
+        measured.append(real_loss(judge, p, ledger, name))
     return Agreement(predicted, measured)
 
 def real_loss(judge: Judge, point: Point, ledger: Ledger, name: str) -> float: # nats
     "The divergence of a point but for its vocabulary, measured once."
-    shown = replace_vocab(point)
+    shown = without_vocab(point)
     return ledger.known(f'{name} {shown}', lambda: judge.of_point(point))
 
-def replace_vocab(point: Point) -> str:
+def without_vocab(point: Point) -> str:
     "A point without what its divergence does not depend on."
     return point.model_dump_json(exclude={'vocab', 'engine'})

@@ -29,7 +29,6 @@ from ..model.folder import digest, load_model
 from .allocate import Budget, Problem, allocate, check_reachable, read_budget
 from .explore import Explorer, explore, finished, front, open_study
 from .grid import Recipe, read_recipes, run_notebook, template_of
-from .search import search_report
 from .steps import make_recipe, recipe_named
 
 # %% ../../nbs/runs/79_budget.ipynb #f1ee7df4
@@ -99,7 +98,7 @@ class Search:
     @cached_property
     def folder(self) -> Path:
         "Of ledgers and studies."
-        return models_dir(self.c.profile)/'budget'
+        return models_dir(self.c.profile)/'figures'
     @cached_property
     def ledger(self) -> Ledger: return Ledger(self.folder/f'{self.name}.sqlite')
     @cached_property
@@ -211,7 +210,7 @@ def steps_of(self: Search, point: Point, trained: tuple) -> list: # of dicts
 def made(self: Search, name: str, steps: list, point: Point | None = None, budgets: dict | None = None) -> Candidate:
     "Make a model by a recipe, unless it has been made, and judge it on validation samples."
     results = make_recipe(self.c.model_folder, Recipe(about=name, steps=steps), budgets or {}, self.c.data, quiet=not self.progress)
-    folder, trained = results[-1].folder, sum(r.train.tokens for r in results if r.train)
+    folder, trained = results[-1].folder if results else self.c.model_folder, sum(r.train.tokens for r in results if r.train)
     found = self.ledger.known(f'judged {self.work} {self.c.samples} {folder.name} {self.c.data_folder.name}', lambda: self._judged(folder))
     return Candidate(name, folder, *found, trained, steps, point)
 

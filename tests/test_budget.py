@@ -1,0 +1,127 @@
+"""A search within a budget that is killed, or runs twice at once, or is asked for what cannot be; and what it hands over."""
+import json, os, signal, sqlite3, subprocess, sys, time
+from pathlib import Path
+import pytest
+from codegpt_nbc.core.paths import OWN_FILES
+from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'], tokens=['8', '4-32'])
+SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=24, windows=2, window=32, ranked=8, counted=8, points=4, timed=1,
+             finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
+CODE = """
+import json, sys, torch
+torch.set_num_threads(1)
+from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+from codegpt_nbc.core.ledger import Ledger
+counted = []
+known = Ledger.known
+def counting(self, key, measure):
+    def measured():
+        counted.append(key)
+        return measure()
+    return known(self, key, measured)
+Ledger.known = counting
+search = Search(BudgetConfig(**json.loads(sys.argv[1])))
+outcome = run(search)
+print(json.dumps(dict(counted=counted, best=str(outcome.best.folder), mb=outcome.best.mb, loss=outcome.found[0].loss, baseline=outcome.baseline,
+                      ms=outcome.best.ms, predicted=search.problem.costs.of(outcome.best.point), trials=len(search.study.get_trials(deepcopy=False)))))
+"""
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "The embedded model cut down to two layers that matter, so that a search takes seconds."
+    folder = tmp_path_factory.mktemp('model')/'tiny'
+    heads, neurons = [0]*12, [0]*12
+    for layer in (0, 9): heads[layer], neurons[layer] = 8, 512
+    return reshape_step(ReshapeConfig(run_id='tiny', heads=heads, neurons=neurons, channels=128, samples=8, length=32), folder).folder
+
+
+def started(home, config):
+    env = os.environ | {'CODEGPT_NBC_HOME': str(home), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, '-c', CODE, json.dumps(config)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    return json.loads(out.splitlines()[-1])
+
+
+def figures(home):
+    "All figures of all ledgers."
+    out = {}
+    for path in (home/'build'/'try'/'figures').glob('*.sqlite'):
+        with sqlite3.connect(path, timeout=60) as db:
+            if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'figures'").fetchone(): out |= dict(db.execute('SELECT key, value FROM figures'))
+    return out
+
+
+def config(tiny, **own): return SMALL | {'model': str(tiny), 'budget': 'mb=1.2'} | own
+
+
+def test_a_killed_search_goes_on(tiny, tmp_path):
+    process, deadline = started(tmp_path, config(tiny)), time.time() + 300
+    while len(figures(tmp_path)) < 60 and process.poll() is None and time.time() < deadline: time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = figures(tmp_path)
+    assert len(before) >= 60, 'the search was over before it was killed'
+    again = ended(started(tmp_path, config(tiny)))
+    after = figures(tmp_path)
+    assert {k: after[k] for k in before} == before                        # times, too, which would differ
+    assert sorted(again['counted']) == sorted(after.keys() - before.keys())   # each of the others once
+    assert ended(started(tmp_path, config(tiny)))['counted'] == []
+
+
+def test_two_searches_share_a_store(tiny, tmp_path):
+    processes = [started(tmp_path, config(tiny)) for _ in range(2)]
+    found = [ended(p) for p in processes]
+    counted = found[0]['counted'] + found[1]['counted']
+    assert set(counted) == set(figures(tmp_path))
+    parts = [key for key in counted if 'Probe' in key or key.endswith(')')]   # all but what the trials and the makers measure
+    assert len(parts) == len(set(parts)), 'a part was measured twice'
+    assert SMALL['trials'] <= max(f['trials'] for f in found) <= SMALL['trials'] + 2
+
+
+def test_the_winner_keeps_the_budget_and_is_no_worse_than_the_allocation(tiny, tmp_path):
+    found = ended(started(tmp_path, config(tiny)))
+    assert found['loss'] <= found['baseline'] + 1e-9
+    assert found['mb'] <= 1.2*1.05
+    assert found['predicted']['mb'] == pytest.approx(found['mb'], rel=.05)
+    assert (Path(found['best'])/'model.onnx').is_file()
+
+
+def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    from codegpt_nbc import compress
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, hand_over, run
+    search = Search(BudgetConfig(**config(tiny, budget='mb=1.2,hours=0.002')))
+    outcome = run(search)
+    assert [len(rung) for rung in outcome.rungs] == [2, 1]
+    assert outcome.best.tokens >= 4096
+    handed = hand_over(search, outcome.best, tmp_path/'handed')
+    made = compress(str(tiny), 'best', tmp_path/'made', progress=False)
+    def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != OWN_FILES}
+    assert files(handed) == files(made.folder)
+    with pytest.raises(FileExistsError, match='exists'): hand_over(search, outcome.best, tmp_path/'handed')
+
+
+@pytest.mark.parametrize('budget,sentence', [('mb=0.00001', 'the least is'), ('ms=0.000001,mb=3', 'the least is'), ('mb=3,ms=0.000001', 'the least is')])
+def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget, sentence):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'unreachable'))   # the parts are measured once
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+    with pytest.raises(ValueError, match=sentence) as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
+    assert str(e.value).count('.') - sum(c == '.' for c in str(e.value).replace('. ', ' ')[:-1]) == 1
+
+
+@pytest.mark.parametrize('budget,sentence', [
+    ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'), ('bits=4', 'KEY=NUMBER'),
+    ('ms=nan', 'above 0')])
+def test_bad_budgets_are_one_sentence(tmp_path, budget, sentence):
+    env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
+    code = 'from codegpt_nbc.runs.cli import main; main()'
+    p = subprocess.run([sys.executable, '-c', code, 'search', '--budget', budget], env=env, capture_output=True, text=True)
+    assert p.returncode == 1 and sentence in p.stderr and p.stderr.count('\n') == 1 and 'Traceback' not in p.stderr, p.stderr
+    assert not (tmp_path/'build').exists()

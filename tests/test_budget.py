@@ -7,7 +7,7 @@ from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'], tokens=['8', '4-32'])
-SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=24, windows=2, window=32, ranked=8, counted=8, points=4, timed=1,
+SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8, points=4, timed=1,
              finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
 CODE = """
 import json, sys, torch
@@ -63,16 +63,18 @@ def config(tiny, **own): return SMALL | {'model': str(tiny), 'budget': 'mb=1.2'}
 
 def test_a_killed_search_goes_on(tiny, tmp_path):
     process, deadline = started(tmp_path, config(tiny)), time.time() + 300
-    while len(figures(tmp_path)) < 60 and process.poll() is None and time.time() < deadline: time.sleep(.05)
+    while len(figures(tmp_path)) < 40 and process.poll() is None and time.time() < deadline: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = figures(tmp_path)
-    assert len(before) >= 60, 'the search was over before it was killed'
+    assert len(before)  >= 40, 'the search was over before it was killed'
     again = ended(started(tmp_path, config(tiny)))
     after = figures(tmp_path)
     assert {k: after[k] for k in before} == before                        # times, too, which would differ
     assert sorted(again['counted']) == sorted(after.keys() - before.keys())   # each of the others once
-    assert ended(started(tmp_path, config(tiny)))['counted'] == []
+    assert again['loss'] <= again['baseline'] + 1e-9       # the search beats or equals the exact choice of sums
+    assert again['mb'] <= 1.2*1.05 and again['predicted']['mb'] == pytest.approx(again['mb'], rel=.05)
+    assert (Path(again['best'])/'model.onnx').is_file()
 
 
 def test_two_searches_share_a_store(tiny, tmp_path):
@@ -85,14 +87,6 @@ def test_two_searches_share_a_store(tiny, tmp_path):
     assert SMALL['trials'] <= max(f['trials'] for f in found) <= SMALL['trials'] + 2
 
 
-def test_the_winner_keeps_the_budget_and_is_no_worse_than_the_allocation(tiny, tmp_path):
-    found = ended(started(tmp_path, config(tiny)))
-    assert found['loss'] <= found['baseline'] + 1e-9
-    assert found['mb'] <= 1.2*1.05
-    assert found['predicted']['mb'] == pytest.approx(found['mb'], rel=.05)
-    assert (Path(found['best'])/'model.onnx').is_file()
-
-
 def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
     from codegpt_nbc import compress
@@ -102,7 +96,7 @@ def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny
     assert [len(rung) for rung in outcome.rungs] == [2, 1]
     assert outcome.best.tokens >= 4096
     handed = hand_over(search, outcome.best, tmp_path/'handed')
-    made = compress(str(tiny), 'best', tmp_path/'made', progress=False)
+    made = compress(str(tiny), 'best', tmp_path/'made', budgets={}, progress=False)
     def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != OWN_FILES}
     assert files(handed) == files(made.folder)
     with pytest.raises(FileExistsError, match='exists'): hand_over(search, outcome.best, tmp_path/'handed')
@@ -113,7 +107,7 @@ def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, 
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'unreachable'))   # the parts are measured once
     from codegpt_nbc.runs.budget import BudgetConfig, Search, run
     with pytest.raises(ValueError, match=sentence) as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
-    assert str(e.value).count('.') - sum(c == '.' for c in str(e.value).replace('. ', ' ')[:-1]) == 1
+    assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('budget,sentence', [

@@ -162,7 +162,7 @@ def found(self: Search) -> list: # of `Found`, least loss first
     "The points that the search knows, after its trials."
     study = self.study
     explore(study, self.explorer, self.c.trials, self.bar('trials'))
-    return finished(study, self.shape)
+    return finished(study, self.explorer)
 
 def finalists(
     found: list,   # of `Found`, least loss first

@@ -76,9 +76,9 @@ class Explorer:
         try: point = point_of(params, self.problem.shape)
         except ValueError: raise TrialPruned() from None
         cost = self.problem.costs.of(point)
-        over = max((cost[k]/limit - 1 for k, limit in self.limits.items()), default=0.)
-        trial.set_user_attr('over', over)
-        if over > BEYOND: raise TrialPruned()
+        over = {k: cost[k]/limit - 1 for k, limit in self.limits.items()}       # a share of the limit; above 0: infeasible
+        for key, value in over.items(): trial.set_constraint(key, value)
+        if any(value > BEYOND for value in over.values()): raise TrialPruned()
         return self.loss(point), cost['ms'], cost['mb']
 
     def loss(self, point: Point) -> float: # nats
@@ -95,18 +95,12 @@ class Explorer:
             if self.limits: found.append(allocate(narrow, limits))
         return list({p.model_dump_json(): p for p in found if p}.values())
 
-# %% ../../nbs/runs/78_explore.ipynb #e0c0e70b
-def _feasible(trial) -> list: # a number above 0 means: beyond the budget
-    return [trial.user_attrs.get('over', 1.)]
-
+# %% ../../nbs/runs/78_explore.ipynb #086bce11
 def sampler_of(kind: str, seed: int, parameters: int):
     "Optuna's sampler."
     from optuna.samplers import NSGAIISampler, TPESampler
-    if kind == 'tpe': return TPESampler(seed=seed, multivariate=True, constraints_func=_feasible, n_startup_trials=len(SHARES))
-    return NSGAIISampler(population_size=2*len(SHARES), mutation_prob=3/parameters, seed=seed, constraints_func=_feasible)
-
-def _known_points(study, choices: dict) -> list:
-    return [t.params or t.system_attrs.get('fixed_params', {}) for t in study.get_trials(deepcopy=False)]
+    if kind == 'tpe': return TPESampler(seed=seed, multivariate=True, n_startup_trials=len(SHARES))
+    return NSGAIISampler(population_size=2*len(SHARES), mutation_prob=3/parameters, seed=seed)
 
 def open_study(
     explorer: Explorer,
@@ -126,7 +120,7 @@ def open_study(
             study = optuna.create_study(storage=storage, sampler=chosen, study_name=name, directions=['minimize']*3, load_if_exists=True)
             if not study.get_trials(deepcopy=False):
                 for point in explorer.seeds(): study.enqueue_trial(params_of(point, choices))
-    study.set_metric_names(['divergence', 'ms', 'mb'])
+                study.set_metric_names(['divergence', 'ms', 'mb'])
     return study
 
 def explore(
@@ -154,13 +148,13 @@ class Found:
     ms: float
     mb: float
 
-def finished(study, s) -> list: # of `Found`, least loss first
-    "All complete trials within the budget, each point once."
+def finished(study, explorer: Explorer) -> list: # of `Found`, least loss first
+    "All complete trials within the limits, each point once."
     from optuna.trial import TrialState
     out = {}
     for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        if t.user_attrs['over'] > 1e-9: continue
-        found = Found(point_of(t.params, s), *t.values)
+        found = Found(point_of(t.params, explorer.problem.shape), *t.values)
+        if any(getattr(found, k) > limit*(1 + 1e-9) for k, limit in explorer.limits.items()): continue
         out[found.point.model_dump_json()] = found
     return sorted(out.values(), key=lambda f: f.loss)
 

@@ -6,9 +6,10 @@ from codegpt_nbc.core.paths import OWN_FILES
 from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'], tokens=['8', '4-32'])
-SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8, points=4, timed=1,
-             finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
+SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'],
+             tokens=['8', '4-32'])
+SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8,
+             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
 CODE = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -24,8 +25,9 @@ def counting(self, key, measure):
 Ledger.known = counting
 search = Search(BudgetConfig(**json.loads(sys.argv[1])))
 outcome = run(search)
-print(json.dumps(dict(counted=counted, best=str(outcome.best.folder), mb=outcome.best.mb, loss=outcome.found[0].loss, baseline=outcome.baseline,
-                      ms=outcome.best.ms, predicted=search.problem.costs.of(outcome.best.point), trials=len(search.study.get_trials(deepcopy=False)))))
+best = outcome.best
+print(json.dumps(dict(counted=counted, best=str(best.folder), mb=best.mb, loss=outcome.found[0].loss, baseline=outcome.baseline,
+                      predicted=search.problem.costs.of(best.point), trials=len(search.study.get_trials(deepcopy=False)))))
 """
 
 
@@ -40,7 +42,8 @@ def tiny(tmp_path_factory):
 
 def started(home, config):
     env = os.environ | {'CODEGPT_NBC_HOME': str(home), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    return subprocess.Popen([sys.executable, '-c', CODE, json.dumps(config)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, '-c', CODE, json.dumps(config)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def ended(process):
@@ -54,7 +57,8 @@ def figures(home):
     out = {}
     for path in (home/'build'/'try'/'figures').glob('*.sqlite'):
         with sqlite3.connect(path, timeout=60) as db:
-            if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'figures'").fetchone(): out |= dict(db.execute('SELECT key, value FROM figures'))
+            made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'figures'").fetchone()
+            if made: out |= dict(db.execute('SELECT key, value FROM figures'))
     return out
 
 
@@ -102,17 +106,17 @@ def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny
     with pytest.raises(FileExistsError, match='exists'): hand_over(search, outcome.best, tmp_path/'handed')
 
 
-@pytest.mark.parametrize('budget,sentence', [('mb=0.00001', 'the least is'), ('ms=0.000001,mb=3', 'the least is'), ('mb=3,ms=0.000001', 'the least is')])
-def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget, sentence):
+@pytest.mark.parametrize('budget', ['mb=0.00001', 'ms=0.000001,mb=3', 'mb=3,ms=0.000001'])
+def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget):
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'unreachable'))   # the parts are measured once
     from codegpt_nbc.runs.budget import BudgetConfig, Search, run
-    with pytest.raises(ValueError, match=sentence) as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
+    with pytest.raises(ValueError, match='the least is .* so allow that') as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
     assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('budget,sentence', [
-    ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'), ('bits=4', 'KEY=NUMBER'),
-    ('ms=nan', 'above 0')])
+    ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'),
+    ('bits=4', 'KEY=NUMBER'), ('ms=nan', 'above 0')])
 def test_bad_budgets_are_one_sentence(tmp_path, budget, sentence):
     env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
     code = 'from codegpt_nbc.runs.cli import main; main()'

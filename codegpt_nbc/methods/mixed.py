@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['mixed_schemes', 'rounds_with_gptq', 'round_mixed', 'MixedConfig', 'train_mixed', 'mixed_step']
 
-# %% ../../nbs/methods/43_mixed.ipynb #7a290c02
-import shutil, torch
+# %% ../../nbs/methods/43_mixed.ipynb #a478d36c
+import shutil
 from typing import ClassVar
 from pydantic import Field, field_validator
 from ..core.record import StepResult, Train
@@ -32,7 +32,7 @@ def mixed_schemes(
 def rounds_with_gptq(
     bits: dict, # module → precision
 ) -> bool:
-    "Are all bits such that GPTQ can round them? The scale of one or two bits is that of a whole row, so columns cannot be rounded one by one."
+    "Can GPTQ round all of them? The scale of one or two bits is that of a whole row, so columns cannot be rounded one by one."
     return all(PRECISIONS[p][0].mapping.bits >= 4 for p in bits.values())
 
 def round_mixed(

@@ -6,8 +6,7 @@
 __all__ = ['PRECISIONS', 'PrecisionName', 'ENGINES', 'ATTENTION_MAPS', 'scheme_of', 'LayerPoint', 'Point', 'map_names', 'Space',
            'space_of']
 
-# %% ../../nbs/methods/41_space.ipynb #7e002a1d
-import numpy as np
+# %% ../../nbs/methods/41_space.ipynb #46b2aecd
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field, model_validator
@@ -114,7 +113,8 @@ def check(self: Point,
             if l.units(kind) > there:
                 raise ValueError(f'layer {l.layer} of the point has {l.units(kind)} {kind}, but that of the model {there}: ask for fewer.')
             lacks = [n for n in names[kind] if l.units(kind) and n not in l.bits]
-            if lacks: raise ValueError(f'layer {l.layer} of the point names no precision for {lacks[0]}: give one of {", ".join(PRECISIONS)}.')
+            known = ', '.join(PRECISIONS)
+            if lacks: raise ValueError(f'layer {l.layer} of the point names no precision for {lacks[0]}: give one of {known}.')
 
 @patch
 def steps(self: Point,
@@ -162,7 +162,8 @@ def space_of(
     "The space around a model."
     none = () if _needs_a_unit(s) else (0,)
     vocab = _shares(s.vocab, (.25, .5, .75), 64, 512) if trimmable else (s.vocab,)
-    sizes = dict(channels=_shares(s.d_model, (.5, .625, .75, .875), 32 if s.d_model >= 128 else 8), vocab=tuple(v for v in vocab if v <= s.vocab),
+    sizes = dict(channels=_shares(s.d_model, (.5, .625, .75, .875), 32 if s.d_model >= 128 else 8),
+                 vocab=tuple(v for v in vocab if v <= s.vocab),
                  heads=none + _shares(max(s.heads), (.25, .5, .75)),
                  neurons=none + _shares(max(s.inner), (.125, .25, .5, .75), 32 if max(s.inner) >= 128 else 8))
     return Space(engines=engines, **sizes | own)
@@ -178,7 +179,10 @@ def random_point(self: Space,
     engine = pick(self.engines)
     def units(levels, whole): return whole if rng.random() < stay else min(pick(levels), whole)
     def bits(): return {n: pick(self.stored(engine, self.precisions)) for names in map_names(s).values() for n in names}
-    layers = [LayerPoint(layer=l, heads=units(self.heads, s.heads[l]), neurons=units(self.neurons, s.inner[l]), bits=bits()) for l in range(s.n_layer)]
+    layers = []
+    for l in range(s.n_layer):
+        heads, neurons = units(self.heads, s.heads[l]), units(self.neurons, s.inner[l])
+        layers.append(LayerPoint(layer=l, heads=heads, neurons=neurons, bits=bits()))
     if not any(l.heads for l in layers): layers[0] = layers[0].model_copy(update={'heads': s.heads[0]})
     channels = s.d_model if rng.random() < stay else pick(self.channels)
     return Point(engine=engine, vocab=pick(self.vocab), channels=channels, tokens=pick(self.stored(engine, self.tokens)), layers=layers)

@@ -168,10 +168,13 @@ def check_reachable(p: Problem, limits: dict):
     asked = ' and '.join(f'{v:g} {k}' for k, v in limits.items())
     for key in limits:      # each alone, then beside the other
         smallest = p.costs.of(allocate(p, {}, key))[key]
-        if smallest > limits[key]: raise ValueError(f'no model of this space is as small as {limits[key]:g} {key}: the least is {_up(smallest)} {key}.')
+        if smallest <= limits[key]: continue
+        least = _up(smallest)
+        raise ValueError(f'no model of this space is as small as {limits[key]:g} {key}: the least is {least} {key}, so allow that.')
     first, second = limits
-    nearest = p.costs.of(allocate(p, {first: limits[first]}, second))[second]
-    raise ValueError(f'no model of this space has {asked} at once: with {limits[first]:g} {first} the least is {_up(nearest)} {second}.')
+    nearest = _up(p.costs.of(allocate(p, {first: limits[first]}, second))[second])
+    beside = f'with {limits[first]:g} {first} the least is {nearest} {second}'
+    raise ValueError(f'no model of this space has {asked} at once: {beside}, so allow that.')
 
 def _up(x: float) -> str:
     "Three digits, rounded up, so that what is said can be met."

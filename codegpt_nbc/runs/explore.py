@@ -9,9 +9,7 @@ __all__ = ['BEYOND', 'SHARES', 'ALONG', 'choices_of', 'point_of', 'params_of', '
 # %% ../../nbs/runs/78_explore.ipynb #ce190010
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
-from fastcore.basics import patch
 from ..core.ledger import Ledger
 from ..evidence.sensitivity import Judge, real_loss
 from ..methods.space import LayerPoint, Point, map_names

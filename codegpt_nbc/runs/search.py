@@ -209,7 +209,7 @@ def search_report(notebook) -> dict: # chosen, candidates, before_after
     return read_json(Path(notebook).with_suffix('.json'))['details']
 
 def best_recipe() -> str | Recipe:
-    "The recipe that the last search chose, by its name, or as it was found for a budget. Raises `FileNotFoundError` if there was no search."
+    "The recipe that the last search chose, by name, or as found for a budget. Raises `FileNotFoundError` if there was no search."
     path = models_dir('search')/'best.json'
     if not path.is_file(): raise FileNotFoundError('no search has been made here: call codegpt-nbc search first, or name a recipe.')
     found = read_json(path)

@@ -106,9 +106,17 @@ def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny
     with pytest.raises(FileExistsError, match='exists'): hand_over(search, outcome.best, tmp_path/'handed')
 
 
+def test_a_drop_alone_gives_the_fastest_model_within_it(tiny, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+    outcome = run(Search(BudgetConfig(**config(tiny, budget='es_drop=100', finalists=3))))
+    made = outcome.rungs[-1]
+    assert len(made) > 1 and outcome.best.ms == min(c.ms for c in made)
+
+
 @pytest.mark.parametrize('budget', ['mb=0.00001', 'ms=0.000001,mb=3', 'mb=3,ms=0.000001'])
 def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget):
-    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'unreachable'))   # the parts are measured once
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))   # the parts are measured once
     from codegpt_nbc.runs.budget import BudgetConfig, Search, run
     with pytest.raises(ValueError, match='the least is .* so allow that') as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
     assert '\n' not in str(e.value)

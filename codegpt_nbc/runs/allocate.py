@@ -8,7 +8,7 @@ __all__ = ['EXAMPLE', 'Budget', 'read_budget', 'Option', 'Problem', 'Frame', 'fr
 # %% ../../nbs/runs/77_allocate.ipynb #55935e05
 import itertools, numpy as np
 from dataclasses import dataclass
-from pydantic import Field
+from pydantic import Field, model_validator
 from ..core.config import Strict
 from ..evidence.cost_table import CostTable
 from ..evidence.sensitivity import Sensitivities
@@ -21,6 +21,13 @@ class Budget(Strict):
     mb: float | None = Field(None, gt=0)         # of the file
     es_drop: float | None = Field(None, ge=0)    # points of edit similarity that may be lost
     hours: float | None = Field(None, ge=0)      # of training
+
+    @model_validator(mode='before')
+    @classmethod
+    def _with_a_goal(cls, given):
+        "Hours alone are for the usual drop."
+        if isinstance(given, dict) and all(given.get(k) is None for k in ('ms', 'mb', 'es_drop')): return given | {'es_drop': 1.}
+        return given
 
     @property
     def limits(self) -> dict: # ms and mb, as far as they are given
@@ -41,7 +48,6 @@ def read_budget(text: str) -> Budget:
         if key in found: raise ValueError(f'--budget gives {key} twice, as {found[key]:g} and {value}: decide for one.')
         found[key] = _number(key, value)
     if not found: raise ValueError(f'--budget is empty: say what the model may cost, {EXAMPLE}.')
-    if found.keys() == {'hours'}: found['es_drop'] = 1.
     return Budget(**found)
 
 def _number(key: str, value: str) -> float:

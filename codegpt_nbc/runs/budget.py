@@ -34,7 +34,7 @@ from .steps import make_recipe, recipe_named
 # %% ../../nbs/runs/79_budget.ipynb #f1ee7df4
 class BudgetConfig(RunConfig):
     "A budget, and how closely to look."
-    budget: str = 'es_drop=1'
+    budget: Budget = Budget(es_drop=1.)
     goal: Literal['ms', 'mb'] = 'ms'              # what is to be least where only es_drop is given
     engines: list[Literal[tuple(ENGINES)]] = ['onnx']
     space: dict = {}                              # fields of `Space` that differ from those of `space_of`
@@ -57,16 +57,15 @@ class BudgetConfig(RunConfig):
     repeats: int = Field(7, ge=1)
 
     def check(self):
-        "Raise `ValueError` for a budget or recipe that does not exist, before anything is measured."
+        "Raise `ValueError` for a recipe that does not exist, before anything is measured."
         super().check()
-        read_budget(self.budget)
         for name in self.fixed: recipe_named(name)
 
 # %% ../../nbs/runs/79_budget.ipynb #d0c8ec7b
 class Search:
     "All that a search knows about a model. What takes time is done when it is first asked for, and kept."
     def __init__(self, c: BudgetConfig, progress: bool = False):
-        self.c, self.progress, self.budget = c, progress, read_budget(c.budget)
+        self.c, self.progress, self.budget = c, progress, c.budget
 
     def bar(self, name: str): return name if self.progress else None
 
@@ -333,7 +332,7 @@ def run_budget(
     slug = str(asked).replace('=', '').replace(',', '-').replace('.', '_')
     named = {} if model is None else {'model': str(Path(model).resolve()) if Path(model).exists() else str(model)}
     own = {'codexglue': 200, 'thesis': 0} | named | own
-    c = BudgetConfig(run_id=f'budget-{slug}', profile='search', budget=str(asked), goal=goal, **own)
+    c = BudgetConfig(run_id=f'budget-{slug}', profile='search', budget=asked, goal=goal, **own)
     c.check()
     out = Path(out) if out else models_dir('search')/f'best-{slug}'
     check_out(out, 'model', [c.model_folder], force or out.parent == models_dir('search'))

@@ -1,139 +1,134 @@
-"""The profile `full` fits into twelve hours of two cores: the table in its comments is what its runs come to at the rates it names."""
-import re
+"""A search within a budget that is killed, or runs twice at once, or is asked for what cannot be; and what it hands over."""
+import json, os, signal, sqlite3, subprocess, sys, time
 from pathlib import Path
 import pytest
-from codegpt_nbc.report.style import METHOD_STYLES, compressor
-from codegpt_nbc.runs.grid import WITHOUT_MODEL, is_step, read_profile
-from types import SimpleNamespace
+from codegpt_nbc.core.paths import OWN_FILES
+from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
 
-PROFILE = Path(__file__).resolve().parent.parent/'configs'/'full.yaml'
-UNIT = 1/7500          # seconds in which one core reads a token with the dense model; learning from it takes three of them
-SAMPLE = .1            # seconds of a completed line; two tokens take less than half
-LAYERS = 12
-
-
-def group_of(run):
-    if '-seed-' in run.id: return 'seeds'
-    if run.id.startswith('recipe-'): return 'recipes'
-    if run.method in ('measure', 'session'): return 'speed'
-    if run.method in ('distill', 'pretrain'): return 'distillation'
-    if run.method in ('quantize', 'static_quantize', 'gptq', 'onnx'): return 'quantisation and export'
-    return {'prune': 'pruning', 'xtc': 'XTC'}.get(run.method, 'the rest')
-
-
-def share(layers):
-    "Part of the dense model's layers that a parameter `layers` names."
-    if layers is None: return 1.
-    if isinstance(layers, float): return layers
-    return (len(layers) if isinstance(layers, list) else layers)/LAYERS
-
-
-def training(run):
-    "Seconds of one core."
-    p = run.params
-    if run.method == 'prune':
-        steps = p.get('penalty_steps', 0) + p.get('recovery_steps', 0)
-        return 3*UNIT*p['length']*(p['samples']*p['epochs'] + p['batch']*steps)
-    if run.method == 'quantize': return 1.5*3*UNIT*512*p.get('finetune_samples', 0)
-    if run.method == 'distill':
-        student = 1. if p.get('student') == 'model' else share(p.get('layers', .5))
-        teacher = 1 if p.get('frozen', True) else 3
-        return UNIT*p['tokens']*(3*student + teacher) + 10*SAMPLE*p['curve_samples']
-    if run.method == 'xtc':
-        halved = 'reduced-6' in p['model'] or 'distill-6' in p['model']
-        return 1.5*UNIT*p['tokens']*(3*(.5 if halved else share(p.get('layers'))) + 1)
-    if run.method == 'pretrain':
-        return sum(3*UNIT*s['layers']/LAYERS*s['steps']*s['batch']*s['length'] for s in p['stages'])
-    return 0.
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'],
+             tokens=['8', '4-32'])
+SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8,
+             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
+CODE = """
+import json, sys, torch
+torch.set_num_threads(1)
+from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+from codegpt_nbc.core.ledger import Ledger
+counted = []
+known = Ledger.known
+def counting(self, key, measure):
+    def measured():
+        counted.append(key)
+        return measure()
+    return known(self, key, measured)
+Ledger.known = counting
+search = Search(BudgetConfig(**json.loads(sys.argv[1])))
+outcome = run(search)
+best = outcome.best
+print(json.dumps(dict(counted=counted, best=str(best.folder), mb=best.mb, loss=outcome.found[0].loss, baseline=outcome.baseline,
+                      predicted=search.problem.costs.of(best.point),
+                      trials=sum(t.state.name == 'COMPLETE' for t in search.study.get_trials(deepcopy=False)))))
+"""
 
 
-def judging(run):
-    "Seconds of one core."
-    p = run.params
-    if run.method in ('measure', 'session', 'report', 'no_model'): return 0.
-    lines = SAMPLE*(p['codexglue'] + .4*p['thesis'])*{'audit': 5, 'static_quantize': 2}.get(run.method, 1)
-    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain') else p['held_out']
-    return lines + 2*UNIT*tokens*{'static_quantize': 2, 'quantize': 1.5}.get(run.method, 1)
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+    "The embedded model cut down to two layers that matter, so that a search takes seconds."
+    folder = tmp_path_factory.mktemp('model')/'tiny'
+    heads, neurons = [0]*12, [0]*12
+    for layer in (0, 9): heads[layer], neurons[layer] = 8, 512
+    return reshape_step(ReshapeConfig(run_id='tiny', heads=heads, neurons=neurons, channels=128, samples=8, length=32), folder).folder
 
 
-def timing(run):
-    "Seconds of two cores, since nothing else may run."
-    p = run.params
-    if run.method == 'measure': return 2*(20 + 2*.2*p['rounds']*p['completions'])
-    return 2*300 if run.method == 'session' else 0.
+def started(home, config):
+    env = os.environ | {'CODEGPT_NBC_HOME': str(home), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-c', CODE, json.dumps(config)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def budget():
-    "Minutes of one core by group."
-    found = {}
-    for run in read_profile('full').values():
-        group = group_of(run)
-        runs, minutes = found.get(group, (0, 0.))
-        found[group] = runs + 1, minutes + (training(run) + judging(run) + timing(run))/60
-    return found
+def ended(process):
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-2000:]
+    return json.loads(out.splitlines()[-1])
 
 
-def as_comments(found):
-    rows = [f'# {group:<26}{runs:>4} runs {minutes:>6.0f} min' for group, (runs, minutes) in found.items()]
-    total = f'# {"together":<26}{sum(r for r, _ in found.values()):>4} runs {sum(m for _, m in found.values()):>6.0f} min'
-    return '\n'.join([*rows, total])
+def figures(home):
+    "All figures of all ledgers."
+    out = {}
+    for path in (home/'build'/'try'/'figures').glob('*.sqlite'):
+        with sqlite3.connect(path, timeout=60) as db:
+            made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'figures'").fetchone()
+            if made: out |= dict(db.execute('SELECT key, value FROM figures'))
+    return out
 
 
-def test_table_in_the_profile_is_what_its_runs_come_to():
-    assert as_comments(budget()) in PROFILE.read_text(encoding='utf-8'), 'write this into configs/full.yaml:\n' + as_comments(budget())
+def config(tiny, **own): return SMALL | {'model': str(tiny), 'budget': {'mb': 1.2}} | own
 
 
-def test_full_fits_into_twelve_hours_of_two_cores(): assert sum(m for _, m in budget().values()) <= 2*12*60
+def test_a_killed_search_goes_on(tiny, tmp_path):
+    process, deadline = started(tmp_path, config(tiny)), time.time() + 300
+    while len(figures(tmp_path)) < 40 and process.poll() is None and time.time() < deadline: time.sleep(.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = figures(tmp_path)
+    assert len(before)  >= 40, 'the search was over before it was killed'
+    again = ended(started(tmp_path, config(tiny)))
+    after = figures(tmp_path)
+    assert {k: after[k] for k in before} == before                        # times, too, which would differ
+    assert sorted(again['counted']) == sorted(after.keys() - before.keys())   # each of the others once
+    assert again['loss'] <= again['baseline'] + 1e-9       # the search beats or equals the exact choice of sums
+    assert again['mb'] <= 1.2*1.05 and again['predicted']['mb'] == pytest.approx(again['mb'], rel=.05)
+    assert (Path(again['best'])/'model.onnx').is_file()
 
 
-def test_every_row_has_enough_samples():
-    for run in read_profile('full').values():
-        if run.method in WITHOUT_MODEL - {'no_model'} or run.id == 'teacher-brief': continue
-        assert run.params['skip'] == 200 and run.params['codexglue'] >= 1000, run.id
-        if run.method != 'pretrain': assert run.params['thesis'] >= 500, run.id
+def test_two_searches_share_a_store(tiny, tmp_path):
+    processes = [started(tmp_path, config(tiny)) for _ in range(2)]
+    found = [ended(p) for p in processes]
+    counted = found[0]['counted'] + found[1]['counted']
+    assert set(counted) == set(figures(tmp_path))
+    parts = [key for key in counted if 'Probe' in key or key.endswith(')')]   # all but what the trials and the makers measure
+    assert len(parts) == len(set(parts)), 'a part was measured twice'
+    assert max(f['trials'] for f in found) <= SMALL['trials'] + 2
 
 
-def test_schemes_of_quantisation_are_judged_on_enough_tokens():
-    for run in read_profile('full').values():
-        if run.method in ('quantize', 'static_quantize', 'gptq') and not is_step(run.id) and not run.id.startswith('recipe'):
-            assert run.params['held_out'] == 200_000, run.id
+def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    from codegpt_nbc import compress
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, hand_over, run
+    search = Search(BudgetConfig(**config(tiny, budget=dict(mb=1.2, hours=.002))))
+    outcome = run(search)
+    assert [len(rung) for rung in outcome.rungs] == [2, 1]
+    assert outcome.best.tokens >= 4096
+    handed = hand_over(search, outcome.best, tmp_path/'handed')
+    made = compress(str(tiny), 'best', tmp_path/'made', budgets={}, progress=False)
+    def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != OWN_FILES}
+    assert files(handed) == files(made.folder)
+    with pytest.raises(FileExistsError, match='exists'): hand_over(search, outcome.best, tmp_path/'handed')
 
 
-def test_students_see_two_million_tokens():
-    runs = [r for r in read_profile('full').values() if r.method in ('distill', 'xtc')]
-    assert len(runs) > 25 and all(r.params['tokens'] >= 2_000_000 for r in runs)
+def test_a_drop_alone_gives_the_fastest_model_within_it(tiny, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+    outcome = run(Search(BudgetConfig(**config(tiny, budget=dict(es_drop=100), finalists=3))))
+    made = outcome.rungs[-1]
+    assert len(made) > 1 and outcome.best.ms == min(c.ms for c in made)
 
 
-TRAINED = ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']
+@pytest.mark.parametrize('budget', [dict(mb=1e-5), dict(ms=1e-6, mb=3), dict(ms=1e-6)])
+def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))   # the parts are measured once
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, run
+    with pytest.raises(ValueError, match='the least is .* so allow that') as e: run(Search(BudgetConfig(**config(tiny, budget=budget))))
+    assert '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('run', TRAINED)
-def test_rows_that_train_have_three_seeds(run):
-    plan = read_profile('full')
-    for seed in (43, 44):
-        own, first = plan[f'{run}-seed-{seed}'].params, plan[run].params
-        differ = {k for k in own if own[k] != first.get(k)}
-        assert own['seed'] == seed and differ <= {'run_id', 'seed', 'model', 'held_out'}, differ
-        assert 'model' not in differ or re.search(rf'-seed-{seed}(\.\d+-\w+)?$', own['model'])
-
-
-def test_every_control_of_the_lasso_differs_in_nothing_but_the_choice():
-    plan = read_profile('full')
-    for s in (.4, .5, .6, .7, .8, .9):
-        lasso, none, taylor = (plan[f'lasso-{v}{s}'].params for v in ('', 'none-', 'taylor-'))
-        assert {k for k in none if none[k] != lasso.get(k)} == {'run_id', 'lam'} and none['lam'] == 0
-        assert {k for k in taylor if taylor[k] != none.get(k)} == {'run_id', 'importance'}
-
-
-def test_styles_know_every_planned_method():
-    for run in read_profile('full').values():
-        if run.method in WITHOUT_MODEL - {'no_model'} or run.method == 'pretrain': continue
-        family = compressor(SimpleNamespace(config=run.params, method=run.method))
-        assert family is None or family in METHOD_STYLES, (run.id, family)
-
-
-def test_templates_know_every_parameter():
-    from codegpt_nbc.runs.grid import check_parameters, template_of
-    kinds = {}
-    for run in read_profile('full').values(): kinds.setdefault((run.method, *sorted(run.params)), run)
-    for run in kinds.values(): check_parameters(template_of(run.method), run.params)
+@pytest.mark.parametrize('budget,sentence', [
+    ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'),
+    ('bits=4', 'KEY=NUMBER'), ('ms=nan', 'above 0')])
+def test_bad_budgets_are_one_sentence(tmp_path, budget, sentence):
+    env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
+    code = 'from codegpt_nbc.runs.cli import main; main()'
+    p = subprocess.run([sys.executable, '-c', code, 'search', '--budget', budget], env=env, capture_output=True, text=True)
+    assert p.returncode == 1 and sentence in p.stderr and p.stderr.count('\n') == 1 and 'Traceback' not in p.stderr, p.stderr
+    assert not (tmp_path/'build').exists()

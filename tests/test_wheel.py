@@ -95,7 +95,7 @@ def test_it_searches_and_runs_grids_where_one_stands(installed):
     before = listed(site)
     (here/'configs').mkdir()
     (here/'configs'/'search.yaml').write_text(SEARCH, encoding='utf-8')
-    search = run('search', '--objective', 'size', '--budget', 'es_drop=100')
+    search = run('search', '--recipes', '--objective', 'size', '--budget', 'es_drop=100')
     said = ok(search).splitlines()
     assert said[-1] == 'next: codegpt-nbc compress codegpt-nano -o small --recipe best'
     notebook = here/'papermill_runs'/'search'/'search-size-100.ipynb'

@@ -193,19 +193,17 @@ def compress(
     """
     from codegpt_nbc.data.inputs import resolve_data
     from codegpt_nbc.core.paths import check_out
+    from codegpt_nbc.runs.search import best_recipe
     from codegpt_nbc.runs.steps import apply_recipe, budgets_of, recipe_named
-    name = _chosen(recipe) if isinstance(recipe, str) else recipe.about
-    chosen = recipe_named(name) if isinstance(recipe, str) else recipe
+    chosen = best_recipe() if recipe == 'best' else recipe
+    name = chosen if isinstance(chosen, str) else chosen.about
+    if isinstance(chosen, str): chosen = recipe_named(chosen)
     folder = _folder_of(model)
     check_out(out, 'model', [folder], force)
     spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
     steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress, force=force)
     return Compressed(Path(out), folder, name, steps, resolve_data(data, folder))
 
-def _chosen(recipe: str) -> str:
-    if recipe != 'best': return recipe
-    from codegpt_nbc.runs.search import best_recipe
-    return best_recipe()
 
 # %% ../../nbs/runs/74_api.ipynb #6da1dfe2
 class Scores(Accuracy):

@@ -17,7 +17,7 @@ from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
 from ..data.inputs import RunConfig, resolve_data
 from ..data.samples import protocols_of
 from ..data.tokenizer import text_of
-from .grid import read_profile, read_recipes, run_notebook, spell_time, template_of
+from .grid import Recipe, read_profile, read_recipes, run_notebook, spell_time, template_of
 from .steps import NEW_TOKENS, Clock, digest_of, make_recipe, plan_of
 
 # %% ../../nbs/runs/72_search.ipynb #9c9c9958
@@ -208,11 +208,12 @@ def search_report(notebook) -> dict: # chosen, candidates, before_after
     "What the notebook of a search found."
     return read_json(Path(notebook).with_suffix('.json'))['details']
 
-def best_recipe() -> str:
-    "The recipe that the last search chose. Raises `FileNotFoundError` if there was no search."
+def best_recipe() -> str | Recipe:
+    "The recipe that the last search chose, by name, or as found for a budget. Raises `FileNotFoundError` if there was no search."
     path = models_dir('search')/'best.json'
     if not path.is_file(): raise FileNotFoundError('no search has been made here: call codegpt-nbc search first, or name a recipe.')
-    return read_json(path)['recipe']
+    found = read_json(path)
+    return Recipe(about=found['about'], steps=found['steps']) if 'steps' in found else found['recipe']
 
 # %% ../../nbs/runs/72_search.ipynb #f51645e1
 class SearchConfig(RunConfig):

@@ -1,0 +1,139 @@
+"""The profile `full` fits into twelve hours of two cores: the table in its comments is what its runs come to at the rates it names."""
+import re
+from pathlib import Path
+import pytest
+from codegpt_nbc.report.style import METHOD_STYLES, compressor
+from codegpt_nbc.runs.grid import WITHOUT_MODEL, is_step, read_profile
+from types import SimpleNamespace
+
+PROFILE = Path(__file__).resolve().parent.parent/'configs'/'full.yaml'
+UNIT = 1/7500          # seconds in which one core reads a token with the dense model; learning from it takes three of them
+SAMPLE = .1            # seconds of a completed line; two tokens take less than half
+LAYERS = 12
+
+
+def group_of(run):
+    if '-seed-' in run.id: return 'seeds'
+    if run.id.startswith('recipe-'): return 'recipes'
+    if run.method in ('measure', 'session'): return 'speed'
+    if run.method in ('distill', 'pretrain'): return 'distillation'
+    if run.method in ('quantize', 'static_quantize', 'gptq', 'onnx'): return 'quantisation and export'
+    return {'prune': 'pruning', 'xtc': 'XTC'}.get(run.method, 'the rest')
+
+
+def share(layers):
+    "Part of the dense model's layers that a parameter `layers` names."
+    if layers is None: return 1.
+    if isinstance(layers, float): return layers
+    return (len(layers) if isinstance(layers, list) else layers)/LAYERS
+
+
+def training(run):
+    "Seconds of one core."
+    p = run.params
+    if run.method == 'prune':
+        steps = p.get('penalty_steps', 0) + p.get('recovery_steps', 0)
+        return 3*UNIT*p['length']*(p['samples']*p['epochs'] + p['batch']*steps)
+    if run.method == 'quantize': return 1.5*3*UNIT*512*p.get('finetune_samples', 0)
+    if run.method == 'distill':
+        student = 1. if p.get('student') == 'model' else share(p.get('layers', .5))
+        teacher = 1 if p.get('frozen', True) else 3
+        return UNIT*p['tokens']*(3*student + teacher) + 10*SAMPLE*p['curve_samples']
+    if run.method == 'xtc':
+        halved = 'reduced-6' in p['model'] or 'distill-6' in p['model']
+        return 1.5*UNIT*p['tokens']*(3*(.5 if halved else share(p.get('layers'))) + 1)
+    if run.method == 'pretrain':
+        return sum(3*UNIT*s['layers']/LAYERS*s['steps']*s['batch']*s['length'] for s in p['stages'])
+    return 0.
+
+
+def judging(run):
+    "Seconds of one core."
+    p = run.params
+    if run.method in ('measure', 'session', 'report', 'no_model'): return 0.
+    lines = SAMPLE*(p['codexglue'] + .4*p['thesis'])*{'audit': 5, 'static_quantize': 2}.get(run.method, 1)
+    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain') else p['held_out']
+    return lines + 2*UNIT*tokens*{'static_quantize': 2, 'quantize': 1.5}.get(run.method, 1)
+
+
+def timing(run):
+    "Seconds of two cores, since nothing else may run."
+    p = run.params
+    if run.method == 'measure': return 2*(20 + 2*.2*p['rounds']*p['completions'])
+    return 2*300 if run.method == 'session' else 0.
+
+
+def budget():
+    "Minutes of one core by group."
+    found = {}
+    for run in read_profile('full').values():
+        group = group_of(run)
+        runs, minutes = found.get(group, (0, 0.))
+        found[group] = runs + 1, minutes + (training(run) + judging(run) + timing(run))/60
+    return found
+
+
+def as_comments(found):
+    rows = [f'# {group:<26}{runs:>4} runs {minutes:>6.0f} min' for group, (runs, minutes) in found.items()]
+    total = f'# {"together":<26}{sum(r for r, _ in found.values()):>4} runs {sum(m for _, m in found.values()):>6.0f} min'
+    return '\n'.join([*rows, total])
+
+
+def test_table_in_the_profile_is_what_its_runs_come_to():
+    assert as_comments(budget()) in PROFILE.read_text(encoding='utf-8'), 'write this into configs/full.yaml:\n' + as_comments(budget())
+
+
+def test_full_fits_into_twelve_hours_of_two_cores(): assert sum(m for _, m in budget().values()) <= 2*12*60
+
+
+def test_every_row_has_enough_samples():
+    for run in read_profile('full').values():
+        if run.method in WITHOUT_MODEL - {'no_model'} or run.id == 'teacher-brief': continue
+        assert run.params['skip'] == 200 and run.params['codexglue'] >= 1000, run.id
+        if run.method != 'pretrain': assert run.params['thesis'] >= 500, run.id
+
+
+def test_schemes_of_quantisation_are_judged_on_enough_tokens():
+    for run in read_profile('full').values():
+        if run.method in ('quantize', 'static_quantize', 'gptq') and not is_step(run.id) and not run.id.startswith('recipe'):
+            assert run.params['held_out'] == 200_000, run.id
+
+
+def test_students_see_two_million_tokens():
+    runs = [r for r in read_profile('full').values() if r.method in ('distill', 'xtc')]
+    assert len(runs) > 25 and all(r.params['tokens'] >= 2_000_000 for r in runs)
+
+
+TRAINED = ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']
+
+
+@pytest.mark.parametrize('run', TRAINED)
+def test_rows_that_train_have_three_seeds(run):
+    plan = read_profile('full')
+    for seed in (43, 44):
+        own, first = plan[f'{run}-seed-{seed}'].params, plan[run].params
+        differ = {k for k in own if own[k] != first.get(k)}
+        assert own['seed'] == seed and differ <= {'run_id', 'seed', 'model', 'held_out'}, differ
+        assert 'model' not in differ or re.search(rf'-seed-{seed}(\.\d+-\w+)?$', own['model'])
+
+
+def test_every_control_of_the_lasso_differs_in_nothing_but_the_choice():
+    plan = read_profile('full')
+    for s in (.4, .5, .6, .7, .8, .9):
+        lasso, none, taylor = (plan[f'lasso-{v}{s}'].params for v in ('', 'none-', 'taylor-'))
+        assert {k for k in none if none[k] != lasso.get(k)} == {'run_id', 'lam'} and none['lam'] == 0
+        assert {k for k in taylor if taylor[k] != none.get(k)} == {'run_id', 'importance'}
+
+
+def test_styles_know_every_planned_method():
+    for run in read_profile('full').values():
+        if run.method in WITHOUT_MODEL - {'no_model'} or run.method == 'pretrain': continue
+        family = compressor(SimpleNamespace(config=run.params, method=run.method))
+        assert family is None or family in METHOD_STYLES, (run.id, family)
+
+
+def test_templates_know_every_parameter():
+    from codegpt_nbc.runs.grid import check_parameters, template_of
+    kinds = {}
+    for run in read_profile('full').values(): kinds.setdefault((run.method, *sorted(run.params)), run)
+    for run in kinds.values(): check_parameters(template_of(run.method), run.params)

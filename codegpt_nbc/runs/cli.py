@@ -93,21 +93,42 @@ def compress(
 @app.command()
 def search(
     model: Annotated[str, typer.Argument(help='as for compress')] = 'codegpt-nano',
-    budget: Annotated[str, typer.Option(help='what may be lost, as es_drop=POINTS')] = 'es_drop=1',
-    objective: Annotated[str, typer.Option(help='latency or size')] = 'latency',
+    budget: Annotated[str, typer.Option(help='what the model may cost and lose, and hours of training: ms=15, mb=5, es_drop=1, hours=2, '
+                                             'or several of them with commas')] = 'es_drop=1',
+    objective: Annotated[str, typer.Option(help='latency or size: what is to be least where only es_drop is given')] = 'latency',
+    out: Annotated[Path | None, typer.Option('--out', '-o', help='the compressed model; by default under build/search')] = None,
+    trials: Annotated[int, typer.Option(min=1, help='shapes whose loss is measured')] = 80,
+    recipes: Annotated[bool, typer.Option('--recipes', help='try the recipes of configs/recipes.yaml instead, within es_drop')] = False,
+    data: Code = '',
+    force: Force = False,
 ):
-    "Try all recipes, cheaply first; the executed notebook holds the front and the choice."
-    import pandas as pd
-    from codegpt_nbc.runs.search import OBJECTIVES, run_search, search_report
+    "Find the best model within a budget: layers, heads, neurons, channels, tokens, and bits of each matrix."
+    from codegpt_nbc.runs.allocate import read_budget
+    from codegpt_nbc.runs.search import OBJECTIVES, search_report
     if objective not in OBJECTIVES: raise ValueError(f'--objective is {objective!r}: choose one of {", ".join(OBJECTIVES)}.')
-    key, _, value = budget.partition('=')
-    if key != 'es_drop' or not value.replace('.', '', 1).isdigit():
-        raise ValueError(f'--budget is {budget!r}: give it as es_drop=POINTS, for instance es_drop=1.')
-    notebook = run_search(model, float(value), objective)
+    asked = read_budget(budget)
+    if recipes: return _search_recipes(model, asked, objective)
+    from codegpt_nbc.runs.budget import run_budget
+    goal = {'latency': 'ms', 'size': 'mb'}[objective]
+    notebook, folder = run_budget(model, budget, out, goal, force, trials=trials, data=data)
     found = search_report(notebook)
+    _show_found(found, f'{len(found["candidates"])} models that were made', notebook)
+    print(f'the model is in {os.path.relpath(folder)}')
+    print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {shlex.quote(os.path.relpath(folder))}')
+
+def _show_found(found: dict, of: str, notebook):
+    import pandas as pd
     print(pd.DataFrame(found['before_after']).round(2).to_string())
-    of = f"of {len(found['candidates'])} candidates of the last rung"
-    print(f"chosen: {found['chosen']}, {of}; the picture is in {os.path.relpath(notebook)}")
+    print(f'chosen: {found["chosen"]}, of {of}; the picture is in {os.path.relpath(notebook)}')
+
+def _search_recipes(model: str, budget, objective: str):
+    "Try all fixed recipes, cheaply first; the executed notebook holds the front and the choice."
+    from codegpt_nbc.runs.search import run_search, search_report
+    if budget.es_drop is None or budget.limits or budget.hours is not None:
+        raise ValueError(f'--recipes with --budget {budget}: fixed recipes are searched within es_drop=POINTS alone.')
+    notebook = run_search(model, budget.es_drop, objective)
+    found = search_report(notebook)
+    _show_found(found, f"{len(found['candidates'])} candidates of the last rung", notebook)
     print(f'next: codegpt-nbc compress {shlex.quote(model)} -o small --recipe best')
 
 # %% ../../nbs/runs/73_cli.ipynb #229bf19f

@@ -62,7 +62,7 @@ class Run:
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers', 'no_model'}   # methods that leave no model folder
 SCORED = {'no_model'}            # those of them whose answers are a row of the tables all the same
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing
-ALONE = {'measure', 'session', 'search', 'compress', 'cost', 'peers'}        # methods during which nothing else may run
+ALONE = {'measure', 'session', 'search', 'budget', 'compress', 'cost', 'peers'}        # methods during which nothing else may run
 
 def template_of(method: str) -> Path:
     "The template notebook of a method."

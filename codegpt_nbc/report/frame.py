@@ -143,7 +143,7 @@ WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, its variants (not to be timed), the methods of its planned runs, which are timed, details of its sessions, runs
+    are judged by, its variants, the methods of its planned runs, which are timed, details of its sessions, runs
     made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
@@ -155,7 +155,7 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_ROW}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    variants = {i for i, r in planned.items() if not r.timed}
+    variants = {i for i, r in planned.items() if r.variant}
     df.attrs = dict(variants=variants, profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), dirty=dirty, noise=anchor_speed(df))

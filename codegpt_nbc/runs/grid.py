@@ -28,6 +28,7 @@ class Block(Strict):
     sweep: dict[str, list | dict] = {} # parameter → values, or label → value
     set: dict = {}                   # parameters they share; of a recipe, its first step's
     budgets: dict[str, dict] = {}    # method → parameters, before the profile's
+    variant: bool = False            # a control, or another seed or loss of a run: in tables alone, and not timed
     of: str | None = None            # 'models': one for each run above that leaves a model, as {target}
     without: list[str] = []          # patterns, such as 'ptq-*', of runs that `of` leaves out
 
@@ -52,6 +53,7 @@ class Run:
     id: str
     method: str                      # names the template
     params: dict = field(hash=False)
+    variant: bool = False            # see `Block`
 
     @property
     def needs(self) -> list: # run ids, in the order of `READS`
@@ -77,7 +79,7 @@ def _axes(b: Block, runs: dict) -> dict: # parameter → (label → value)
     "What a block sweeps over."
     axes = {k: v if isinstance(v, dict) else {str(x): x for x in v} for k, v in b.sweep.items()}
     if b.of == 'models':
-        measurable = [i for i, r in runs.items() if r.method not in WITHOUT_MODEL | SIMULATED and not is_step(i)]
+        measurable = [i for i, r in runs.items() if not (r.variant or r.method in WITHOUT_MODEL | SIMULATED or is_step(i))]
         _check_patterns(b, measurable)
         axes['target'] = {i: i for i in measurable if not any(fnmatchcase(i, p) for p in b.without)}
     return axes
@@ -128,7 +130,7 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
                     raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')
                 budget = {**p.budgets.get(method, {}), **b.budgets.get(method, {})}
-                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step})
+                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step}, b.variant)
     return runs
 
 # %% ../../nbs/runs/70_grid.ipynb #57fc280a

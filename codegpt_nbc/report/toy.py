@@ -30,7 +30,7 @@ LASSOS = {'': {}, 'none-': {'lam': 0.}, 'taylor-': {'lam': 0., 'importance': 'ta
 
 def variant(method: str, run_id: str, model: str = 'baseline', **settings) -> dict:
     "A block of a profile with one run that is not timed."
-    return one(method, run_id, model, **settings) | {'timed': False}
+    return one(method, run_id, model, **settings) | {'variant': True}
 
 def toy_plan() -> dict: # as a profile's YAML
     "Pruning, quantisation, export, distillation, XTC, static int8, GPTQ and two recipes; each is measured."

@@ -20,7 +20,7 @@ def counters(
     found = {}
     for package in sorted(Path(folder).glob('intel-rapl:*')):
         if package.name.count(':') != 1: continue
-        try: found[package.name] = tuple(int((package/name).read_text()) for name in ('energy_uj', 'max_energy_range_uj'))
+        try: found[package.name] = tuple(int((package/name).read_text(encoding='utf-8')) for name in ('energy_uj', 'max_energy_range_uj'))
         except (OSError, ValueError): continue    # no right to read it, or no such file
     return found
 

@@ -486,9 +486,8 @@ class KindOfGroups:
         for g, own in zip(self.groups, factors.split([g.count for g in self.groups])): g.scale_(model, own)
         self.dead = (factors == 0) | (norms == 0)
 
-class Lasso:
-    "Coupled groups: a proximal group lasso that zeroes heads and neurons, and a cut of what it zeroed."
-    lr = 3e-4
+class Lasso(Structured):
+    "Coupled groups: a proximal group lasso that zeroes heads and neurons, and a cut of what it zeroed. It recovers as `Structured` does."
     points = 20     # of the recorded norms
 
     def __init__(self,
@@ -534,10 +533,6 @@ class Lasso:
             found = norms.cpu().quantile(deciles).tolist()
             return {'deciles': [round(q, 6) for q in found], 'zero': int((norms == 0).sum()), 'lam': round(kind.lam, 4)}
         self.history.append({'step': t} | {name: of(kind) for name, kind in self.kinds.items()})
-
-    def recovery(self) -> dict:
-        "Hooks of the last epoch: none."
-        return {}
 
     def cut(self,
         model: Decoder,

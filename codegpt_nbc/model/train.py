@@ -268,8 +268,7 @@ def full_rows_loss(
     """The same for rows without padding, as one graph that `torch.compile` fuses: nothing in it depends on the targets' values.
     It keeps the logits, which a GPU has room for. There the residual stream has the precision of the products, too."""
     ids, targets = batch
-    model = getattr(model, 'module', model)   # several processes wrap it
-    logits = model.logits(model.hidden(ids))                     # (B, S, vocab)
+    logits = model(ids)                                          # (B, S, vocab); through `forward`, where processes share gradients
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 # %% ../../nbs/model/24_train.ipynb #7106ea7b

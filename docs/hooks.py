@@ -24,6 +24,11 @@ def repo(pattern: str) -> list:
     return [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob(pattern)) if '.ipynb_checkpoints' not in p.parts]
 
 
+def committed(folder: str, pattern: str) -> list: # of the profiles that are committed; a grid may be writing into the others
+    profiles = [p for p in repo(f'{folder}/*') if not SCRATCH.match(Path(p).name)]
+    return [path for p in profiles for path in repo(f'{p}/{pattern}')] if pattern else profiles
+
+
 @cache
 def heading(path: str) -> list: # title, subtitle; without links, which would start elsewhere
     cells = nbformat.read(ROOT/path, as_version=4).cells
@@ -97,7 +102,7 @@ def on_files(files, config):
         add_notebook(path, lambda text: head + re.sub('^# (.+)', about, text.lstrip(), count=1), inclusion=InclusionLevel.NOT_IN_NAV)
 
     origin.update({f.src_uri: f'docs/{f.src_uri}' for f in files if f.src_uri.endswith(('.md', '.png'))})
-    for path in repo('figures/*/*.png') + repo('figures/*/*.svg'):
+    for path in committed('figures', '*.png') + committed('figures', '*.svg'):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
         origin[path] = path
     beside = [add(path, (ROOT/path).read_text(), path) for path in BESIDE if (ROOT/path).is_file()]
@@ -106,7 +111,7 @@ def on_files(files, config):
     templates = [add_notebook(path) for path in repo('nbs/experiments/*.ipynb')]
     modules = {w: [add(f'reference/{w}/{Path(p).stem}.md', f'# {w}.{Path(p).stem}\n\n::: codegpt_nbc.{w}.{Path(p).stem}\n', p)
                    for p in repo(f'codegpt_nbc/{w}/[!_]*.py')] for w in WINGS}
-    profiles = [Path(path).name for path in repo('papermill_runs/*') if not SCRATCH.match(Path(path).name)]
+    profiles = [Path(path).name for path in committed('papermill_runs', '')]
     runs = {name: repo(f'papermill_runs/{name}/*.ipynb') for name in profiles}
     for name, paths in runs.items():
         for path in paths: add_run(path, name)

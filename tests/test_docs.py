@@ -47,6 +47,18 @@ def test_no_run_of_a_scratch_profile(pages):
     assert [r for r in runs if re.match('(quick|smoke|try)$|(try|search|compress)-', r)] == []
 
 
+def test_scratch_profiles_are_not_looked_into(tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT/'docs'))
+    try: import hooks
+    finally: sys.path.remove(str(ROOT/'docs'))
+    monkeypatch.setattr(hooks, 'ROOT', tmp_path)
+    for name in ('full', 'smoke', 'try-1'):
+        (tmp_path/'figures'/name).mkdir(parents=True)
+        (tmp_path/'figures'/name/'fig.png').touch()
+    assert hooks.committed('figures', '*.png') == ['figures/full/fig.png']
+    assert hooks.committed('figures', '') == ['figures/full']
+
+
 def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site, pages):
     files = {p.relative_to(site).as_posix() for p in site.rglob('*') if p.is_file()}
     for name, text in pages.items():

@@ -32,8 +32,7 @@ def _objection(model: dict, pre_tokenizer: dict) -> str | None:
     for option in ('dropout', 'continuing_subword_prefix', 'end_of_word_suffix', 'ignore_merges'):
         if model.get(option): return f'BPE with {option}'
     steps = [pre_tokenizer, *pre_tokenizer.get('pretokenizers', [])]
-    bytewise = any(p.get('type') == 'ByteLevel' for p in steps)
-    return None if bytewise and ALPHABET <= set(model['vocab']) else 'BPE that does not hold all 256 bytes'
+    return None if any(p.get('type') == 'ByteLevel' for p in steps) else 'BPE of characters'
 
 def read_bpe(tok: Tokenizer) -> dict: # the content of tokenizer.json
     "A tokenizer as data. Raises `ValueError` unless it is a plain byte-level BPE."
@@ -126,7 +125,7 @@ def choose_tokens(
     if size is not None:
         if size < least:
             raise ValueError(f'a vocabulary of {size} is too small: '
-                             f'the 256 bytes and the special tokens alone are {least}.')
+                             f'its bytes and the special tokens alone are {least}.')
         if size > whole:
             raise ValueError(f'a vocabulary of {size} is no trimming: '
                              f'the tokenizer has {whole} tokens, so ask for fewer.')

@@ -10,6 +10,7 @@ import torch
 from ..model.decoder import Decoder
 from ..model.folder import load_model
 from ..model.layers import KVCache
+from .generate import row_pieces
 
 # %% ../../nbs/engines/51_pytorch.ipynb #41ab5850
 PIECE = 2**11   # positions of prompts that are read at a time
@@ -33,19 +34,9 @@ class TorchEngine:
     def prefill(self, ids, lengths): # (B, S) and (B,) → (B, vocab)
         "Logits after each right-padded prompt."
         self.cache.reserve(ids.shape[1])
-        pieces = [self._read(ids[rows], lengths[rows], rows) for rows in self._pieces(lengths)]
+        pieces = [self._read(ids[rows], lengths[rows], rows) for rows in row_pieces(lengths, PIECE)]
         self.cache.length = torch.from_numpy(lengths).clone()                   # the cache counts on in it
         return self.model.logits(torch.cat(pieces)).float().numpy()
-
-    def _pieces(self, lengths): # (B,) → yields slices of rows
-        "Neighbouring rows of at most `PIECE` positions, padding included, or one row."
-        first = longest = 0
-        for i, length in enumerate(lengths):
-            longest = max(longest, length)
-            if i > first and longest*(i + 1 - first) > PIECE:
-                yield slice(first, i)
-                first, longest = i, length
-        yield slice(first, len(lengths))
 
     def _read(self, ids, lengths, rows): # (b, S) and (b,) → (b, D)
         "Read some rows' prompts; the stream after the last token of each."

@@ -154,8 +154,7 @@ def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live
 
 @contextmanager
 def _without_flash_attention():
-    """`GroupQueryAttention` has two forms. The one by blocks saves memory, but it computes what causality hides, and here takes
-    twice as long (`LOG.md`); the runtime chooses when it opens a session, and listens to the environment only."""
+    "The runtime chooses a form of attention when it opens a session, and listens to the environment alone."
     name = 'ORT_GQA_DISABLE_FLASH_ATTENTION'
     before = os.environ.get(name)
     os.environ[name] = before or '1'

@@ -75,7 +75,7 @@ def test_against_llama_cpp(tmp_path, trace):
     ways = {}
     for precision in ('fp32', 'int8'):
         made = export_onnx(BASE_MODEL, tmp_path/precision, precision)
-        kept = Prefixes(open_engine(made, 1)[0], 2**28)
+        kept = Prefixes(open_engine(made, threads=1)[0], 2**28)
         llama = OneSlot(LlamaEngine(export_gguf(BASE_MODEL, tmp_path/f'{precision}.gguf', precision), kept.context))
         ways |= {f'ours {precision}': Completer(kept, made), f'llama.cpp {precision}': Completer(llama, made)}
     with client_of(load(made)) as client:

@@ -148,7 +148,7 @@ def exported(folders, tmp_path_factory):
     "Folder → its completion."
     d = tmp_path_factory.mktemp('onnx')
     made = [export_onnx(folders[i], d/f'{i}-{precision}', precision) for i, precision in ((0, 'int8'), (1, 'int4'), (0, 'fp32'))]
-    return {folder: complete(*open_engine(folder, 1), PROMPT, 4) for folder in made}
+    return {folder: complete(*open_engine(folder, threads=1), PROMPT, 4) for folder in made}
 
 
 def copied(source, d, config=None, graph=None) -> Path:
@@ -159,7 +159,7 @@ def copied(source, d, config=None, graph=None) -> Path:
     return d
 
 
-def answer(folder): return complete(*open_engine(folder, 1), PROMPT, 4)
+def answer(folder): return complete(*open_engine(folder, threads=1), PROMPT, 4)
 
 
 @FUZZ

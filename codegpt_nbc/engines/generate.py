@@ -71,11 +71,14 @@ def engine_of(folder) -> type:
 
 def open_engine(
     folder,                # A model folder
+    choice: str | None = None,  # 'fastest': of all engines installed, see `fastest_folder`; None: the one that the folder is for
     threads: int | None = None, # Cores to use; None: `paths.cores`
 ) -> tuple: # (engine, tokenizer)
-    "The engine that runs this folder, with its tokenizer. Raises `ValueError` if they do not fit."
+    "An engine that runs this folder, with its tokenizer. Raises `ValueError` if they do not fit."
+    if choice not in (None, 'fastest'): raise ValueError(f"there is no choice {choice!r} of engines: leave it out, or say 'fastest'.")
     tok = load_tokenizer(folder)
     try:
+        if choice: folder = resolve_name('codegpt_nbc.engines.fastest.fastest_folder')(folder, threads)
         engine = engine_of(folder)(folder, threads)
         check_fits(tok, engine.vocab)
     except (ValueError, OSError, RuntimeError, ImportError): raise   # which say in a sentence what is wrong

@@ -36,7 +36,7 @@ def open_ours(folder, threads: int) -> tuple: # (name, tokenizer, function to ti
     "Open a model folder of this package for a worker."
     from functools import partial
     from codegpt_nbc.engines.generate import complete_batch, open_engine, timed_completion
-    engine, tok = open_engine(folder, threads)
+    engine, tok = open_engine(folder, threads=threads)
     return engine.name, tok, partial(timed_completion, engine, tok), partial(complete_batch, engine, tok, batch=1)
 
 def _say(**answer): print(json.dumps(answer), flush=True)

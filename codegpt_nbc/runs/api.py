@@ -40,11 +40,11 @@ def text_of_prompt(
 class Model:
     "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads."
     block = 1   # tokens left out at once where source is too long, see `complete_raw`
-    def __init__(self, folder):
+    def __init__(self, folder, choice: str | None = None): # `choice`: see `open_engine`
         from codegpt_nbc.data.tokenizer import text_of
         from codegpt_nbc.engines.generate import open_engine
         self.folder = Path(folder)
-        self.engine, self.tokenizer = open_engine(folder)
+        self.engine, self.tokenizer = open_engine(folder, choice)
         self.reads = text_of(folder, self.tokenizer)
 
     @cached_property
@@ -113,6 +113,7 @@ def complete(self: Model,
 # %% ../../nbs/runs/74_api.ipynb #961dff0c
 def load(
     model=BASE_MODEL.name, # A folder, `owner/name@revision` on the hub, or the embedded model
+    choice: str | None = None, # 'fastest': of the engines installed, measured once; None: the one that the folder is for
 ) -> Model:
     """Open a model for completing. The files in its folder decide which engine runs it.
 
@@ -122,7 +123,7 @@ def load(
     >>> model.complete('<s> def read ( path ) : <EOL> with open (')
     'path , "<STR_LIT:rb>" ) as f :'
     """
-    return Model(_folder_of(model))
+    return Model(_folder_of(model), choice)
 
 def check_infill(
     model, # As for `load`

@@ -187,12 +187,13 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help='kB of a request at most')] = 1024,
     ignore_suffix: Annotated[bool, typer.Option('--ignore-suffix', help='answer from the prefix where the model cannot fill in')] = False,
     drafts: Annotated[bool, typer.Option('--drafts', help='guess tokens from the text, and check several at once')] = False,
+    fastest: Annotated[bool, typer.Option('--fastest', help='export the model for each engine that is installed, and serve with the fastest')] = False,
     alias: Annotated[str, typer.Option(help='name under which the model is asked for, by which some plug-ins choose how to ask')] = '',
 ):
     "Serve completions to an editor, as OpenAI's and llama.cpp's servers do."
     from codegpt_nbc.runs.serve import serve
     limits = dict(timeout=timeout, max_body=max_body*2**10, ignore_suffix=ignore_suffix, alias=alias)
-    serve(model, host, port, memory*2**20, queue, drafts, token=token, **limits)
+    serve(model, host, port, memory*2**20, queue, drafts, 'fastest' if fastest else None, token=token, **limits)
 
 # %% ../../nbs/runs/73_cli.ipynb #34119c2c
 MENDABLE = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError)   # whose message is a sentence with a remedy

@@ -630,13 +630,14 @@ def serve(
     memory: int = 2**28,    # Bytes of caches
     bound: int = 16,        # Requests that wait at most
     drafts: bool = False,   # Guess tokens from the text
+    choice: str | None = None, # See `load`
     **settings,             # See `Settings`
 ):
     "Serve until interrupted. Raises `ValueError` and `OSError` before the model is opened."
     settings = Settings(**settings)
     check_address(host, settings.token)
     listening = bound_socket(host, port)
-    app = create_app(Worker(load(model), memory, bound, drafts), settings)
+    app = create_app(Worker(load(model, choice), memory, bound, drafts), settings)
     warnings.simplefilter('ignore', Truncated)   # editors send whole files
     print(f'{app.state.server.name} on http://{host}:{listening.getsockname()[1]}', flush=True)
     Http(app).run(sockets=[listening])

@@ -1,5 +1,5 @@
 """The embedded model writes the same lines, whatever engine runs it; weights of any size."""
-import os, shutil, sys
+import os, shutil, subprocess, sys
 import numpy as np, pytest, torch
 from codegpt_nbc.core import paths
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
@@ -92,6 +92,39 @@ def test_a_graph_of_more_than_two_gib(tmp_path):
     assert count_onnx_parameters(folder/'model.onnx')[0] == count_of(shape)
     written = greedy(OrtEngine(folder), IDS, 4, -1)
     assert written == greedy(TorchEngine(tmp_path/'m'), IDS, 4, -1)
+
+
+# Shapes of Qwen2.5-Coder: parameters in billions, GB of memory at most
+QWEN = {.5: (Shape(151_936, 2048, 896, 64, (2,)*24, (4864,)*24, 'qwen2', queries=7), 4),
+        1.5: (Shape(151_936, 2048, 1536, 128, (2,)*28, (8960,)*28, 'qwen2', queries=6), 12)}
+
+
+def peak(code: str) -> float:
+    "GB that Python takes at most while it runs `code`."
+    code += '\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)'   # kilobytes, on Linux
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert not done.returncode, done.stderr[-2000:]
+    return float(done.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not os.environ.get('CODEGPT_NBC_LARGE'), reason='takes 12 GB of memory and minutes: set CODEGPT_NBC_LARGE=1')
+@pytest.mark.parametrize('billions', QWEN)
+def test_memory_of_large_exports(billions, tmp_path):
+    shape, most = QWEN[billions]
+    torch.set_default_dtype(torch.bfloat16)
+    try: save_model(Decoder(shape).init_weights(), tmp_path/'m', dtype=torch.bfloat16)
+    finally: torch.set_default_dtype(torch.float32)
+    took = {'load': peak(f'from codegpt_nbc.model.folder import load_model; load_model({str(tmp_path/"m")!r})')}
+    for precision in ('int8', 'int4'):
+        out = tmp_path/precision
+        took[f'export {precision}'] = peak('from codegpt_nbc.engines.onnx_export import export_onnx\n'
+                                           f'export_onnx({str(tmp_path/"m")!r}, {str(out)!r}, {precision!r})')
+        took[f'read 512 {precision}'] = peak('import numpy as np; from codegpt_nbc.engines.onnx_run import OrtEngine\n'
+                                             f'e = OrtEngine({str(out)!r}); e.start(1, 528)\n'
+                                             'e.prefill(np.arange(512)[None], np.array([512]))')
+        took[f'file {precision}'] = sum(f.stat().st_size for f in weight_files(out))/1e9
+    print(f'{billions} billion parameters, GB:', {what: round(gb, 2) for what, gb in took.items()})
+    assert max(took.values()) < most
 
 
 # Models that do not fit into the memory

@@ -7,7 +7,7 @@ __all__ = ['INFILLS', 'HEAL', 'Infill', 'infill_of', 'token_bytes', 'begin_token
            'place_of', 'decode_source', 'read_source', 'split_at']
 
 # %% ../../nbs/data/18_raw_text.ipynb #5524bb32
-import io, json, re, tokenize, numpy as np
+import json, re, numpy as np
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from tokenizers import Tokenizer
 from ..core.paths import read_json
-from .text_format import Literals
+from .text_format import Literals, decoded, source_lines
 from .tokenizer import encode_batch, whole
 
 # %% ../../nbs/data/18_raw_text.ipynb #e14f0eff
@@ -245,6 +245,8 @@ def prompts(self: RawText,
 
 @patch
 def _prompt(self: RawText, text: str, ids: list, room: int, heal: int, after: list | None, block: int) -> Prompt:
+    own = len(self.begin) + (0 if after is None else 3)   # tokens that mark the beginning and the gap
+    if room <= own: raise ValueError(f'a prompt may have {room} tokens, of which {own} are marks: ask for fewer new tokens.')
     room, n = room - len(self.begin), len(ids)
     if after is not None:
         infill, half = self.asked_infill(), (room - 3)//2
@@ -271,10 +273,8 @@ def place_of(argument: str) -> tuple | None: # (file, line, column)
 
 def decode_source(data: bytes, name: str) -> str:
     "Source in the encoding that it declares. Raises `ValueError` for bytes that are no text."
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError) as e:
+    try: text = decoded(data)
+    except UnicodeError as e:
         raise ValueError(f'{name} is not text ({e}): give a source file.') from None
     if '\0' in text: raise ValueError(f'{name} is binary: give a source file.')
     return text
@@ -293,8 +293,7 @@ def split_at(
     name: str = 'the text',
 ) -> tuple: # (before, after)
     "Cut a text at a cursor. Raises `ValueError` for a cursor outside."
-    lines = io.StringIO(text, newline='').readlines()
-    if not lines or lines[-1].endswith(('\n', '\r')): lines.append('')
+    lines = source_lines(text, to_cursor=True)
     if not 1 <= line <= len(lines):
         raise ValueError(f'{name} has {len(lines)} lines, so the cursor cannot be in line {line}: give a line from 1 to {len(lines)}.')
     most = len(lines[line-1].rstrip('\r\n')) + 1

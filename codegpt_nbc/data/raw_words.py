@@ -6,9 +6,9 @@
 __all__ = ['source_of', 'Spacing', 'to_source', 'open_at_end', 'is_whole', 'Cursor', 'to_words', 'answer_source']
 
 # %% ../../nbs/data/19_raw_words.ipynb #4d6de37a
-import io, keyword, re, tokenize
+import keyword, re, tokenize
 from dataclasses import dataclass, field
-from .text_format import Literals, abstract, spell_out
+from .text_format import Literals, abstract, source_lines, spell_out
 
 # %% ../../nbs/data/19_raw_words.ipynb #b9c4f6eb
 _STRING = re.compile(r"""([a-z]*)('{3}|"{3}|['"]|)<STR_LIT(?::(.*))?>('{3}|"{3}|['"]|)""", re.DOTALL)
@@ -84,9 +84,20 @@ def to_source(
     return out
 
 # %% ../../nbs/data/19_raw_words.ipynb #7caab181
-_OPENING = re.compile(r"""(?P<comment>\#)|(?:(?<!\w)(?P<prefix>[a-zA-Z]{1,2}))?(?P<quote>'{3}|"{3}|['"])""")
-_CLOSING = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '"""')}
-_CLOSING |= {q: re.compile(rf'(?:[^\\\r\n{q}]|\\.)*{q}', re.DOTALL) for q in ("'", '"')}
+_OPENING = re.compile(r"""(?P<comment>\#)|(?:(?<!\w)(?P<prefix>[bBfFrRtTuU]{1,2}))?(?P<quote>'{3}|"{3}|['"])""")
+_TRIPLE = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '"""')}   # content, and the end
+_CONTENT = {q: re.compile(rf'[^\\\r\n{q}]*(?:\\(?:\r\n|.)[^\\\r\n{q}]*)*', re.DOTALL) for q in ("'", '"')}   # up to its end, or that of the line
+
+def _string_end(source: str, quote: str, at: int) -> int | None: # None: the string is open
+    "Where a string ends whose content begins at `at`. One that its line breaks off is an error in a line before: only its quote counts."
+    if quote in _TRIPLE:
+        closed = _TRIPLE[quote].match(source, at)
+        return closed and closed.end()
+    end = _CONTENT[quote].match(source, at).end()
+    if source.startswith(quote, end): return end + 1
+    return at if source.startswith(('\r', '\n'), end) else None
+
+_LINE_END = re.compile(r'[\r\n]')
 
 def _open_brackets(code: str, depth: int) -> int:
     "How many brackets are open after `code`, where `depth` were before; one that closes nothing is an error that is passed over."
@@ -99,14 +110,12 @@ def open_at_end(source: str) -> tuple: # ('comment', 'string' or '', position wh
     while found := _OPENING.search(source, at):
         depth = _open_brackets(source[at:found.start()], depth)
         if found['comment']:
-            end = re.compile(r'[\r\n]').search(source, found.end())
+            end = _LINE_END.search(source, found.end())
             if not end: return 'comment', found.start(), depth
             at = end.start()
-            continue
-        closed = _CLOSING[found['quote']].match(source, found.end())
-        broken = len(found['quote']) == 1 and re.search(r'(?<!\\)[\r\n]', source[found.end():])   # an error in a line before
-        if not closed and not broken: return 'string', found.start(), depth
-        at = closed.end() if closed else found.end()
+        else:
+            at = _string_end(source, found['quote'], found.end())
+            if at is None: return 'string', found.start(), depth
     return '', len(source), _open_brackets(source[at:], depth)
 
 def is_whole(
@@ -114,16 +123,12 @@ def is_whole(
 ) -> bool: # Is no bracket, string or continued line open?
     "Does a statement end here?"
     kind, start, depth = open_at_end(source)
-    if kind == 'string': return not source.startswith(("'''", '"""'), _OPENING.match(source, start).start('quote'))
+    if kind == 'string' and source.startswith(("'''", '"""'), _OPENING.match(source, start).start('quote')): return False
+    if kind == 'string': return not source.endswith('\\')   # its line breaks it off, or goes on
     return not depth and (kind == 'comment' or not source.endswith('\\'))
 
 # %% ../../nbs/data/19_raw_words.ipynb #5c9a452d
 _CLEAR = re.compile(r'<(STR|NUM)_LIT>')
-
-def _lines(text: str) -> list:
-    "Lines with their ends; the last has none. (`str.splitlines` also cuts at form feeds.)"
-    lines = io.StringIO(text, newline='').readlines()
-    return lines if lines and not lines[-1].endswith(('\n', '\r')) else [*lines, '']
 
 @dataclass(frozen=True)
 class Cursor:
@@ -167,7 +172,7 @@ def to_words(
     kind, start, _ = open_at_end(source)
     if kind == 'comment':
         raise ValueError('the cursor is in a comment, but the model reads source without comments: complete code, or use a raw model.')
-    *whole, last = _lines(source[:start])
+    *whole, last = source_lines(source[:start], to_cursor=True)
     spelled = _spelled(''.join(whole))
     goes_on = bool(whole) and whole[-1].rstrip('\r\n').endswith('\\')
     if spelled and not goes_on: spelled.append('<EOL>')

@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.paths import read_json, write_json
 from ..data.raw_text import RawText
+from ..data.text_format import source_lines
 from ..data.tokenizer import load_tokenizer, text_of
 from ..engines.completion import complete_raw, complete_source
 from ..engines.generate import MAX_NEW
@@ -76,7 +77,7 @@ class Hand:
         most: int = 12,   # Lines of a block, at most
     ):
         self.rng, self.edits = np.random.default_rng(seed), []
-        self.pieces = [self.cut(text.splitlines(True), blocks, most) for text in files]   # of lists of [lines, is it there?]
+        self.pieces = [self.cut(source_lines(text), blocks, most) for text in files]   # of lists of [lines, is it there?]
         self.texts = [self.text(i) for i in range(len(files))]
         self.begin = list(self.texts)
 
@@ -144,7 +145,7 @@ def write_block(self: Hand, file: int, piece: int):
     "Go to the place of a block and write it."
     at = sum(len(text) for text, there in self.pieces[file][:piece] if there)
     self.do(file, 'jump', at, pause='jump')
-    for line in self.pieces[file][piece][0].splitlines(True):
+    for line in source_lines(self.pieces[file][piece][0]):
         at = self.write_line(file, at, line)
         if self.happens('revise'): self.revise(file, at)
     self.pieces[file][piece][1] = True
@@ -156,7 +157,7 @@ def revise(self: Hand, file: int, back: int):
     starts = [i + 1 for i, c in enumerate(text[:back - 1]) if c == '\n']
     if not starts: return
     start = starts[int(self.rng.integers(len(starts)))]
-    line = text[start:text.index('\n', start)]
+    line, *_ = text[start:].split('\n', 1)   # the last one may have no end
     at = start + len(line) - len(line)//2
     self.do(file, 'jump', at, pause='jump')
     if gone := start + len(line) - at:

@@ -6,11 +6,11 @@
 __all__ = ['Stop', 'KINDS', 'EARLY', 'router', 'DRAINED', 'Asked', 'StreamOptions', 'OpenaiRequest', 'ByLlama', 'LlamaRequest',
            'InfillRequest', 'Refused', 'refused', 'cut', 'Ask', 'ended_early', 'Job', 'Figures', 'Worker', 'OpenaiForm',
            'LlamaForm', 'split_gap', 'Settings', 'Server', 'completions', 'models', 'one_model', 'llama_completion',
-           'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'Http',
-           'serve', 'served']
+           'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'address_of',
+           'Http', 'serve', 'served']
 
 # %% ../../nbs/runs/76_serve.ipynb #9964b4c4
-import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings
+import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings, weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -206,6 +206,7 @@ class Worker(threading.Thread):
         for job in self.waiting:
             if job.early: self.figures.early.labels(job.early).inc()
         self.waiting = collections.deque(job for job in self.waiting if not job.early)
+        self.figures.waiting.set(len(self.waiting))
 
     def close(self):
         "End all jobs; the thread ends after its present pass."
@@ -340,10 +341,12 @@ def split_gap(
 ) -> tuple: # (text before the gap, text after it, or None: there is no gap)
     "Take apart a prompt that marks a gap in the tokens of some model."
     for infill in INFILLS.values():
-        tokens = infill.before_prefix, infill.before_suffix, infill.before_answer
-        if not prompt.endswith(tokens[2]): continue   # most do not
-        found = re.fullmatch('(.*){}(.*?){}(.*){}'.format(*map(re.escape, tokens)), prompt, re.DOTALL)
-        if found and not (infill == own and found[1]): return found.groups()[1:]
+        if not prompt.endswith(infill.before_answer): continue   # most do not
+        text = prompt.removesuffix(infill.before_answer)
+        start = text.rfind(infill.before_prefix, 0, max(0, text.rfind(infill.before_suffix)))   # the last one before a suffix
+        if start < 0 or infill == own and start: continue
+        before, _, after = text[start + len(infill.before_prefix):].partition(infill.before_suffix)
+        return before, after
     return prompt, None
 
 # %% ../../nbs/runs/76_serve.ipynb #35971cd9
@@ -359,7 +362,8 @@ class Settings:
 class Server:
     "A worker and the requests that wait for it."
     def __init__(self, worker: Worker, settings: Settings):
-        self.worker, self.settings, self.sessions = worker, settings, {}   # `sessions`: name → the last `Job`
+        self.worker, self.settings = worker, settings
+        self.sessions = weakref.WeakValueDictionary()   # name → the last `Job`, while somebody waits for it
         self.model, self.name, self.began = worker.model, settings.alias or worker.model.folder.name, int(time.time())
         self.infill = self.model.raw_text.infill if self.model.reads == 'raw' else None
 
@@ -391,7 +395,8 @@ async def _end_when_gone(request: Request, job: Job):
 async def _events(job: Job):
     "Yield what is told. Raises what went wrong."
     while True:
-        try: event = await asyncio.wait_for(job.told.get(), max(0, job.deadline - time.monotonic()))
+        try:   # what is there already is told, however late it is read
+            event = await asyncio.wait_for(job.told.get(), job.deadline - time.monotonic()) if job.told.empty() else job.told.get_nowait()
         except TimeoutError:
             job.end('timeout')
             raise ended_early('timeout') from None
@@ -553,12 +558,12 @@ _NAME = re.compile(r'(\[[^]]*\]|[^:]*)(:\d*)?')
 @patch
 def admit(self: Door, scope):
     "Raises `Refused` for a request without the token, or under a foreign name."
-    headers, token = {name: value.decode('latin-1') for name, value in scope['headers']}, self.settings.token
-    host = _NAME.fullmatch(headers.get(b'host', ''))
+    headers, token = dict(scope['headers']), self.settings.token   # of bytes
+    host = _NAME.fullmatch(headers.get(b'host', b'').decode('latin-1'))
     if not token and not (host and _is_loopback(host[1].lower())):
         raise Refused(403, 'foreign_host', 'this server answers to localhost only: ask it under that name.')
     if scope['path'] in ('/health', '/v1/health') or not token: return
-    if not hmac.compare_digest(headers.get(b'authorization', '').encode(), f'Bearer {token}'.encode()):
+    if not hmac.compare_digest(headers.get(b'authorization', b''), f'Bearer {token}'.encode()):
         raise Refused(401, 'invalid_token', 'the token is missing or wrong: send the header Authorization: Bearer TOKEN.')
 
 @patch
@@ -608,9 +613,15 @@ def check_address(host: str, token: str):
         raise ValueError(f'others can reach {host}: give --token, which requests must then bear, or stay at 127.0.0.1.')
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    "Raises `OSError` with a sentence where the address is taken."
+    "A listening socket. Raises `OSError` with a sentence where the address is taken, `ValueError` for a number that is no port's."
+    if not 0 <= port < 2**16: raise ValueError(f'port is {port}: choose one from 1 to 65535, or 0 for any that is free.')
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e: raise OSError(f'the server cannot have {host}:{port} ({e.strerror}): choose another --port or --host.') from None
+
+def address_of(listening: socket.socket) -> str:
+    "The address that clients are given."
+    host, port = listening.getsockname()[:2]
+    return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
 class Http(uvicorn.Server):
     "uvicorn's server; its log is off, as it might repeat parts of a request."
@@ -635,11 +646,11 @@ def serve(
     "Serve until interrupted. Raises `ValueError` and `OSError` before the model is opened."
     settings = Settings(**settings)
     check_address(host, settings.token)
-    listening = bound_socket(host, port)
-    app = create_app(Worker(load(model), memory, bound, drafts), settings)
-    warnings.simplefilter('ignore', Truncated)   # editors send whole files
-    print(f'{app.state.server.name} on http://{host}:{listening.getsockname()[1]}', flush=True)
-    Http(app).run(sockets=[listening])
+    with bound_socket(host, port) as listening:
+        app = create_app(Worker(load(model), memory, bound, drafts), settings)
+        warnings.simplefilter('ignore', Truncated)   # editors send whole files
+        print(f'{app.state.server.name} on {address_of(listening)}', flush=True)
+        Http(app).run(sockets=[listening])
 
 # %% ../../nbs/runs/76_serve.ipynb #8413f321
 @contextlib.contextmanager
@@ -656,7 +667,8 @@ def served(
     thread.start()
     try:
         while thread.is_alive() and not server.started: time.sleep(.01)
-        yield f'http://127.0.0.1:{listening.getsockname()[1]}', worker
+        if not server.started: raise RuntimeError('the server ended before it began: its thread has printed why.')
+        yield address_of(listening), worker
     finally:
         server.should_exit = True
         thread.join()

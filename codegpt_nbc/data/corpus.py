@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
+from ..core.progress import progress_bar
 from .text_format import decoded, spell_out
 
 # %% ../../nbs/data/11_corpus.ipynb #a6ccb001
@@ -129,10 +130,9 @@ def read_all(
     raw: bool = False, # Add a column `source`, the files as they are
 ) -> tuple: # (DataFrame: project, version, license, path, vendored, text; Counter of reasons skipped)
     "Spell out all `sources`. Raises `ValueError` if none is usable."
-    from tqdm import tqdm
     rows, skipped = [], Counter()
     def collect(results):
-        shown = tqdm(results, total=len(sources), desc='reading source', unit='file', mininterval=1)
+        shown = progress_bar(results, total=len(sources), desc='reading source', unit='file', mininterval=1)
         for (source, text, why), f in zip(shown, sources):
             if text is None: skipped[why] += 1
             else: rows.append({**asdict(f), 'text': text, **({'source': source} if raw else {})})

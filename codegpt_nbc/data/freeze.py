@@ -39,15 +39,16 @@ def build_corpus(
     workers: int = 2, # Processes
     like=None,        # A frozen corpus whose held-out projects and literals stay what they are
 ) -> tuple: # (DataFrame with finished lines in `text` and a `split`, `Literals`, Counter of reasons skipped)
-    "Read, drop copies, split by project, drop leaks, abstract literals."
+    "Read, drop copies, split by project, drop leaks, abstract literals, drop near-duplicates."
     read, skipped = read_all(sources, workers)
     distinct = add_split(deduplicate(read))
     if like: distinct = split_like(distinct, like)
     skipped['duplicate'] += len(read) - len(distinct)
-    df = drop_near_duplicates(drop_leaks(distinct))
-    skipped['repeats a held-out project'] += len(distinct) - len(df)
+    df = drop_leaks(distinct)
     literals = literals_of(like) if like else Literals.count(df.text[df.split == 'train'])
-    return df.assign(text=[abstract(t, literals) for t in df.text]), literals, skipped
+    df = drop_near_duplicates(df.assign(text=[abstract(t, literals) for t in df.text]))
+    skipped['repeats a held-out project'] += len(distinct) - len(df)
+    return df, literals, skipped
 
 # %% ../../nbs/data/13_freeze.ipynb #7ca5adcf
 def shippable(df: pd.DataFrame) -> pd.DataFrame:

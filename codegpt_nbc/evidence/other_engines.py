@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from time import perf_counter
 from pydantic import Field
-from ..core.paths import PACKAGE, atomic_path, cores, models_dir, project_root, read_json, sha256, write_json
+from ..core.paths import PACKAGE, cores, models_dir, new_folder, project_root, read_json, sha256, write_json
 from ..data.inputs import RunConfig
 from .measure import OURS, Worker, compared, take_turns
 
@@ -221,8 +221,7 @@ def make(name: str, source, out):
     from codegpt_nbc.model.folder import copy_tokenizer, read_config, shape_of_config
     source = Path(source)
     if name in OUR_ENGINES: return _make_ours(name, source, Path(out))
-    with atomic_path(out) as tmp:
-        tmp.mkdir()
+    with new_folder(out, 'peer') as tmp:
         PEERS[name].make(source, tmp)
         copy_tokenizer(source, tmp)
         write_json(tmp/'peer.json', {'name': name, 'context': shape_of_config(read_config(source))[0].context})

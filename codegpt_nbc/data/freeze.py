@@ -34,6 +34,7 @@ def literals_of(
     known = read_json(Path(corpus)/'literals.json')
     return Literals(frozenset(known['str']), frozenset(known['num']))
 
+# %% ../../nbs/data/13_freeze.ipynb #1a7e46a8
 def build_corpus(
     sources: list,    # of `SourceFile`
     workers: int = 2, # Processes
@@ -115,6 +116,7 @@ def freeze(
         write_checksums(tmp)
     return summary
 
+# %% ../../nbs/data/13_freeze.ipynb #9fa128ab
 def _write_tables(tables: dict, folder: Path):
     for name, t in tables.items():
         t.to_parquet(folder/f'{name}.parquet', index=False, compression='zstd', compression_level=19)
@@ -137,6 +139,7 @@ def raw_files(
         return source, spelled
     return manifest.assign(**pd.DataFrame([read(r) for r in manifest.itertuples()], manifest.index, ['text', 'spelled']))
 
+# %% ../../nbs/data/13_freeze.ipynb #593df04c
 def raw_tables(
     files: pd.DataFrame, # From `raw_files`
     n_test: int,         # Samples of each protocol

@@ -58,6 +58,7 @@ def _decoder_kinds(tok: Tokenizer) -> set:
     state = json.loads(tok.decoder.__getstate__())
     return {state['type']} | {step['type'] for step in state.get('decoders', ())}
 
+# %% ../../nbs/data/18_raw_text.ipynb #b3d1ea18
 def token_bytes(
     tok: Tokenizer,
 ) -> list: # of `bytes`, one an id; empty: a control token, or no token
@@ -105,6 +106,7 @@ class Prompt:
     tokens: int = 0     # of the text
     read: int = 0       # of these: the others did not fit
 
+# %% ../../nbs/data/18_raw_text.ipynb #1bb35f54
 class RawText:
     "The tokenizer of a model that reads raw source, with all that completing needs to know of its tokens."
     def __init__(self,
@@ -117,24 +119,10 @@ class RawText:
         starts = stated_ids(folder, 'bos_token_id') + sorted(self.ends) if folder else []
         self.start = [(starts + [i for i, b in enumerate(self.bytes) if not b] + [0])[0]]   # an empty text
 
-    def spells(self, token: int) -> bytes:
-        "The bytes of a token; none: it ends an answer."
-        return b'' if token in self.ends or token >= len(self.bytes) else self.bytes[token]
-
     @cached_property
     def _sorted(self) -> tuple: # (ids, their bytes), by bytes
         order = sorted((i for i in range(len(self.bytes)) if self.spells(i)), key=self.bytes.__getitem__)
         return np.array(order), [self.bytes[i] for i in order]
-
-    def beginning_with(self, text: bytes) -> np.ndarray: # of ids
-        "Tokens that spell `text` or more."
-        ids, spelled = self._sorted
-        return ids[bisect_left(spelled, text):bisect_left(spelled, text + b'\xff'*(1 + self.longest))]
-
-    def spelling(self, text: bytes) -> np.ndarray: # of ids
-        "Tokens that spell just `text`."
-        ids, spelled = self._sorted
-        return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
 
     @cached_property
     def vocabulary(self) -> dict: # word → id
@@ -159,6 +147,24 @@ class RawText:
     def longest(self) -> int:
         "Bytes of the longest token."
         return max(map(len, self.bytes), default=0)
+
+# %% ../../nbs/data/18_raw_text.ipynb #ee11995c
+@patch
+def spells(self: RawText, token: int) -> bytes:
+    "The bytes of a token; none: it ends an answer."
+    return b'' if token in self.ends or token >= len(self.bytes) else self.bytes[token]
+
+@patch
+def beginning_with(self: RawText, text: bytes) -> np.ndarray: # of ids
+    "Tokens that spell `text` or more."
+    ids, spelled = self._sorted
+    return ids[bisect_left(spelled, text):bisect_left(spelled, text + b'\xff'*(1 + self.longest))]
+
+@patch
+def spelling(self: RawText, text: bytes) -> np.ndarray: # of ids
+    "Tokens that spell just `text`."
+    ids, spelled = self._sorted
+    return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
 
 # %% ../../nbs/data/18_raw_text.ipynb #792ec56f
 @patch
@@ -205,6 +211,7 @@ def surplus(
     "Tokens that are left out at the beginning: whole blocks, so that the rest stays in place while the text grows by less."
     return -(-max(0, tokens - room)//block)*block
 
+# %% ../../nbs/data/18_raw_text.ipynb #da96a064
 @patch
 def _fit(self: RawText, text: str, ids: list, room: int, block: int) -> list: # of ids
     "The end of a text, at most `room` tokens."
@@ -227,6 +234,7 @@ def asked_infill(self: RawText) -> Infill:
     raise ValueError(f'the tokenizer has no tokens that mark a gap, so this model cannot fill in: leave out what follows the cursor, '
                      f'or use a model such as {known}.')
 
+# %% ../../nbs/data/18_raw_text.ipynb #b99acbb4
 @patch
 def prompts(self: RawText,
     texts: list,      # Up to the cursor
@@ -243,6 +251,7 @@ def prompts(self: RawText,
     rows = zip(texts, encode_batch(self.tok, texts), suffixes, after)
     return [self._prompt(text, ids, room, heal, None if s is None else more, block) for text, ids, s, more in rows]
 
+# %% ../../nbs/data/18_raw_text.ipynb #c0ec0b89
 @patch
 def _prompt(self: RawText, text: str, ids: list, room: int, heal: int, after: list | None, block: int) -> Prompt:
     own = len(self.begin) + (0 if after is None else 3)   # tokens that mark the beginning and the gap
@@ -286,6 +295,7 @@ def read_source(path) -> str:
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: give a source file.')
     return decode_source(path.read_bytes(), str(path))
 
+# %% ../../nbs/data/18_raw_text.ipynb #90210aee
 def split_at(
     text: str,
     line: int,    # From 1

@@ -36,6 +36,7 @@ def _is_value(word: str) -> bool:
     if word in _VALUES or word[-1:] in ('"', "'"): return True
     return word[:1].isalnum() and not keyword.iskeyword(word) or word.isidentifier() and not keyword.iskeyword(word)
 
+# %% ../../nbs/data/19_raw_words.ipynb #d9b54ba1
 class Spacing:
     "The blanks of source, word by word."
     def __init__(self): self.before, self.open, self.sign, self.annotated, self.lambdas = '', [], False, False, 0
@@ -74,6 +75,7 @@ class Spacing:
         self.before, self.sign = '', False
         if not self.open: self.annotated, self.lambdas = False, 0
 
+# %% ../../nbs/data/19_raw_words.ipynb #2e110436
 def to_source(
     words: list, # One line
     spacing: Spacing | None = None, # After the lines before; None: there are none
@@ -86,7 +88,8 @@ def to_source(
 # %% ../../nbs/data/19_raw_words.ipynb #7caab181
 _OPENING = re.compile(r"""(?P<comment>\#)|(?:(?<!\w)(?P<prefix>[bBfFrRtTuU]{1,2}))?(?P<quote>'{3}|"{3}|['"])""")
 _TRIPLE = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '"""')}   # content, and the end
-_CONTENT = {q: re.compile(rf'[^\\\r\n{q}]*(?:\\(?:\r\n|.)[^\\\r\n{q}]*)*', re.DOTALL) for q in ("'", '"')}   # up to its end, or that of the line
+# Content up to the quote that ends it, or to the end of the line
+_CONTENT = {q: re.compile(rf'[^\\\r\n{q}]*(?:\\(?:\r\n|.)[^\\\r\n{q}]*)*', re.DOTALL) for q in ("'", '"')}
 
 def _string_end(source: str, quote: str, at: int) -> int | None: # None: the string is open
     "Where a string ends whose content begins at `at`. One that its line breaks off is an error in a line before: only its quote counts."
@@ -104,6 +107,7 @@ def _open_brackets(code: str, depth: int) -> int:
     for c in re.findall(r'[()\[\]{}]', code): depth = depth + 1 if c in '([{' else max(0, depth - 1)
     return depth
 
+# %% ../../nbs/data/19_raw_words.ipynb #d6b9e7c0
 def open_at_end(source: str) -> tuple: # ('comment', 'string' or '', position where it begins, open brackets)
     "What is open at the end of a text."
     at = depth = 0
@@ -154,6 +158,7 @@ def _next_indent(lines: list) -> str: # `lines`: those before the cursor's
     if last.split('#')[0].rstrip().endswith(':'): return indent + ('\t' if indent.startswith('\t') else '    ')
     return '' if not ''.join(lines[-2:]).strip() else indent
 
+# %% ../../nbs/data/19_raw_words.ipynb #90f00bec
 def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) → word
     "Where each literal without content had its content."
     out = {}
@@ -162,6 +167,7 @@ def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) →
         if kind and i >= 2 and any(w.isidentifier() for w in words[i-2:i]): out[kind[1], words[i-2], words[i-1]] = full
     return out
 
+# %% ../../nbs/data/19_raw_words.ipynb #bc164df8
 def to_words(
     source: str,        # Up to the cursor
     literals: Literals, # That keep their content
@@ -198,6 +204,7 @@ def _finished_string(word: str, cursor: Cursor) -> str: # source
     quote = opening.lstrip('abcdefghijklmnopqrstuvwxyz')
     return cursor.typed + (quote if _CLEAR.search(word) else source_of(word)[len(opening) + len(typed):])
 
+# %% ../../nbs/data/19_raw_words.ipynb #650cd4b8
 def answer_source(
     cursor: Cursor,
     line: str,      # The completion in words, `typed` with it

@@ -42,6 +42,7 @@ def _is_published(path: Path) -> bool:
 
 _PROJECT = ('__init__.py', 'pyproject.toml', 'setup.py', 'setup.cfg')   # one of them is in the folder of a package or a project
 
+# %% ../../nbs/data/14_repository.ipynb #81e00859
 def _is_of_a_project(path: Path, folder: Path) -> bool:
     "Whether a file lies in a Python project below `folder`, or `folder` is one: it is that project's data."
     above = [d for d in path.parents if d == folder or folder in d.parents]
@@ -79,6 +80,7 @@ def repository_sides(folder) -> tuple: # (DataFrame: path, split, source, text (
     if any(counts.get(side, 0) < n for side, n in FEWEST.items()): raise ValueError(_too_few(folder, len(df), len(sources)))
     return df.sample(frac=1, random_state=42).reset_index(drop=True), {k: v for k, v in skipped.items() if v}
 
+# %% ../../nbs/data/14_repository.ipynb #e972efd7
 def _too_few(folder, usable: int, of: int) -> str:
     return (f'{folder} has too few usable Python files ({usable} of {of}) to train on some and be judged by others: '
             'give a folder with twenty or more, of six lines or more each.')

@@ -36,9 +36,11 @@ class First:
     "A streamer that only reports the first new token; before it, `generate` puts the prompt."
     def __init__(self, first): self.first, self.seen = first, 0
     def put(self, _):
+        "Called for the prompt, then for each token."
         if self.seen == 1: self.first()
         self.seen += 1
-    def end(self): pass
+    def end(self):
+        "Called after the last one."
 
 class Generating(Peer):
     "A peer with transformers' `generate`."
@@ -294,6 +296,7 @@ def _best(f, seconds: float = 2.) -> float:
     while perf_counter() < end: best = min(best, once())
     return best
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #f19e9bbc
 def _int8_product(n: int, d: int, inner: int, threads: int): # → function
     "ONNX Runtime's product of unsigned and signed eight-bit integers, (n, d) × (d, inner)."
     import numpy as np, onnxruntime as ort
@@ -339,6 +342,7 @@ def weights_of_blocks(shape) -> int: # `Shape` → weights
     widths = [m.packed*m.per*units for _, _, sizes, maps in halves(shape) for units in sizes for m in maps]
     return shape.d_model*sum(widths)
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #954fcac8
 def floor(
     shape,         # `Shape`
     prompt_tokens: int, new_tokens: int,

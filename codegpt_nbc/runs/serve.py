@@ -39,6 +39,7 @@ class Asked(BaseModel):
     seed: int | None = Field(None, ge=-1)    # −1, as llama.cpp's: none
 
 class StreamOptions(BaseModel):
+    "Of a stream by OpenAI's interface."
     include_usage: bool = False
 
 class OpenaiRequest(Asked):
@@ -53,6 +54,7 @@ class OpenaiRequest(Asked):
     echo: Literal[False] | None = None
     logprobs: None = None
 
+# %% ../../nbs/runs/76_serve.ipynb #e629a33f
 class ByLlama(Asked):
     "The part that llama.cpp's two requests share."
     n_predict: int = Field(-1, ge=-1)
@@ -83,8 +85,11 @@ class Refused(Exception):
         kind = KINDS.get(self.status, 'server_error' if self.status >= 500 else 'invalid_request_error')
         return {'error': {'message': self.message, 'type': kind, 'code': self.code}}
 
-    def response(self) -> JSONResponse: return JSONResponse(self.content, self.status, self.headers)
+    def response(self) -> JSONResponse:
+        "The answer."
+        return JSONResponse(self.content, self.status, self.headers)
 
+# %% ../../nbs/runs/76_serve.ipynb #5731ad6d
 def refused(e: Exception) -> Refused:
     "Any error as one to answer with. What is no fault of the request is logged by its place alone."
     if isinstance(e, Refused): return e
@@ -135,6 +140,7 @@ def ended_early(why: str) -> Refused:
     "A new one each time, as an exception holds on to the frames that it has passed."
     return Refused(EARLY[why][0], why, EARLY[why][1])
 
+# %% ../../nbs/runs/76_serve.ipynb #46963000
 class Job:
     "The completions of a request. What is told arrives in the event loop that made it."
     def __init__(self, asks: list, deadline: float): # `Ask`, and a time of `time.monotonic`
@@ -186,35 +192,41 @@ class Worker(threading.Thread):
     ):
         super().__init__(name='model', daemon=True)
         self.model, self.bound, self.figures = model.session(memory, drafts, lambda: self.job.check()), bound, Figures()
+        self.model.raw_text   # once: `complete` copies the model
         self.waiting, self.changed = collections.deque(), threading.Condition()
         self.job, self.closing, self.typical = None, False, 1.   # `typical`: seconds of a job
 
-    def submit(self, job: Job):
-        "Queue a job. Raises `Refused` where too many wait."
-        with self.changed:
-            self.drop_ended()
-            if self.closing: raise ended_early('closing')
-            if len(self.waiting) >= self.bound:
-                seconds = max(1, math.ceil(self.typical*len(self.waiting)))
-                raise Refused(429, 'queue_full', f'{self.bound} requests wait already: try again later.', **{'Retry-After': str(seconds)})
-            self.waiting.append(job)
-            self.figures.waiting.set(len(self.waiting))
-            self.changed.notify()
-
-    def drop_ended(self):
-        "Forget waiting jobs that have ended."
-        for job in self.waiting:
-            if job.early: self.figures.early.labels(job.early).inc()
-        self.waiting = collections.deque(job for job in self.waiting if not job.early)
+# %% ../../nbs/runs/76_serve.ipynb #5c6abeaf
+@patch
+def submit(self: Worker, job: Job):
+    "Queue a job. Raises `Refused` where too many wait."
+    with self.changed:
+        self.drop_ended()
+        if self.closing: raise ended_early('closing')
+        if len(self.waiting) >= self.bound:
+            seconds = max(1, math.ceil(self.typical*len(self.waiting)))
+            raise Refused(429, 'queue_full', f'{self.bound} requests wait already: try again later.', **{'Retry-After': str(seconds)})
+        self.waiting.append(job)
         self.figures.waiting.set(len(self.waiting))
+        self.changed.notify()
 
-    def close(self):
-        "End all jobs; the thread ends after its present pass."
-        with self.changed:
-            self.closing = True
-            for job in (*self.waiting, self.job):
-                if job: job.end('closing')
-            self.changed.notify()
+@patch
+def drop_ended(self: Worker):
+    "Forget waiting jobs that have ended."
+    for job in self.waiting:
+        if job.early: self.figures.early.labels(job.early).inc()
+    self.waiting = collections.deque(job for job in self.waiting if not job.early)
+    self.figures.waiting.set(len(self.waiting))
+
+# %% ../../nbs/runs/76_serve.ipynb #59b4806b
+@patch
+def close(self: Worker):
+    "End all jobs; the thread ends after its present pass."
+    with self.changed:
+        self.closing = True
+        for job in (*self.waiting, self.job):
+            if job: job.end('closing')
+        self.changed.notify()
 
 # %% ../../nbs/runs/76_serve.ipynb #cb35f238
 @patch
@@ -242,6 +254,7 @@ def do(self: Worker, job: Job):
         if job.early: self.figures.early.labels(job.early).inc()
         else: job.tell('error', e)
 
+# %% ../../nbs/runs/76_serve.ipynb #38644fb5
 @patch
 def complete(self: Worker, job: Job, i: int, ask: Ask):
     "Do one completion of a job."
@@ -276,7 +289,9 @@ class OpenaiForm:
         self.head = dict(id=f'cmpl-{time.time_ns():x}', object='text_completion', created=int(time.time()), model=name)
 
     @staticmethod
-    def choice(i: int, text: str, finish) -> dict: return dict(index=i, text=text, logprobs=None, finish_reason=finish)
+    def choice(i: int, text: str, finish) -> dict:
+        "One answer; `finish`: stop or length, None: it goes on."
+        return dict(index=i, text=text, logprobs=None, finish_reason=finish)
 
     def counts(self, usages: list) -> dict:
         "The sums over all choices."
@@ -284,15 +299,24 @@ class OpenaiForm:
         return dict(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written,
                     prompt_tokens_details=dict(cached_tokens=cached))
 
-    def piece(self, i: int, text: str) -> dict: return self.head | dict(choices=[self.choice(i, text, None)])
-    def done(self, i: int, finish: str, usage: dict) -> dict: return self.head | dict(choices=[self.choice(i, '', finish)])
-    def tail(self, usages: list) -> list: # of chunks
+    def piece(self, i: int, text: str) -> dict:
+        "The event of a piece of answer `i`."
+        return self.head | dict(choices=[self.choice(i, text, None)])
+
+    def done(self, i: int, finish: str, usage: dict) -> dict:
+        "The event of its end."
+        return self.head | dict(choices=[self.choice(i, '', finish)])
+
+    def tail(self, usages: list) -> list:
+        "The events after all answers."
         return [self.head | dict(choices=[], usage=self.counts(usages))] if self.usage else []
 
     def whole(self, texts: list, finishes: list, usages: list) -> dict:
+        "The answer that is no stream."
         choices = [self.choice(i, text, finish) for i, (text, finish) in enumerate(zip(texts, finishes))]
         return self.head | dict(choices=choices, usage=self.counts(usages))
 
+# %% ../../nbs/runs/76_serve.ipynb #6c595178
 def _pace(kind: str, n: int, seconds: float) -> dict:
     "Figures on n tokens, as llama.cpp's server names them."
     ms = 1e3*seconds
@@ -303,6 +327,7 @@ def _nested(content, path: str):
     for key in path.split('/'): content = content.get(key) if isinstance(content, dict) else None
     return content
 
+# %% ../../nbs/runs/76_serve.ipynb #749c4bec
 class LlamaForm:
     "Of llama.cpp's `/completion` and `/infill`."
     last = ''
@@ -314,10 +339,16 @@ class LlamaForm:
     ):
         self.name, self.context, self.hidden, self.fields = name, context, hidden, fields
 
-    def piece(self, i: int, text: str) -> dict: return dict(index=i, content='' if self.hidden else text, stop=False)
-    def tail(self, usages: list) -> list: return []
+    def piece(self, i: int, text: str) -> dict:
+        "The event of a piece."
+        return dict(index=i, content='' if self.hidden else text, stop=False)
+
+    def tail(self, usages: list) -> list:
+        "No events come after the end."
+        return []
 
     def done(self, i: int, finish: str, usage: dict, text: str = '') -> dict:
+        "The event of the end, or with its text the answer that is no stream."
         kind = 'limit' if finish == 'length' else 'eos'
         return dict(index=0, content='' if self.hidden else text, stop=True, model=self.name, stop_type=kind,
                     tokens_predicted=usage['written'], tokens_evaluated=usage['prompt'], tokens_cached=usage['cached'],
@@ -329,6 +360,7 @@ class LlamaForm:
         return _pace('prompt', read, usage['reading']) | _pace('predicted', usage['written'], usage['writing'])
 
     def whole(self, texts: list, finishes: list, usages: list) -> dict:
+        "The answer that is no stream, or the parts of it that were asked for."
         answer = self.done(0, finishes[0], usages[0], texts[0])
         if not self.fields: return answer
         found = {path: _nested(answer, path) for path in self.fields}
@@ -359,6 +391,7 @@ class Settings:
     ignore_suffix: bool = False # Answer from the prefix where the model cannot fill in
     alias: str = ''             # Name under which the model is asked for; '': that of its folder
 
+# %% ../../nbs/runs/76_serve.ipynb #efdb008e
 class Server:
     "A worker and the requests that wait for it."
     def __init__(self, worker: Worker, settings: Settings):
@@ -404,6 +437,7 @@ async def _events(job: Job):
         if event[0] == 'end': return
         yield event
 
+# %% ../../nbs/runs/76_serve.ipynb #13fbe54b
 @patch
 async def answer(self: Server, request: Request, asks: list, form, stream: bool) -> Response:
     "Complete, whole or in pieces."
@@ -440,6 +474,7 @@ async def streamed(self: Server, job: Job, gone: asyncio.Task, form) -> Response
         raise
     return StreamingResponse(self.chunks(job, gone, form, first, events), media_type='text/event-stream')
 
+# %% ../../nbs/runs/76_serve.ipynb #f12df67e
 @patch
 async def chunks(self: Server, job: Job, gone: asyncio.Task, form, first: tuple, events):
     "Yield the events of a stream."
@@ -480,6 +515,7 @@ async def models(request: Request):
     server = _server(request)
     return dict(object='list', data=[dict(id=server.name, object='model', created=server.began, owned_by='codegpt_nbc')])
 
+# %% ../../nbs/runs/76_serve.ipynb #27bab95f
 @router.get('/v1/models/{name:path}')
 async def one_model(name: str, request: Request):
     "One of them."
@@ -512,6 +548,7 @@ async def health(request: Request):
     if not _server(request).worker.is_alive(): raise Refused(503, 'unavailable', 'the model is not running: start the server again.')
     return dict(status='ok')
 
+# %% ../../nbs/runs/76_serve.ipynb #3edda771
 @router.get('/props')
 async def props(request: Request):
     "llama.cpp's settings, as far as plug-ins read them."
@@ -527,6 +564,7 @@ async def metrics(request: Request):
 # %% ../../nbs/runs/76_serve.ipynb #83776be1
 DRAINED = 16   # times `max_body` that is read and dropped, so that the client gets to read why
 
+# %% ../../nbs/runs/76_serve.ipynb #be793b06
 class Door:
     "Middleware of ASGI."
     def __init__(self, app, server: Server): self.app, self.server, self.settings = app, server, server.settings
@@ -579,6 +617,7 @@ async def body(self: Door, scope, receive) -> bytes:
     if size > most: raise Refused(413, 'too_large', f'the body has more than {most:,} bytes: send the text around the cursor only.')
     return b''.join(parts)
 
+# %% ../../nbs/runs/76_serve.ipynb #a2e20126
 def _again(body: bytes, receive):
     "A `receive` that begins with a body that was read."
     first = [dict(type='http.request', body=body, more_body=False)]
@@ -623,6 +662,7 @@ def address_of(listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
+# %% ../../nbs/runs/76_serve.ipynb #42e72607
 class Http(uvicorn.Server):
     "uvicorn's server; its log is off, as it might repeat parts of a request."
     def __init__(self, app: FastAPI):
@@ -634,6 +674,7 @@ class Http(uvicorn.Server):
         self.worker.close()
         await super().shutdown(sockets)
 
+# %% ../../nbs/runs/76_serve.ipynb #59941902
 def serve(
     model='codegpt-nano',   # As for `load`
     host: str = '127.0.0.1',

@@ -32,6 +32,7 @@ def _connected():
         return None
     return server
 
+# %% ../../nbs/runs/69_warm.ipynb #34a35cb1
 def _stand_for(server, module: str, arguments: list) -> int: # its exit status
     "Let the server run a module, pass signals on to it, and wait for its end."
     import json, signal, socket
@@ -74,6 +75,7 @@ def _import_all():
     gc.collect()
     gc.freeze()   # so that a child's collector does not touch, and thereby copy, what it shares
 
+# %% ../../nbs/runs/69_warm.ipynb #0b3b44fc
 def _die_with_parent(parent: int, number: int):
     "Let Linux send this process a signal when its parent, the process `parent`, ends; if that has happened, end."
     import ctypes
@@ -81,6 +83,7 @@ def _die_with_parent(parent: int, number: int):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     if os.getppid() != parent: os._exit(1)
 
+# %% ../../nbs/runs/69_warm.ipynb #1442b7e3
 def _become(module: str, arguments: list, folder: str, environment: dict, files: list):
     "In a child: take the client's files, folder, environment and number of threads, and be its program."
     import signal
@@ -119,6 +122,7 @@ def _exactly(client, size: int) -> bytes:
         parts += part
     return parts
 
+# %% ../../nbs/runs/69_warm.ipynb #0e4bde70
 def _request(client) -> list: # module, arguments, folder, environment, files
     "What a client wants to be run. Raises `OSError` or `ValueError` where it goes before it has said so; its files are closed."
     import json, socket

@@ -1,5 +1,5 @@
 """The editor's server over real connections, and what sessions write: the same as without a cache."""
-import json, re, signal, socket, subprocess, sys, time
+import asyncio, json, re, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -107,7 +107,7 @@ def test_chance_is_repeated_with_its_seed():
 
 if not MISSING:
     import httpx
-    from codegpt_nbc.runs.serve import cut, served
+    from codegpt_nbc.runs.serve import Job, Server, Settings, Worker, _events, cut, served
 
 
 @pytest.fixture(scope='module')
@@ -331,6 +331,9 @@ def test_a_token(raw):
         is_error(client.post('/infill', json={}, headers={'authorization': 'Bearer other'}), 401, 'invalid_token')
         assert client.get('/health').status_code == 200
         assert client.get('/v1/models', headers={'authorization': 'Bearer geheim', 'host': 'elsewhere'}).status_code == 200
+    with client_of(raw, token='geheimnis-ä') as client:   # any characters, as their bytes in UTF-8
+        is_error(client.get('/v1/models', headers={'authorization': 'Bearer geheimnis-a'}), 401, 'invalid_token')
+        assert client.get('/v1/models', headers={'authorization': 'Bearer geheimnis-ä'.encode()}).status_code == 200
 
 
 # Clients that go away
@@ -384,6 +387,30 @@ def test_what_takes_too_long_ends(slow):
         with socket.create_connection(('127.0.0.1', client.base_url.port)) as s:   # a body that does not come
             s.sendall(b'POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n{')
             assert b' 408 ' in s.recv(100)
+
+
+@needs_server
+def test_an_answer_that_is_there_in_time_is_told_however_late_it_is_read():
+    async def read():
+        job = Job([], deadline=time.monotonic() - 1)
+        job.tell('piece', 0, 'x')
+        job.tell('end')
+        await asyncio.sleep(.05)
+        return [event async for event in _events(job)]
+    assert asyncio.run(read()) == [('piece', 0, 'x')]
+
+
+@needs_server
+def test_a_session_whose_answer_is_never_begun_is_forgotten(raw):
+    class Asking:   # a request of a client that goes away before its stream begins
+        headers, scope = {'x-session': 'a'}, {'began': time.monotonic()}
+    async def ask():
+        server = Server(Worker(raw), Settings())
+        job = server.job(Asking, [])
+        assert dict(server.sessions) == {'a': job}
+        server.worker.waiting.clear()   # as when it is done
+        return server
+    assert not asyncio.run(ask()).sessions
 
 
 # The command

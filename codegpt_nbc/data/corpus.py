@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib import metadata
 from pathlib import Path
-from .text_format import spell_out
+from ..core.progress import progress_bar
+from .text_format import decoded, spell_out
 
 # %% ../../nbs/data/11_corpus.ipynb #a6ccb001
 @dataclass(frozen=True)
@@ -99,16 +100,6 @@ def installed_sources(
 # %% ../../nbs/data/11_corpus.ipynb #50292db4
 MAX_BYTES = 500_000  # larger files are tables and generated parsers
 
-def _decoded(file) -> str:
-    "The text of a source file, by its byte order mark or coding line, else as UTF-8. Raises `UnicodeError`."
-    data = Path(file).read_bytes()
-    lines = io.BytesIO(data.replace(b'\r\n', b'\n').replace(b'\r', b'\n'))   # `tokenize.open` knows no lines that end at `\r`
-    try:
-        encoding, _ = tokenize.detect_encoding(lines.readline)
-        return io.TextIOWrapper(io.BytesIO(data), encoding).read()
-    except (SyntaxError, LookupError, ValueError) as e:   # a coding line that names no text encoding, or bytes that are not what it says
-        raise UnicodeError(str(e)) from None
-
 def read_both(
     f: SourceFile,
 ) -> tuple: # (source, spelled-out text, ''), or (None, None, reason it was skipped)
@@ -117,7 +108,7 @@ def read_both(
         if Path(f.file).stat().st_size > MAX_BYTES: return None, None, 'too large'
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # about the code that is read
-            source = _decoded(f.file)
+            source = io.StringIO(decoded(Path(f.file).read_bytes()), newline=None).read()
             if max(map(len, source.split('\n'))) > 1000: return None, None, 'machine-made'
             ast.parse(source)
             text = spell_out(source)
@@ -139,10 +130,9 @@ def read_all(
     raw: bool = False, # Add a column `source`, the files as they are
 ) -> tuple: # (DataFrame: project, version, license, path, vendored, text; Counter of reasons skipped)
     "Spell out all `sources`. Raises `ValueError` if none is usable."
-    from tqdm import tqdm
     rows, skipped = [], Counter()
     def collect(results):
-        shown = tqdm(results, total=len(sources), desc='reading source', unit='file', mininterval=1)
+        shown = progress_bar(results, total=len(sources), desc='reading source', unit='file', mininterval=1)
         for (source, text, why), f in zip(shown, sources):
             if text is None: skipped[why] += 1
             else: rows.append({**asdict(f), 'text': text, **({'source': source} if raw else {})})

@@ -34,20 +34,22 @@ def literals_of(
     known = read_json(Path(corpus)/'literals.json')
     return Literals(frozenset(known['str']), frozenset(known['num']))
 
+# %% ../../nbs/data/13_freeze.ipynb #1a7e46a8
 def build_corpus(
     sources: list,    # of `SourceFile`
     workers: int = 2, # Processes
     like=None,        # A frozen corpus whose held-out projects and literals stay what they are
 ) -> tuple: # (DataFrame with finished lines in `text` and a `split`, `Literals`, Counter of reasons skipped)
-    "Read, drop copies, split by project, drop leaks, abstract literals."
+    "Read, drop copies, split by project, drop leaks, abstract literals, drop near-duplicates."
     read, skipped = read_all(sources, workers)
     distinct = add_split(deduplicate(read))
     if like: distinct = split_like(distinct, like)
     skipped['duplicate'] += len(read) - len(distinct)
-    df = drop_near_duplicates(drop_leaks(distinct))
-    skipped['repeats a held-out project'] += len(distinct) - len(df)
+    df = drop_leaks(distinct)
     literals = literals_of(like) if like else Literals.count(df.text[df.split == 'train'])
-    return df.assign(text=[abstract(t, literals) for t in df.text]), literals, skipped
+    df = drop_near_duplicates(df.assign(text=[abstract(t, literals) for t in df.text]))
+    skipped['repeats a held-out project'] += len(distinct) - len(df)
+    return df, literals, skipped
 
 # %% ../../nbs/data/13_freeze.ipynb #7ca5adcf
 def shippable(df: pd.DataFrame) -> pd.DataFrame:
@@ -114,6 +116,7 @@ def freeze(
         write_checksums(tmp)
     return summary
 
+# %% ../../nbs/data/13_freeze.ipynb #9fa128ab
 def _write_tables(tables: dict, folder: Path):
     for name, t in tables.items():
         t.to_parquet(folder/f'{name}.parquet', index=False, compression='zstd', compression_level=19)
@@ -136,6 +139,7 @@ def raw_files(
         return source, spelled
     return manifest.assign(**pd.DataFrame([read(r) for r in manifest.itertuples()], manifest.index, ['text', 'spelled']))
 
+# %% ../../nbs/data/13_freeze.ipynb #593df04c
 def raw_tables(
     files: pd.DataFrame, # From `raw_files`
     n_test: int,         # Samples of each protocol

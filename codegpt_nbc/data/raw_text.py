@@ -7,7 +7,7 @@ __all__ = ['INFILLS', 'HEAL', 'Infill', 'infill_of', 'token_bytes', 'begin_token
            'place_of', 'decode_source', 'read_source', 'split_at']
 
 # %% ../../nbs/data/18_raw_text.ipynb #5524bb32
-import io, json, re, tokenize, numpy as np
+import json, re, numpy as np
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from tokenizers import Tokenizer
 from ..core.paths import read_json
-from .text_format import Literals
+from .text_format import Literals, decoded, source_lines
 from .tokenizer import encode_batch, whole
 
 # %% ../../nbs/data/18_raw_text.ipynb #e14f0eff
@@ -58,6 +58,7 @@ def _decoder_kinds(tok: Tokenizer) -> set:
     state = json.loads(tok.decoder.__getstate__())
     return {state['type']} | {step['type'] for step in state.get('decoders', ())}
 
+# %% ../../nbs/data/18_raw_text.ipynb #b3d1ea18
 def token_bytes(
     tok: Tokenizer,
 ) -> list: # of `bytes`, one an id; empty: a control token, or no token
@@ -105,6 +106,7 @@ class Prompt:
     tokens: int = 0     # of the text
     read: int = 0       # of these: the others did not fit
 
+# %% ../../nbs/data/18_raw_text.ipynb #1bb35f54
 class RawText:
     "The tokenizer of a model that reads raw source, with all that completing needs to know of its tokens."
     def __init__(self,
@@ -117,24 +119,10 @@ class RawText:
         starts = stated_ids(folder, 'bos_token_id') + sorted(self.ends) if folder else []
         self.start = [(starts + [i for i, b in enumerate(self.bytes) if not b] + [0])[0]]   # an empty text
 
-    def spells(self, token: int) -> bytes:
-        "The bytes of a token; none: it ends an answer."
-        return b'' if token in self.ends or token >= len(self.bytes) else self.bytes[token]
-
     @cached_property
     def _sorted(self) -> tuple: # (ids, their bytes), by bytes
         order = sorted((i for i in range(len(self.bytes)) if self.spells(i)), key=self.bytes.__getitem__)
         return np.array(order), [self.bytes[i] for i in order]
-
-    def beginning_with(self, text: bytes) -> np.ndarray: # of ids
-        "Tokens that spell `text` or more."
-        ids, spelled = self._sorted
-        return ids[bisect_left(spelled, text):bisect_left(spelled, text + b'\xff'*(1 + self.longest))]
-
-    def spelling(self, text: bytes) -> np.ndarray: # of ids
-        "Tokens that spell just `text`."
-        ids, spelled = self._sorted
-        return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
 
     @cached_property
     def vocabulary(self) -> dict: # word → id
@@ -159,6 +147,24 @@ class RawText:
     def longest(self) -> int:
         "Bytes of the longest token."
         return max(map(len, self.bytes), default=0)
+
+# %% ../../nbs/data/18_raw_text.ipynb #ee11995c
+@patch
+def spells(self: RawText, token: int) -> bytes:
+    "The bytes of a token; none: it ends an answer."
+    return b'' if token in self.ends or token >= len(self.bytes) else self.bytes[token]
+
+@patch
+def beginning_with(self: RawText, text: bytes) -> np.ndarray: # of ids
+    "Tokens that spell `text` or more."
+    ids, spelled = self._sorted
+    return ids[bisect_left(spelled, text):bisect_left(spelled, text + b'\xff'*(1 + self.longest))]
+
+@patch
+def spelling(self: RawText, text: bytes) -> np.ndarray: # of ids
+    "Tokens that spell just `text`."
+    ids, spelled = self._sorted
+    return ids[bisect_left(spelled, text):bisect_right(spelled, text)]
 
 # %% ../../nbs/data/18_raw_text.ipynb #792ec56f
 @patch
@@ -205,6 +211,7 @@ def surplus(
     "Tokens that are left out at the beginning: whole blocks, so that the rest stays in place while the text grows by less."
     return -(-max(0, tokens - room)//block)*block
 
+# %% ../../nbs/data/18_raw_text.ipynb #da96a064
 @patch
 def _fit(self: RawText, text: str, ids: list, room: int, block: int) -> list: # of ids
     "The end of a text, at most `room` tokens."
@@ -227,6 +234,7 @@ def asked_infill(self: RawText) -> Infill:
     raise ValueError(f'the tokenizer has no tokens that mark a gap, so this model cannot fill in: leave out what follows the cursor, '
                      f'or use a model such as {known}.')
 
+# %% ../../nbs/data/18_raw_text.ipynb #b99acbb4
 @patch
 def prompts(self: RawText,
     texts: list,      # Up to the cursor
@@ -243,8 +251,11 @@ def prompts(self: RawText,
     rows = zip(texts, encode_batch(self.tok, texts), suffixes, after)
     return [self._prompt(text, ids, room, heal, None if s is None else more, block) for text, ids, s, more in rows]
 
+# %% ../../nbs/data/18_raw_text.ipynb #c0ec0b89
 @patch
 def _prompt(self: RawText, text: str, ids: list, room: int, heal: int, after: list | None, block: int) -> Prompt:
+    own = len(self.begin) + (0 if after is None else 3)   # tokens that mark the beginning and the gap
+    if room <= own: raise ValueError(f'a prompt may have {room} tokens, of which {own} are marks: ask for fewer new tokens.')
     room, n = room - len(self.begin), len(ids)
     if after is not None:
         infill, half = self.asked_infill(), (room - 3)//2
@@ -271,10 +282,8 @@ def place_of(argument: str) -> tuple | None: # (file, line, column)
 
 def decode_source(data: bytes, name: str) -> str:
     "Source in the encoding that it declares. Raises `ValueError` for bytes that are no text."
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-    except (SyntaxError, UnicodeDecodeError) as e:
+    try: text = decoded(data)
+    except UnicodeError as e:
         raise ValueError(f'{name} is not text ({e}): give a source file.') from None
     if '\0' in text: raise ValueError(f'{name} is binary: give a source file.')
     return text
@@ -286,6 +295,7 @@ def read_source(path) -> str:
     if not path.is_file(): raise FileNotFoundError(f'there is no file {path}: give a source file.')
     return decode_source(path.read_bytes(), str(path))
 
+# %% ../../nbs/data/18_raw_text.ipynb #90210aee
 def split_at(
     text: str,
     line: int,    # From 1
@@ -293,8 +303,7 @@ def split_at(
     name: str = 'the text',
 ) -> tuple: # (before, after)
     "Cut a text at a cursor. Raises `ValueError` for a cursor outside."
-    lines = io.StringIO(text, newline='').readlines()
-    if not lines or lines[-1].endswith(('\n', '\r')): lines.append('')
+    lines = source_lines(text, to_cursor=True)
     if not 1 <= line <= len(lines):
         raise ValueError(f'{name} has {len(lines)} lines, so the cursor cannot be in line {line}: give a line from 1 to {len(lines)}.')
     most = len(lines[line-1].rstrip('\r\n')) + 1

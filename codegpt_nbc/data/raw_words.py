@@ -6,9 +6,9 @@
 __all__ = ['source_of', 'Spacing', 'to_source', 'open_at_end', 'is_whole', 'Cursor', 'to_words', 'answer_source']
 
 # %% ../../nbs/data/19_raw_words.ipynb #4d6de37a
-import io, keyword, re, tokenize
+import keyword, re, tokenize
 from dataclasses import dataclass, field
-from .text_format import Literals, abstract, spell_out
+from .text_format import Literals, abstract, source_lines, spell_out
 
 # %% ../../nbs/data/19_raw_words.ipynb #b9c4f6eb
 _STRING = re.compile(r"""([a-z]*)('{3}|"{3}|['"]|)<STR_LIT(?::(.*))?>('{3}|"{3}|['"]|)""", re.DOTALL)
@@ -36,6 +36,7 @@ def _is_value(word: str) -> bool:
     if word in _VALUES or word[-1:] in ('"', "'"): return True
     return word[:1].isalnum() and not keyword.iskeyword(word) or word.isidentifier() and not keyword.iskeyword(word)
 
+# %% ../../nbs/data/19_raw_words.ipynb #d9b54ba1
 class Spacing:
     "The blanks of source, word by word."
     def __init__(self): self.before, self.open, self.sign, self.annotated, self.lambdas = '', [], False, False, 0
@@ -74,6 +75,7 @@ class Spacing:
         self.before, self.sign = '', False
         if not self.open: self.annotated, self.lambdas = False, 0
 
+# %% ../../nbs/data/19_raw_words.ipynb #2e110436
 def to_source(
     words: list, # One line
     spacing: Spacing | None = None, # After the lines before; None: there are none
@@ -84,29 +86,40 @@ def to_source(
     return out
 
 # %% ../../nbs/data/19_raw_words.ipynb #7caab181
-_OPENING = re.compile(r"""(?P<comment>\#)|(?:(?<!\w)(?P<prefix>[a-zA-Z]{1,2}))?(?P<quote>'{3}|"{3}|['"])""")
-_CLOSING = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '"""')}
-_CLOSING |= {q: re.compile(rf'(?:[^\\\r\n{q}]|\\.)*{q}', re.DOTALL) for q in ("'", '"')}
+_OPENING = re.compile(r"""(?P<comment>\#)|(?:(?<!\w)(?P<prefix>[bBfFrRtTuU]{1,2}))?(?P<quote>'{3}|"{3}|['"])""")
+_TRIPLE = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '"""')}   # content, and the end
+# Content up to the quote that ends it, or to the end of the line
+_CONTENT = {q: re.compile(rf'[^\\\r\n{q}]*(?:\\(?:\r\n|.)[^\\\r\n{q}]*)*', re.DOTALL) for q in ("'", '"')}
+
+def _string_end(source: str, quote: str, at: int) -> int | None: # None: the string is open
+    "Where a string ends whose content begins at `at`. One that its line breaks off is an error in a line before: only its quote counts."
+    if quote in _TRIPLE:
+        closed = _TRIPLE[quote].match(source, at)
+        return closed and closed.end()
+    end = _CONTENT[quote].match(source, at).end()
+    if source.startswith(quote, end): return end + 1
+    return at if source.startswith(('\r', '\n'), end) else None
+
+_LINE_END = re.compile(r'[\r\n]')
 
 def _open_brackets(code: str, depth: int) -> int:
     "How many brackets are open after `code`, where `depth` were before; one that closes nothing is an error that is passed over."
     for c in re.findall(r'[()\[\]{}]', code): depth = depth + 1 if c in '([{' else max(0, depth - 1)
     return depth
 
+# %% ../../nbs/data/19_raw_words.ipynb #d6b9e7c0
 def open_at_end(source: str) -> tuple: # ('comment', 'string' or '', position where it begins, open brackets)
     "What is open at the end of a text."
     at = depth = 0
     while found := _OPENING.search(source, at):
         depth = _open_brackets(source[at:found.start()], depth)
         if found['comment']:
-            end = re.compile(r'[\r\n]').search(source, found.end())
+            end = _LINE_END.search(source, found.end())
             if not end: return 'comment', found.start(), depth
             at = end.start()
-            continue
-        closed = _CLOSING[found['quote']].match(source, found.end())
-        broken = len(found['quote']) == 1 and re.search(r'(?<!\\)[\r\n]', source[found.end():])   # an error in a line before
-        if not closed and not broken: return 'string', found.start(), depth
-        at = closed.end() if closed else found.end()
+        else:
+            at = _string_end(source, found['quote'], found.end())
+            if at is None: return 'string', found.start(), depth
     return '', len(source), _open_brackets(source[at:], depth)
 
 def is_whole(
@@ -114,16 +127,12 @@ def is_whole(
 ) -> bool: # Is no bracket, string or continued line open?
     "Does a statement end here?"
     kind, start, depth = open_at_end(source)
-    if kind == 'string': return not source.startswith(("'''", '"""'), _OPENING.match(source, start).start('quote'))
+    if kind == 'string' and source.startswith(("'''", '"""'), _OPENING.match(source, start).start('quote')): return False
+    if kind == 'string': return not source.endswith('\\')   # its line breaks it off, or goes on
     return not depth and (kind == 'comment' or not source.endswith('\\'))
 
 # %% ../../nbs/data/19_raw_words.ipynb #5c9a452d
 _CLEAR = re.compile(r'<(STR|NUM)_LIT>')
-
-def _lines(text: str) -> list:
-    "Lines with their ends; the last has none. (`str.splitlines` also cuts at form feeds.)"
-    lines = io.StringIO(text, newline='').readlines()
-    return lines if lines and not lines[-1].endswith(('\n', '\r')) else [*lines, '']
 
 @dataclass(frozen=True)
 class Cursor:
@@ -149,6 +158,7 @@ def _next_indent(lines: list) -> str: # `lines`: those before the cursor's
     if last.split('#')[0].rstrip().endswith(':'): return indent + ('\t' if indent.startswith('\t') else '    ')
     return '' if not ''.join(lines[-2:]).strip() else indent
 
+# %% ../../nbs/data/19_raw_words.ipynb #90f00bec
 def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) → word
     "Where each literal without content had its content."
     out = {}
@@ -157,6 +167,7 @@ def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) →
         if kind and i >= 2 and any(w.isidentifier() for w in words[i-2:i]): out[kind[1], words[i-2], words[i-1]] = full
     return out
 
+# %% ../../nbs/data/19_raw_words.ipynb #bc164df8
 def to_words(
     source: str,        # Up to the cursor
     literals: Literals, # That keep their content
@@ -167,7 +178,7 @@ def to_words(
     kind, start, _ = open_at_end(source)
     if kind == 'comment':
         raise ValueError('the cursor is in a comment, but the model reads source without comments: complete code, or use a raw model.')
-    *whole, last = _lines(source[:start])
+    *whole, last = source_lines(source[:start], to_cursor=True)
     spelled = _spelled(''.join(whole))
     goes_on = bool(whole) and whole[-1].rstrip('\r\n').endswith('\\')
     if spelled and not goes_on: spelled.append('<EOL>')
@@ -193,6 +204,7 @@ def _finished_string(word: str, cursor: Cursor) -> str: # source
     quote = opening.lstrip('abcdefghijklmnopqrstuvwxyz')
     return cursor.typed + (quote if _CLEAR.search(word) else source_of(word)[len(opening) + len(typed):])
 
+# %% ../../nbs/data/19_raw_words.ipynb #650cd4b8
 def answer_source(
     cursor: Cursor,
     line: str,      # The completion in words, `typed` with it

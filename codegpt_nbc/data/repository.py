@@ -11,7 +11,7 @@ import os, pandas as pd
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from ..core.paths import CORPUS, atomic_path, project_root, read_json, write_json
+from ..core.paths import CORPUS, new_folder, project_root, read_json, write_json
 from .corpus import SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
 from .samples import FORMS, PROTOCOLS, cut_samples, draw_places
 from .text_format import Literals, abstract
@@ -32,19 +32,29 @@ def repository_files(folder) -> list: # of `SourceFile`; project: the folder's n
 
 def _is_published(path: Path) -> bool:
     "Whether a file named train.txt or the like holds CodeXGLUE's lines, or a table holds code."
-    if path.suffix == '.txt':
-        with open(path, encoding='utf-8', errors='replace') as f: return '<EOL>' in f.read(2**16)
+    try:
+        if path.suffix == '.txt':
+            with open(path, encoding='utf-8', errors='replace') as f: return '<EOL>' in f.read(2**16)
+    except OSError: return False     # which its owner alone may read
     import pyarrow.parquet as pq
     try: return bool({'code', 'text'} & set(pq.ParquetFile(path).schema_arrow.names))
     except Exception: return False   # a table of another kind, or damaged: its owner's own
 
+_PROJECT = ('__init__.py', 'pyproject.toml', 'setup.py', 'setup.cfg')   # one of them is in the folder of a package or a project
+
+# %% ../../nbs/data/14_repository.ipynb #81e00859
+def _is_of_a_project(path: Path, folder: Path) -> bool:
+    "Whether a file lies in a Python project below `folder`, or `folder` is one: it is that project's data."
+    above = [d for d in path.parents if d == folder or folder in d.parents]
+    return any((d/name).is_file() for d in above for name in _PROJECT)
+
 def is_repository(folder) -> bool:
-    "Whether a folder holds Python files, and no code in a published layout."
+    "Whether a folder holds Python files, and no code in a published layout but the data of its projects."
     folder = Path(folder)
     if not repository_files(folder): return False
     tables = [*folder.rglob('*.txt'), *folder.rglob('*.parquet')]
     named = [p for p in tables if {'train', 'test'} & set(p.stem.replace('-', '_').split('_'))]
-    return not any(map(_is_published, named))
+    return not any(_is_published(p) for p in named if not _is_of_a_project(p, folder))
 
 # %% ../../nbs/data/14_repository.ipynb #35742ffa
 def side_of(
@@ -70,6 +80,7 @@ def repository_sides(folder) -> tuple: # (DataFrame: path, split, source, text (
     if any(counts.get(side, 0) < n for side, n in FEWEST.items()): raise ValueError(_too_few(folder, len(df), len(sources)))
     return df.sample(frac=1, random_state=42).reset_index(drop=True), {k: v for k, v in skipped.items() if v}
 
+# %% ../../nbs/data/14_repository.ipynb #e972efd7
 def _too_few(folder, usable: int, of: int) -> str:
     return (f'{folder} has too few usable Python files ({usable} of {of}) to train on some and be judged by others: '
             'give a folder with twenty or more, of six lines or more each.')
@@ -119,8 +130,7 @@ def imported_repository(
     out = project_root()/'build'/'imported'/key
     if out.is_dir(): return out
     df, skipped = repository_sides(folder)
-    with atomic_path(out) as tmp:
-        tmp.mkdir()
+    with new_folder(out, 'corpus') as tmp:   # another process may have made it meanwhile
         tables = repository_tables(df, literals)
         for name, t in tables.items():
             (tmp/name).parent.mkdir(exist_ok=True)

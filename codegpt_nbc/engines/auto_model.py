@@ -159,6 +159,7 @@ def _check_arguments(given: dict):
     other = sorted(key for key, value in given.items() if value and key not in _IGNORED)
     if other: raise ValueError(f'a folder of codegpt_nbc is read as it is, without {", ".join(other)}: leave the argument out.')
 
+# %% ../../nbs/engines/57_auto_model.ipynb #5356b7fe
 def _in_dtype(decoder: Decoder, dtype) -> Decoder:
     "The decoder in another float type. Raises `ValueError` for a quantised one."
     if isinstance(dtype, str) and dtype != 'auto': dtype = getattr(torch, dtype)

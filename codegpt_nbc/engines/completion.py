@@ -8,6 +8,7 @@ __all__ = ['STOPS', 'RESTARTS', 'UntilLine', 'UntilStatement', 'UntilEnd', 'stop
 
 # %% ../../nbs/engines/56_completion.ipynb #b6317ae8
 import codecs, re, warnings, numpy as np
+from fastcore.basics import patch
 from heapq import heappush
 from ..data.raw_text import HEAL, RawText, surplus
 from ..data.raw_words import Cursor, answer_source, is_whole, to_words
@@ -40,6 +41,7 @@ class UntilEnd:
 
 STOPS = {'line': UntilLine, 'statement': UntilStatement, 'end': UntilEnd}
 
+# %% ../../nbs/engines/56_completion.ipynb #a9fa67c6
 def stop_named(stop: str) -> type:
     "The class of a stop rule. Raises `ValueError` for another name."
     if stop not in STOPS: raise ValueError(f'stop is {stop!r}: choose one of {", ".join(STOPS)}.')
@@ -48,6 +50,7 @@ def stop_named(stop: str) -> type:
 # %% ../../nbs/engines/56_completion.ipynb #66f6b826
 RESTARTS = 4   # beginnings that an answer is read again with, at most
 
+# %% ../../nbs/engines/56_completion.ipynb #702e856a
 class Answer:
     "An answer in progress."
     def __init__(self,
@@ -64,39 +67,44 @@ class Answer:
         "Begin anew."
         self.spelled, self.text, self.left, self.ended = 0, b'', self.max_new, False   # `spelled`: bytes of `owed` that are written
 
-    def pick(self, logits: np.ndarray) -> int: # (vocab,) → id
-        "The next token. `turned` says that another beginning, now `path`, is more probable than all that go on from here."
-        if self.spelled >= len(self.choices): return int(logits.argmax())
-        whole, parts = self.choices[self.spelled]
-        total = np.logaddexp.reduce(logits)
-        best = whole[[logits[whole].argmax()]] if len(whole) else whole
-        for t in (*best, *parts): heappush(self.others, (self.cost + float(total - logits[t]), (*self.path, int(t))))
-        if self.restarts >= RESTARTS: self.others = [o for o in self.others if o[1][:-1] == self.path]
-        before, (self.cost, self.path) = self.path, min(self.others)
-        self.others.remove((self.cost, self.path))
-        self.turned = self.path[:-1] != before
-        return self.path[-1]
+# %% ../../nbs/engines/56_completion.ipynb #058dca29
+@patch
+def pick(self: Answer, logits: np.ndarray) -> int: # (vocab,) → id
+    "The next token. `turned` says that another beginning, now `path`, is more probable than all that go on from here."
+    if self.spelled >= len(self.choices): return int(logits.argmax())
+    whole, parts = self.choices[self.spelled]
+    total = np.logaddexp.reduce(logits)
+    best = whole[[logits[whole].argmax()]] if len(whole) else whole
+    for t in (*best, *parts): heappush(self.others, (self.cost + float(total - logits[t]), (*self.path, int(t))))
+    if self.restarts >= RESTARTS: self.others = [o for o in self.others if o[1][:-1] == self.path]
+    before, (self.cost, self.path) = self.path, min(self.others)
+    self.others.remove((self.cost, self.path))
+    self.turned = self.path[:-1] != before
+    return self.path[-1]
 
-    def take(self, token: int) -> bool: # Has the answer ended?
-        "Append a token."
-        piece = self.raw.spells(token)
-        self.ended = not piece
-        if not piece: return True
-        rest = len(self.owed) - self.spelled
-        self.spelled += min(rest, len(piece))
-        piece = piece[rest:]
-        if not piece: return False   # all of it was owed
-        end = self.stop(self.text, piece)
-        self.text += piece[:end]
-        self.left, self.ended = self.left - 1, end is not None
-        return self.ended or not self.left
+@patch
+def take(self: Answer, token: int) -> bool: # Has the answer ended?
+    "Append a token."
+    piece = self.raw.spells(token)
+    self.ended = not piece
+    if not piece: return True
+    rest = len(self.owed) - self.spelled
+    self.spelled += min(rest, len(piece))
+    piece = piece[rest:]
+    if not piece: return False   # all of it was owed
+    end = self.stop(self.text, piece)
+    self.text += piece[:end]
+    self.left, self.ended = self.left - 1, end is not None
+    return self.ended or not self.left
 
-    def turn(self) -> bool: # Is there more to write?
-        "Take the other beginning."
-        self.turned, self.restarts = False, self.restarts + 1
-        self.reset()
-        return not any([self.take(t) for t in self.path])
+@patch
+def turn(self: Answer) -> bool: # Is there more to write?
+    "Take the other beginning."
+    self.turned, self.restarts = False, self.restarts + 1
+    self.reset()
+    return not any([self.take(t) for t in self.path])
 
+# %% ../../nbs/engines/56_completion.ipynb #1d6b0e0f
 class AnswerRule:
     "The rule of the greedy loop for raw source."
     def __init__(self, answers: list): self.answers = answers   # `Answer`, one a prompt
@@ -120,6 +128,7 @@ def _sizes(engine: Engine, max_new: int) -> tuple: # (tokens of a prompt, bytes 
 
 def _block(block: int | None, room: int) -> int: return max(1, room//4) if block is None else block
 
+# %% ../../nbs/engines/56_completion.ipynb #ffcf92b0
 def answer_all(
     engine: Engine,
     prompts: list,           # of lists of ids
@@ -144,6 +153,7 @@ def text_of_bytes(text: bytes) -> str:
     "Whole characters: half a one at the end is left out, and bytes that are no UTF-8 become U+FFFD."
     return codecs.getincrementaldecoder('utf-8')('replace').decode(text)
 
+# %% ../../nbs/engines/56_completion.ipynb #97072647
 def complete_raw(
     engine: Engine,
     tokenizer,               # `RawText`, or a tokenizer
@@ -174,6 +184,7 @@ class Pieces:
     def __iter__(self): return self
     def __next__(self): return next(self.pieces)
 
+# %% ../../nbs/engines/56_completion.ipynb #c20dcfc1
 def stream_raw(
     engine: Engine,
     tokenizer,               # `RawText`, or a tokenizer
@@ -222,6 +233,7 @@ class WordsAnswer(Answer):
         self.spelled += max(1, len(self.raw.spells(token)))
         return not self.left
 
+# %% ../../nbs/engines/56_completion.ipynb #62a19ea2
 def _words_prompt(raw: RawText, cursor: Cursor) -> tuple: # (ids, bytes owed, literals or None)
     "A prompt of whole words, and what holds the answer to the word at the cursor."
     text = ' '.join(cursor.words)
@@ -254,6 +266,7 @@ def _as_source(raw: RawText, cursors: list, answers: list) -> list: # of strings
     lines = decode_lines(raw.tok, [a.tokens for a in answers])
     return [answer_source(c, (c.inside[0] if c.inside else '') + line) for c, line in zip(cursors, lines)]
 
+# %% ../../nbs/engines/56_completion.ipynb #7874eb0b
 def complete_source(
     engine: Engine,
     tokenizer,               # `RawText`, or a tokenizer; with `<EOL>`
@@ -270,6 +283,7 @@ def complete_source(
     for _ in answer_all(engine, ids, answers, max_new + heal, batch): pass
     return _as_source(raw, cursors, answers)
 
+# %% ../../nbs/engines/56_completion.ipynb #f8c362da
 def stream_source(
     engine: Engine,
     tokenizer,               # See `complete_source`

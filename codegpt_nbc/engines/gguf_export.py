@@ -113,6 +113,7 @@ def in_blocks(
 def _values(m: nn.Module) -> torch.Tensor: # (rows, cols), or (channels,) of a norm
     return m.dequantized() if hasattr(m, 'dequantized') else m.weight.detach().float()
 
+# %% ../../nbs/engines/58_gguf.ipynb #c5da1130
 def tensors_of(
     model: Decoder,     # From `in_blocks`
     half: bool = False, # Matrices in half precision, not single?
@@ -151,6 +152,7 @@ def split_name(tok: Tokenizer) -> str:
         raise ValueError('llama.cpp has no name for what this tokenizer does before BPE: use the model in another engine.')
     return SPLITS[tuple(parts)]
 
+# %% ../../nbs/engines/58_gguf.ipynb #7396d946
 def tokenizer_of(
     tok: Tokenizer,
     vocab: int,  # Rows of the embedding; those without a token are filled
@@ -185,6 +187,7 @@ def _check_target(path: Path):
     with open(path, 'rb') as f: found = f.read(4)
     if found != b'GGUF': raise FileExistsError(f'{path} is no GGUF file: choose another name, or remove it yourself.')
 
+# %% ../../nbs/engines/58_gguf.ipynb #912f637b
 def _write(path, arch: str, about: dict, tensors):
     "Write the file with the package."
     package = gguf()
@@ -192,7 +195,9 @@ def _write(path, arch: str, about: dict, tensors):
     for key, value in about.items(): getattr(w, f'add_{key}')(value)
     for name, array, kind in tensors:
         w.add_tensor(name, np.ascontiguousarray(array), raw_dtype=package.GGMLQuantizationType[kind] if kind else None)
-    for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close): write()
+    try:
+        for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file): write()
+    finally: w.close()   # also where the disk is full: a file that is open cannot be removed everywhere
 
 # %% ../../nbs/engines/58_gguf.ipynb #d7c86661
 def export_gguf(
@@ -217,6 +222,7 @@ def export_gguf(
     with atomic_path(out) as tmp: _write(tmp, arch, about, tensors_of(model, precision == 'fp16'))
     return out
 
+# %% ../../nbs/engines/58_gguf.ipynb #06984670
 def _adds_bos(folder) -> bool:
     "Does the tokenizer's configuration ask for a token at the beginning of a text?"
     path = Path(folder)/'tokenizer_config.json'

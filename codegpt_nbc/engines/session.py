@@ -69,6 +69,7 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
 
 LOGITS = 2**22   # bytes of logits that a row remembers
 
+# %% ../../nbs/engines/55_session.ipynb #b957fbfa
 class Cached:
     """An engine that remembers the row that it read and wrote last, and reads of the next prompt what comes after the common beginning.
 
@@ -139,6 +140,7 @@ def _append(self: Cached, before: np.ndarray, new: np.ndarray, last: int):
     logits = self.engine.extend(new, last).copy()                               # (last, vocab); an engine may use its memory again
     self.ids, self.logits = np.append(before, new), [*earlier, *logits][-self.remembered:]
 
+# %% ../../nbs/engines/55_session.ipynb #dc0e383f
 @patch
 def step(self: Cached, tokens): # (1,) → (1, vocab)
     "Append a token; the logits after it."
@@ -179,6 +181,7 @@ def write(
     work = engine.work
     return Written(tokens, work.passes, work.drafted, work.accepted)
 
+# %% ../../nbs/engines/55_session.ipynb #a3dbfff5
 def lookup(
     engine: Engine,
     prompt: list,  # Token ids, not empty, at most the context less `max_new`
@@ -261,6 +264,7 @@ def window(self: Session,
         warnings.warn(f'the text has {len(ids)} tokens: it is read without the first {self.dropped}.', Truncated, stacklevel=3)
     return ids[self.dropped:]
 
+# %% ../../nbs/engines/55_session.ipynb #6753caa5
 @patch
 def complete(self: Session,
     text: str,                 # In CodeXGLUE's format
@@ -292,45 +296,55 @@ class Prefixes:
         self.name, self.context, self.vocab = engine.name, engine.context, engine.vocab
         self.rows, self.works = [], []   # `Cached`, the one used last at the end; `Work` of each prompt read, the caller's to clear
 
-    def row_for(self, ids: np.ndarray) -> Cached: # (n,) → the row
-        "The row that shares most with a prompt, if that is half of one of them; or else a new one."
-        shared = [_common(ids, row.ids[:row.filled]) for row in self.rows]
-        best = int(np.argmax(shared)) if shared else 0
-        fits = shared and 2*shared[best] >= min(len(ids), self.rows[best].filled) and shared[best]
-        row = self.rows.pop(best) if fits else Cached(self.engine, self.drafts)
-        self.rows.append(row)
-        return row
-
     @property
     def bytes(self) -> int:
         "Memory of all caches."
         return sum(row.bytes for row in self.rows)
 
-    def trim(self):
-        "Forget the rows that were not used for longest, until the others fit the memory."
-        while len(self.rows) > 1 and self.bytes > self.memory: self.rows.pop(0)
+    def start(self, batch: int, capacity: int):
+        "Begin one row, see `prefill`."
+        self.shape = batch, capacity
 
-    def start(self, batch: int, capacity: int): self.shape = batch, capacity
-    def keep(self, rows): pass
+    def keep(self, rows):
+        "The only row goes on."
 
-    def prefill(self, ids, lengths): # (1, S) and (1,) → (1, vocab)
-        "As `Cached.prefill`, by the row that fits."
-        self.check()
-        self.row = self.row_for(ids[0, :lengths[0]])
-        self.row.start(*self.shape)
-        began = perf_counter()
-        logits = self.row.prefill(ids, lengths)
-        self.row.work.seconds = perf_counter() - began
-        self.works.append(self.row.work)
-        self.trim()
-        return logits
+# %% ../../nbs/engines/55_session.ipynb #203d5ff8
+@patch
+def row_for(self: Prefixes, ids: np.ndarray) -> Cached: # (n,) → the row
+    "The row that shares most with a prompt, if that is half of one of them; or else a new one."
+    shared = [_common(ids, row.ids[:row.filled]) for row in self.rows]
+    best = int(np.argmax(shared)) if shared else 0
+    fits = shared and 2*shared[best] >= min(len(ids), self.rows[best].filled) and shared[best]
+    row = self.rows.pop(best) if fits else Cached(self.engine, self.drafts)
+    self.rows.append(row)
+    return row
 
-    def step(self, tokens): # (1,) → (1, vocab)
-        "As `Cached.step`."
-        self.check()
-        logits = self.row.step(tokens)
-        self.trim()
-        return logits
+@patch
+def trim(self: Prefixes):
+    "Forget the rows that were not used for longest, until the others fit the memory."
+    while len(self.rows) > 1 and self.bytes > self.memory: self.rows.pop(0)
+
+# %% ../../nbs/engines/55_session.ipynb #e56c436a
+@patch
+def prefill(self: Prefixes, ids, lengths): # (1, S) and (1,) → (1, vocab)
+    "As `Cached.prefill`, by the row that fits."
+    self.check()
+    self.row = self.row_for(ids[0, :lengths[0]])
+    self.row.start(*self.shape)
+    began = perf_counter()
+    logits = self.row.prefill(ids, lengths)
+    self.row.work.seconds = perf_counter() - began
+    self.works.append(self.row.work)
+    self.trim()
+    return logits
+
+@patch
+def step(self: Prefixes, tokens): # (1,) → (1, vocab)
+    "As `Cached.step`."
+    self.check()
+    logits = self.row.step(tokens)
+    self.trim()
+    return logits
 
 # %% ../../nbs/engines/55_session.ipynb #8565b421
 def _timed(f, *args) -> tuple: # (result, seconds)
@@ -343,6 +357,7 @@ def _in_turn(ways: dict, first: int) -> dict: # name → (result, seconds)
     names = [*ways][start:] + [*ways][:start]
     return {name: _timed(ways[name]) for name in names}
 
+# %% ../../nbs/engines/55_session.ipynb #25dc01b0
 def measure_lookup(
     engine: Engine,
     tok,                     # The model's tokenizer
@@ -373,6 +388,7 @@ def held_out_files(n: int | None = None) -> list: # Finished CodeXGLUE lines
     df = load_samples('thesis', n)
     return (df.input + ' ' + df['gt']).tolist()
 
+# %% ../../nbs/engines/55_session.ipynb #9fb0ead7
 def edited(
     tok,             # The model's tokenizer
     file: str,       # A file of `held_out_files`
@@ -417,6 +433,7 @@ def _compare_edits(
                          same=lines['cold'] == lines['warm'], same_drafted=lines['cold'] == lines['drafted']))
     return rows
 
+# %% ../../nbs/engines/55_session.ipynb #fb5cca8b
 def measure_edits(
     engine: Engine,
     tok,                     # The model's tokenizer
@@ -462,6 +479,7 @@ def summarise_lookup(
         tokens_per_pass=float((df.tokens - 1).sum()/max(1, df.passes.sum())),
         accepted_of_guessed=float(df.accepted.sum()/max(1, df.guessed.sum())), same_text=int(df.same.sum()))
 
+# %% ../../nbs/engines/55_session.ipynb #cdf11054
 def summarise_edits(
     df, # From `measure_edits`
 ) -> dict:

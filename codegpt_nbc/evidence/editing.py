@@ -14,6 +14,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.paths import read_json, write_json
 from ..data.raw_text import RawText
+from ..data.text_format import source_lines
 from ..data.tokenizer import load_tokenizer, text_of
 from ..engines.completion import complete_raw, complete_source
 from ..engines.generate import MAX_NEW
@@ -35,6 +36,7 @@ class Edit:
         "Make the change."
         return text[:self.at] + self.new + text[self.at + self.gone:]
 
+# %% ../../nbs/evidence/69_editing.ipynb #a9d1664d
 @dataclass
 class Trace:
     "A recording of edits."
@@ -66,7 +68,6 @@ class Trace:
 # %% ../../nbs/evidence/69_editing.ipynb #03fd0a00
 PAUSES = {'key': (.2, .45), 'line': (1.2, .6), 'jump': (2.5, .6), 'paste': (1.5, .5)}   # median in seconds, σ of its logarithm
 HABITS = {'slip': .02, 'paste': .12, 'undo': .05, 'revise': .15, 'switch': .4}   # probability: of a key, of a line (three), of a block
-
 class Hand:
     "Somebody who edits, and the trace that is left."
     def __init__(self,
@@ -76,7 +77,7 @@ class Hand:
         most: int = 12,   # Lines of a block, at most
     ):
         self.rng, self.edits = np.random.default_rng(seed), []
-        self.pieces = [self.cut(text.splitlines(True), blocks, most) for text in files]   # of lists of [lines, is it there?]
+        self.pieces = [self.cut(source_lines(text), blocks, most) for text in files]   # of lists of [lines, is it there?]
         self.texts = [self.text(i) for i in range(len(files))]
         self.begin = list(self.texts)
 
@@ -95,22 +96,29 @@ class Hand:
         "A file as it is."
         return ''.join(text for text, there in self.pieces[i] if there)
 
-    def open_blocks(self, i: int) -> list: # of numbers of pieces
-        "The blocks that a file still lacks."
-        return [k for k, (_, there) in enumerate(self.pieces[i]) if not there]
+# %% ../../nbs/evidence/69_editing.ipynb #cc6b1f8e
+@patch
+def open_blocks(self: Hand, i: int) -> list: # of numbers of pieces
+    "The blocks that a file still lacks."
+    return [k for k, (_, there) in enumerate(self.pieces[i]) if not there]
 
-    def wait(self, kind: str) -> float:
-        "A pause of `PAUSES`."
-        median, sigma = PAUSES[kind]
-        return round(float(median*np.exp(sigma*self.rng.standard_normal())), 3)
+@patch
+def wait(self: Hand, kind: str) -> float:
+    "A pause of `PAUSES`."
+    median, sigma = PAUSES[kind]
+    return round(float(median*np.exp(sigma*self.rng.standard_normal())), 3)
 
-    def happens(self, habit: str) -> bool: return self.rng.random() < HABITS[habit]
+@patch
+def happens(self: Hand, habit: str) -> bool:
+    "Chance, with the probability of a habit."
+    return self.rng.random() < HABITS[habit]
 
-    def do(self, file: int, kind: str, at: int, gone: int = 0, new: str = '', pause: str = 'key'):
-        "Make an edit and note it."
-        edit = Edit(file, kind, at, gone, new, self.wait(pause))
-        self.texts[file] = edit.on(self.texts[file])
-        self.edits.append(edit)
+@patch
+def do(self: Hand, file: int, kind: str, at: int, gone: int = 0, new: str = '', pause: str = 'key'):
+    "Make an edit and note it."
+    edit = Edit(file, kind, at, gone, new, self.wait(pause))
+    self.texts[file] = edit.on(self.texts[file])
+    self.edits.append(edit)
 
 # %% ../../nbs/evidence/69_editing.ipynb #82638e2d
 def _keys(line: str): # yields strings
@@ -139,12 +147,13 @@ def write_line(self: Hand, file: int, at: int, line: str) -> int: # where the li
         if not undone: return at + len(line)
         self.do(file, 'undo', at, gone=len(line), pause='jump')
 
+# %% ../../nbs/evidence/69_editing.ipynb #c1a84199
 @patch
 def write_block(self: Hand, file: int, piece: int):
     "Go to the place of a block and write it."
     at = sum(len(text) for text, there in self.pieces[file][:piece] if there)
     self.do(file, 'jump', at, pause='jump')
-    for line in self.pieces[file][piece][0].splitlines(True):
+    for line in source_lines(self.pieces[file][piece][0]):
         at = self.write_line(file, at, line)
         if self.happens('revise'): self.revise(file, at)
     self.pieces[file][piece][1] = True
@@ -156,7 +165,7 @@ def revise(self: Hand, file: int, back: int):
     starts = [i + 1 for i, c in enumerate(text[:back - 1]) if c == '\n']
     if not starts: return
     start = starts[int(self.rng.integers(len(starts)))]
-    line = text[start:text.index('\n', start)]
+    line, *_ = text[start:].split('\n', 1)   # the last one may have no end
     at = start + len(line) - len(line)//2
     self.do(file, 'jump', at, pause='jump')
     if gone := start + len(line) - at:
@@ -181,6 +190,7 @@ def record(
     ends = np.cumsum([edit.pause for edit in hand.edits])
     return Trace(hand.begin, hand.edits[:int(np.searchsorted(ends, seconds))])
 
+# %% ../../nbs/evidence/69_editing.ipynb #65ea7ace
 def held_out_pair(
     n: int = 2,           # Files
     least: int = 12_000,  # Characters of each
@@ -217,6 +227,7 @@ class Completer:
             return complete_source(self.engine, self.raw, [text], self.max_new, block=None)[0]
         except ValueError: return None
 
+# %% ../../nbs/evidence/69_editing.ipynb #6c22ac75
 def replay(
     trace: Trace,
     ways: dict,           # name → function: text before the cursor → answer or None
@@ -304,8 +315,11 @@ class OneSlot:
         engine.start(1, engine.context)
         self.ids = np.zeros(0, np.int64)
 
-    def start(self, batch: int, capacity: int): pass
-    def keep(self, rows): pass
+    def start(self, batch: int, capacity: int):
+        "What is cached stays."
+
+    def keep(self, rows):
+        "The only row goes on."
 
     def prefill(self, ids, lengths): # (1, S) and (1,) → (1, vocab)
         "Logits after the prompt."

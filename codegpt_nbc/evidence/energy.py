@@ -13,17 +13,25 @@ from pathlib import Path
 # %% ../../nbs/evidence/68_energy.ipynb #f3182782
 POWERCAP = Path('/sys/class/powercap')
 
+def _name_of(counter: Path) -> str: # '' where there is none
+    "What the kernel calls what a counter counts."
+    try: return (counter/'name').read_text(encoding='utf-8').strip()
+    except OSError: return ''
+
 def counters(
     folder=POWERCAP,
 ) -> dict: # package → (microjoules, at which the counter begins again); empty where none can be read
-    "The energy counters of all packages. Their parts, such as `intel-rapl:0:0`, are in them."
+    """The energy counters of all packages. Their parts, such as `intel-rapl:0:0`, are in them.
+
+    The counter of the whole platform, `psys`, which holds the packages once more, is left out."""
     found = {}
     for package in sorted(Path(folder).glob('intel-rapl:*')):
-        if package.name.count(':') != 1: continue
+        if package.name.count(':') != 1 or _name_of(package) == 'psys': continue
         try: found[package.name] = tuple(int((package/name).read_text(encoding='utf-8')) for name in ('energy_uj', 'max_energy_range_uj'))
         except (OSError, ValueError): continue    # no right to read it, or no such file
     return found
 
+# %% ../../nbs/evidence/68_energy.ipynb #6eac2fc5
 def joules_between(
     before: dict, after: dict, # From `counters`
 ) -> float | None: # None where a counter is missing
@@ -34,6 +42,7 @@ def joules_between(
         return end - start if end >= start else end - start + turn
     return sum(map(used, before))/1e6
 
+# %% ../../nbs/evidence/68_energy.ipynb #f0403364
 @dataclass
 class Meter:
     "Adds up the energy of the blocks that it stands around: `with meter: …`."

@@ -33,6 +33,7 @@ metadata: {{version: 1.0}}
 
 ENDS = {'codexglue': '"<EOL>"', 'raw': r'"\n"'}   # text → where a line ends, in YAML
 
+# %% ../../nbs/evidence/65_harness.ipynb #ccb49022
 def write_task(
     out,                  # Folder; written whole, or not at all
     protocol: str = 'codexglue',

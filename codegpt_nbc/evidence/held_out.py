@@ -31,7 +31,7 @@ def held_out_rows(
     samples = load_samples(protocols_of(text_of(folder))[0], folder=c.data_folder, skip=c.skip).drop_duplicates(['project', 'path'])
     files = encode_batch(load_tokenizer(folder), samples.input.tolist())
     rows = cut_rows(files, length, length + 1)[:max(1, round(asked/length))]
-    if len(rows)*length < asked - length:
+    if not rows or len(rows)*length < asked - length:
         raise ValueError(f'{asked} held-out tokens asked, but the test files give {len(rows)*length}: ask for fewer.')
     return torch.tensor(rows)
 
@@ -52,6 +52,7 @@ def figures_of_rows(
         divergences.append(F.kl_div(q, p, reduction='none', log_target=True).sum(-1).mean(1))
     return torch.cat(losses).double().numpy(), torch.cat(divergences).double().numpy()
 
+# %% ../../nbs/evidence/67_held_out.ipynb #c415143e
 def held_out_of(
     c: RunConfig,
     folder,          # The model folder that a run made
@@ -59,7 +60,8 @@ def held_out_of(
     "Loss and divergence of a run's model on held-out tokens."
     if not c.held_out or runtime_of(folder): return None
     model, dense = load_model(folder), load_model(c.reference_folder)
-    alike = load_tokenizer(folder).get_vocab() == load_tokenizer(c.reference_folder).get_vocab()
+    alike = (model.shape.vocab == dense.shape.vocab
+             and load_tokenizer(folder).get_vocab() == load_tokenizer(c.reference_folder).get_vocab())
     rows = held_out_rows(c, folder, min(model.shape.context, dense.shape.context))
     losses, divergences = figures_of_rows(model, dense if alike else model, rows)
     of_dense = dict(kl=round(float(divergences.mean()), 5), kl_ci=interval_of_means(divergences)) if alike else {}

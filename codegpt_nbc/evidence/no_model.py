@@ -22,11 +22,12 @@ def training_answers(
     folder=CORPUS,    # In the layout of the frozen corpus
     seed: int = 0,
 ) -> list: # of lines, one for each training file that has a place for an answer
-    "What a protocol would ask for in the training files."
+    "What a protocol would ask for in the training files. Raises `ValueError` where none has a place."
     about = protocol_named(protocol)
     texts = load_texts(folder, text=about.text)
     files = pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts})   # no file counts against another
     fitting = files[files.text.map(about.places).map(len) > 0]
+    if fitting.empty: raise ValueError(f'no training file in {folder} has a place for an answer of {protocol}: give more code.')
     return make_samples(fitting, protocol, len(fitting), seed, per_project=1)['gt'].tolist()
 
 def best_constant(

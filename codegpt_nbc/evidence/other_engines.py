@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'Peer', 'First', 'Generating', 'Transformers', 'TransformersBf16', 'Optimum',
            'OptimumDynamic', 'OpenVino', 'OpenVinoInt8', 'OpenVinoInt8Dynamic', 'OpenVinoInt4', 'OpenVinoInt4Dynamic',
-           'CTranslate2', 'make', 'open_peer', 'peers_python', 'python_of', 'prepare', 'machine_rates', 'floor',
-           'PeersConfig', 'benchmark']
+           'CTranslate2', 'make', 'open_peer', 'peers_python', 'python_of', 'prepare', 'machine_rates',
+           'weights_of_blocks', 'floor', 'PeersConfig', 'benchmark']
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #cb470b41
 import hashlib, os, shutil, subprocess, sys, tempfile
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from time import perf_counter
 from pydantic import Field
-from ..core.paths import PACKAGE, atomic_path, cores, models_dir, project_root, read_json, sha256, write_json
+from ..core.paths import PACKAGE, cores, models_dir, new_folder, project_root, read_json, sha256, write_json
 from ..data.inputs import RunConfig
 from .measure import OURS, Worker, compared, take_turns
 
@@ -36,9 +36,11 @@ class First:
     "A streamer that only reports the first new token; before it, `generate` puts the prompt."
     def __init__(self, first): self.first, self.seen = first, 0
     def put(self, _):
+        "Called for the prompt, then for each token."
         if self.seen == 1: self.first()
         self.seen += 1
-    def end(self): pass
+    def end(self):
+        "Called after the last one."
 
 class Generating(Peer):
     "A peer with transformers' `generate`."
@@ -218,14 +220,13 @@ PEER = 'codegpt_nbc.evidence.other_engines.open_peer'
 
 def make(name: str, source, out):
     "Convert the model folder `source` for an engine."
-    from codegpt_nbc.model.folder import copy_tokenizer
+    from codegpt_nbc.model.folder import copy_tokenizer, read_config, shape_of_config
     source = Path(source)
     if name in OUR_ENGINES: return _make_ours(name, source, Path(out))
-    with atomic_path(out) as tmp:
-        tmp.mkdir()
+    with new_folder(out, 'peer') as tmp:
         PEERS[name].make(source, tmp)
         copy_tokenizer(source, tmp)
-        write_json(tmp/'peer.json', {'name': name, 'context': read_json(source/'config.json')['n_positions']})
+        write_json(tmp/'peer.json', {'name': name, 'context': shape_of_config(read_config(source))[0].context})
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #55007426
 def open_peer(folder, threads: int) -> tuple: # as `measure.open_ours`
@@ -295,6 +296,7 @@ def _best(f, seconds: float = 2.) -> float:
     while perf_counter() < end: best = min(best, once())
     return best
 
+# %% ../../nbs/evidence/63_other_engines.ipynb #f19e9bbc
 def _int8_product(n: int, d: int, inner: int, threads: int): # → function
     "ONNX Runtime's product of unsigned and signed eight-bit integers, (n, d) × (d, inner)."
     import numpy as np, onnxruntime as ort
@@ -334,24 +336,31 @@ def machine_rates(
     finally: torch.set_num_threads(before)
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #d80c86cb
+def weights_of_blocks(shape) -> int: # `Shape` → weights
+    "The weights of all linear maps between embedding and head, as the family describes its layers."
+    from codegpt_nbc.model.decoder import halves
+    widths = [m.packed*m.per*units for _, _, sizes, maps in halves(shape) for units in sizes for m in maps]
+    return shape.d_model*sum(widths)
+
+# %% ../../nbs/evidence/63_other_engines.ipynb #954fcac8
 def floor(
     shape,         # `Shape`
     prompt_tokens: int, new_tokens: int,
     rates: dict,   # As from `machine_rates`
 ) -> dict: # precision → samples_per_s, prefill_ms, decode_ms_per_token, disk_mb
     "The least time of one completion, by the formulas above."
-    blocks = sum(shape.d_model*(4*h*shape.d_head + 2*f) for h, f in zip(shape.heads, shape.inner))
-    head, width = shape.vocab*shape.d_model, shape.d_head*sum(shape.heads)
-    linear, attention = 2*prompt_tokens*blocks + 2*head, 2*prompt_tokens**2*width   # of 4·n²·width the causal half
+    blocks, head, keys = weights_of_blocks(shape), shape.vocab*shape.d_model, shape.d_head*sum(shape.heads)
+    attention = 2*prompt_tokens**2*shape.queries*keys     # of the 4·n²·w of all pairs the causal half
+    linear, tables = 2*prompt_tokens*blocks + 2*head, head*(2 - shape.tied)
     float_rate = max(('fp32', 'bf16'), key=rates.get)
     int_rate = max(('int8', float_rate), key=rates.get)
 
     def row(bytes_, rate, other):
         weights, cached = bytes_*(blocks + head), 2 if other == 'bf16' else 4
         prefill = max(linear/rates[rate] + attention/rates[other], weights/rates['bandwidth'])
-        decode = (weights + 2*width*(prompt_tokens + new_tokens/2)*cached)/rates['bandwidth']
+        decode = (weights + 2*keys*(prompt_tokens + new_tokens/2)*cached)/rates['bandwidth']
         return dict(samples_per_s=1/(prefill + (new_tokens - 1)*decode), prefill_ms=1e3*prefill,
-                    decode_ms_per_token=1e3*decode, disk_mb=weights/1e6)
+                    decode_ms_per_token=1e3*decode, disk_mb=bytes_*(blocks + tables)/1e6)
 
     return {'fp32': row(4, 'fp32', 'fp32'), 'bf16': row(2, float_rate, float_rate),
             'int8': row(1, int_rate, float_rate), 'int4': row(.5, int_rate, float_rate)}

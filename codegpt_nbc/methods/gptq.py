@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
+from ..core.progress import progress_bar
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..data.tokenizer import encode_batch, load_tokenizer
@@ -173,13 +174,12 @@ def gptq(
     desc: str | None = None,  # Show a progress bar under this name
 ) -> QuantizedDecoder:
     "Quantise with GPTQ; embeddings are rounded to the nearest."
-    from tqdm import tqdm
     chosen = assign(model, schemes)
     m, rounded = _prepared(model, chosen)
     windows = windows[:, :within_context(windows.shape[1], model.shape)]
     xs = [m.embed(ids, torch.arange(ids.shape[1])) for ids in windows.split(batch)]     # (batch, length, d) each
     steps = list(_residual_steps(m))
-    for parts, step in tqdm(steps, desc=desc, disable=desc is None, unit='half layer', mininterval=2):
+    for parts, step in progress_bar(steps, desc=desc, disable=desc is None, unit='half layer', mininterval=2):
         for names in parts:
             names = [n for n in names if n in chosen]
             if names: rounded |= _round_maps(m, names, chosen, xs, step, damp, act_order)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
 from ..core.paths import models_dir, new_folder, read_json, write_json
+from ..core.progress import progress_bar
 from ..core.record import cpu_model
 from ..data.tokenizer import encode_batch
 
@@ -320,7 +321,6 @@ def fit(
 ) -> TrainResult:
     "Train `model` in place. Raises `FloatingPointError` when the loss is not finite."
     from accelerate import Accelerator
-    from tqdm import tqdm
     torch.manual_seed(c.seed)
     acc = Accelerator(mixed_precision='no', cpu=not torch.cuda.is_available())
     main, optimizers = acc.is_main_process, make_optimizers(model, c)
@@ -329,7 +329,7 @@ def fit(
     wrapped, *optimizers = acc.prepare(model.train(), *optimizers)
     if c.compile: loss = torch.compile(loss, dynamic=False)
     hidden = {'disable': True} if desc is None or not main else {}   # not False, which would overrule TQDM_DISABLE
-    bar = tqdm(total=c.steps, initial=r.step, desc=desc, mininterval=2, **hidden)
+    bar = progress_bar(total=c.steps, initial=r.step, desc=desc, mininterval=2, **hidden)
     begun = saved = time.time()
     before, recent, late = r.seconds, [], stop_s <= 0
     while r.step < c.steps and not late:

@@ -20,8 +20,8 @@ from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, g
                                       precision_of, printed_pruning, published, published_systems, retained,
                                       split_time, systems, without_steps)
 from .prose import paragraph
-from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, method_color, number,
-                                      short_label, styled)
+from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, layers_said, method_color,
+                                      number, short_label, styled)
 from .tables import benchmark_title, engine_name
 
 # %% ../../nbs/report/84_figures.ipynb #e2ca0615
@@ -392,12 +392,12 @@ def fig_pareto(fr: pd.DataFrame):
 
 # %% ../../nbs/report/84_figures.ipynb #562147f3
 def student_name(row) -> str:
-    "A student in few words."
+    "A student in few words of its label: what sets it apart, or else its layers."
     c = row.result.config
-    own = c.get('student') == 'reduced'
-    rest = re.sub('^.*distilled(, )?', '', row.label) or ('frozen teacher' if own else '')
-    if own: return f"{c.get('layers')} own layers, {rest}"
-    return rest or f"{c.get('layers')} layers"
+    if c.get('student') == 'model': return short_label(row.label)
+    layers, apart = layers_said(c.get('layers')), row.label.rpartition(', distilled')[2].removeprefix(', ')
+    if c.get('student') == 'reduced': return f"{layers.replace('layers', 'own layers')}, {apart or 'frozen teacher'}"
+    return apart or layers
 
 def learning_curves(fr: pd.DataFrame) -> pd.DataFrame: # run, name, training (%), es: one row a point
     "The students' edit similarity over their training, in the frame's order."

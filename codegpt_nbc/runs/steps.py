@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 from pydantic import Field
 from .. import __version__
 from ..core.paths import CORPUS, check_out, new_folder, read_json, sha256, shared, write_json
+from ..core.progress import bars_of
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
 from ..data.samples import FORMS, PROTOCOLS, protocols_of
@@ -212,14 +213,12 @@ def _bar_for(clock: Clock, quiet: bool):
             super().close()
     return RecipeBar
 
-@contextmanager
-def recipe_bars(clock: Clock, quiet: bool = False):
+def recipe_bars(
+    clock: Clock,
+    quiet: bool = False, # No bars
+): # → context
     "Within the block, progress bars say how long the whole recipe will take; or there are none."
-    import tqdm
-    usual = tqdm.tqdm
-    tqdm.tqdm = _bar_for(clock, quiet)
-    try: yield
-    finally: tqdm.tqdm = usual
+    return bars_of(_bar_for(clock, quiet))
 
 # %% ../../nbs/runs/71_steps.ipynb #bf5301a0
 def budgets_of(profile: str) -> dict: # method → parameters

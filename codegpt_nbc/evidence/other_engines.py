@@ -6,7 +6,7 @@
 __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'OWN', 'TEXT_TOKENS', 'Peer', 'First', 'Generating', 'Transformers',
            'TransformersBf16', 'Optimum', 'OptimumDynamic', 'Stepping', 'OpenVino', 'OpenVinoInt8',
            'OpenVinoInt8Dynamic', 'OpenVinoInt4', 'OpenVinoInt4Dynamic', 'CTranslate2', 'without_tiles', 'tiles_work',
-           'LlamaCpp', 'LlamaCpp4', 'OrtGenai', 'OpenVinoGenai', 'OpenVinoGenai4', 'make', 'rest_of_line',
+           'LlamaCpp', 'LlamaCpp4', 'OrtGenai', 'OrtGenai8', 'OpenVinoGenai', 'OpenVinoGenai4', 'make', 'rest_of_line',
            'line_writer', 'open_peer', 'open_own', 'peers_python', 'python_of', 'prepare', 'machine_rates', 'floor',
            'PeersConfig', 'source_of', 'benchmark']
 
@@ -287,7 +287,7 @@ def logits(self: LlamaCpp, ids, at): # (B, n) → (B, V)
 # %% ../../nbs/evidence/63_other_engines.ipynb #e13d1bda
 class OrtGenai(Peer):
     "onnxruntime-genai, weights in four bits."
-    bits = 4
+    precision = 'int4'
     def __init__(self, folder, threads):
         import onnxruntime_genai as og
         config = og.Config(str(folder))
@@ -297,39 +297,56 @@ class OrtGenai(Peer):
 
     @classmethod
     def make(cls, source, out):
-        from onnxruntime_genai.models.builder import create_model
         with tempfile.TemporaryDirectory() as cache:
-            create_model(None, str(source), str(out), 'int4', 'cpu', cache)
+            options = ['-i', str(source), '-o', str(out), '-p', cls.precision, '-e', 'cpu', '-c', cache]
+            program = [sys.executable, '-m', 'onnxruntime_genai.models.builder', *options]
+            # Products in eight bits; without a token of the hub
+            done = subprocess.run([*program, '--extra_options', 'accuracy_level=4', 'hf_token=false'], capture_output=True, text=True)
+        if done.returncode: raise ValueError(f"its builder says '{(done.stderr.strip().splitlines() or ['nothing'])[-1].rstrip('.')}'.")
 
-    def write(self, rows, new, first):
-        import numpy as np, onnxruntime_genai as og
-        ids = np.array(rows, np.int32)   # (B, T)
-        batch, n = ids.shape
-        params = og.GeneratorParams(self.model)
-        params.set_search_options(batch_size=batch, max_length=n + new, min_length=n + new, do_sample=False)
-        generator = og.Generator(self.model, params)
-        generator.append_tokens(ids)
-        for i in range(new):
-            generator.generate_next_token()
-            if not i: first()
-        return [generator.get_sequence(row)[n:].tolist() for row in range(batch)]
+class OrtGenai8(OrtGenai):
+    "The same in eight bits."
+    precision = 'int8'
+
+# %% ../../nbs/evidence/63_other_engines.ipynb #574fea49
+@patch
+def write(self: OrtGenai, rows, new, first):
+    import numpy as np, onnxruntime_genai as og
+    ids = np.array(rows, np.int32)   # (B, T)
+    batch, n = ids.shape
+    params = og.GeneratorParams(self.model)
+    params.set_search_options(batch_size=batch, max_length=n + new, min_length=n + new, do_sample=False)
+    generator = og.Generator(self.model, params)
+    generator.append_tokens(ids)
+    for i in range(new):
+        generator.generate_next_token()
+        if not i: first()
+    return [generator.get_sequence(row)[n:].tolist() for row in range(batch)]
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #e5f1028b
 class OpenVinoGenai(OpenVinoInt8):
-    "openvino-genai, weights in eight bits."
-    def __init__(self, folder, threads):
+    "openvino-genai, weights in eight bits. It is driven step by step, because only then batches say when their first tokens are there."
+    def __init__(self, folder, threads, keeps: bool = False):
         import openvino_genai as genai
         scheduler = genai.SchedulerConfig()
-        scheduler.enable_prefix_caching = False
-        options = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY', 'scheduler_config': scheduler}
-        self.pipeline = genai.LLMPipeline(str(folder), 'CPU', **options)
+        scheduler.enable_prefix_caching = keeps
+        scheduler.max_num_batched_tokens = 2**16   # a prompt at once, as its pipeline for single requests does
+        options = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY'}
+        self.pipeline = genai.ContinuousBatchingPipeline(str(folder), scheduler, 'CPU', options)
 
-    def write(self, rows, new, first):
+    def write(self, rows, new, first, **until):
         import numpy as np, openvino as ov, openvino_genai as genai
-        ids = np.array(rows, np.int64)   # (B, T)
-        config = genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
-        inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-        return self.pipeline.generate(inputs, config).tokens
+        config = genai.GenerationConfig(max_new_tokens=new, do_sample=False, **(until or {'ignore_eos': True}))
+        asked = [self.pipeline.add_request(i, ov.Tensor(np.array([row], np.int64)), config) for i, row in enumerate(rows)]
+        out = [[] for _ in rows]
+        while self.pipeline.has_non_finished_requests():
+            began = all(out)
+            self.pipeline.step()
+            for ids, request in zip(out, asked):
+                if request.can_read(): ids += next(iter(request.read().values())).generated_ids
+            if not began and all(out): first()
+        return out
+
 class OpenVinoGenai4(OpenVinoGenai):
     "The same in four bits, in groups of 128."
     weights = OpenVinoInt4.weights
@@ -340,7 +357,7 @@ PEERS = {'transformers fp32': Transformers, 'transformers bf16': TransformersBf1
          'OpenVINO int8 dynamic': OpenVinoInt8Dynamic, 'OpenVINO int4': OpenVinoInt4,
          'OpenVINO int4 dynamic': OpenVinoInt4Dynamic, 'OpenVINO GenAI int8': OpenVinoGenai,
          'OpenVINO GenAI int4': OpenVinoGenai4, 'CTranslate2 int8': CTranslate2, 'llama.cpp Q8_0': LlamaCpp,
-         'llama.cpp Q4_0': LlamaCpp4, 'onnxruntime-genai int4': OrtGenai}
+         'llama.cpp Q4_0': LlamaCpp4, 'onnxruntime-genai int8': OrtGenai8, 'onnxruntime-genai int4': OrtGenai}
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #bc830bfd
 # Bits, and the number of weights that share a step: small blocks for the same text, large ones for speed
@@ -448,7 +465,7 @@ def python_of(name: str) -> str:
 
 # Modules whose code decides what a converted folder holds
 _CONVERTING = ('model/decoder', 'model/folder', 'methods/quantize', 'methods/schemes', 'engines/onnx_export',
-               'engines/openvino', 'evidence/other_engines')
+               'engines/openvino', 'engines/gguf_export', 'evidence/other_engines')
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
 def prepare(name: str, source, folder) -> Path:

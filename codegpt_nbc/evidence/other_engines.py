@@ -285,6 +285,12 @@ def logits(self: LlamaCpp, ids, at): # (B, n) → (B, V)
     return np.stack([np.ctypeslib.as_array(p, (self.vocab,)) for p in last])
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #e13d1bda
+# Its builder names classes of a newer transformers than optimum's; it needs them for architectures of that version only
+_BUILDER = """import runpy, transformers
+for name in ('Qwen3_5ForConditionalGeneration', 'Qwen3_5MoeForConditionalGeneration'):
+    if not hasattr(transformers, name): setattr(transformers, name, None)
+runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"""
+
 class OrtGenai(Peer):
     "onnxruntime-genai, weights in four bits."
     precision = 'int4'
@@ -299,10 +305,12 @@ class OrtGenai(Peer):
     def make(cls, source, out):
         with tempfile.TemporaryDirectory() as cache:
             options = ['-i', str(source), '-o', str(out), '-p', cls.precision, '-e', 'cpu', '-c', cache]
-            program = [sys.executable, '-m', 'onnxruntime_genai.models.builder', *options]
+            program = [sys.executable, '-c', _BUILDER, *options]
             # Products in eight bits; without a token of the hub
             done = subprocess.run([*program, '--extra_options', 'accuracy_level=4', 'hf_token=false'], capture_output=True, text=True)
-        if done.returncode: raise ValueError(f"its builder says '{(done.stderr.strip().splitlines() or ['nothing'])[-1].rstrip('.')}'.")
+        if not done.returncode: return
+        said = (done.stderr.strip().splitlines() or ['nothing'])[-1].replace(f'{source} ', '').rstrip('.')
+        raise ValueError(f"its builder says '{said}'.")
 
 class OrtGenai8(OrtGenai):
     "The same in eight bits."
@@ -598,7 +606,15 @@ def source_of(cfg: PeersConfig) -> Path:
     out = models_dir(cfg.profile)/f'peers-{"random" if random else digest(cfg.model_folder)[:8]}'/'source'
     if out.is_dir(): return out
     model = Decoder(CODEGPT).init_weights() if random else float_decoder(load_model(cfg.model_folder))
-    return save_model(model, out, cfg.model_folder, dtype=torch.float32)
+    with atomic_path(out) as tmp: _with_older_name(save_model(model, tmp, cfg.model_folder, dtype=torch.float32))
+    return out
+
+def _with_older_name(folder: Path):
+    "The tokenizer's class as transformers before version 5, which the converters use, calls it."
+    path = folder/'tokenizer_config.json'
+    about = read_json(path) if path.is_file() else {}
+    if about.get('tokenizer_class') == 'TokenizersBackend': write_json(path, about | {'tokenizer_class': 'PreTrainedTokenizerFast'})
+
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #7de77f59
 def _texts(workers: dict, cfg: PeersConfig, max_new: int = 48) -> dict: # name → same (share), es, em (%)

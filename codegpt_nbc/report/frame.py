@@ -313,10 +313,12 @@ def pareto_front(x, y) -> list: # positions on the front, by rising x
 
 # %% ../../nbs/report/81_frame.ipynb #cca1c58f
 PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')
+_THEIR_NAMES = {'Q8_0': 'int8', 'Q4_0': 'int4', 'dynamic': 'int8'}   # what some engines call theirs
 
 def precision_of(engine: str) -> str:
-    "The precision in an engine's name. Without one it is float32, or int8 if the name says dynamic."
-    return next((p for p in PRECISIONS if p in engine), 'int8' if 'dynamic' in engine else 'fp32')
+    "The precision in an engine's name; without one it is float32."
+    names = {p: p for p in PRECISIONS} | _THEIR_NAMES
+    return next((p for name, p in names.items() if name in engine), 'fp32')
 
 def measured_ms(m: dict, details: dict) -> float:
     "Milliseconds of one completion as measured, `m` being one engine or floor of the details."

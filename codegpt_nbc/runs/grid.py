@@ -291,7 +291,7 @@ def _check_notebook(out: Path, template, force: bool):
         raise FileExistsError(f'{out} is not a notebook that codegpt_nbc executed: choose another name, or remove it yourself.')
 
 # %% ../../nbs/runs/70_grid.ipynb #0b94f2c6
-FOLDERS = (*READS, 'data')   # parameters that may name a folder
+FOLDERS = (*READS, 'data', 'geometry')   # parameters that may name a folder
 
 def _from_here(params: dict, profile: str) -> dict:
     "The parameters with folders as the caller means them: relative to where one stands. The kernel runs in the checkout."

@@ -1,7 +1,10 @@
 """The profile `full` fits into twelve hours of two cores: the table in its comments is what its runs come to at the rates it names."""
 import re
+from importlib.metadata import packages_distributions
 from pathlib import Path
-import pytest
+import pandas as pd, pytest
+from codegpt_nbc.core.paths import CORPUS, read_json
+from codegpt_nbc.data.corpus import installed_sources, is_permissive, split_of
 from codegpt_nbc.report.style import METHOD_STYLES, compressor
 from codegpt_nbc.runs.grid import CORPORA, WITHOUT_MODEL, is_step, read_profile
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ def group_of(run):
     if run.id.startswith('recipe-'): return 'recipes'
     if run.method in ('measure', 'session'): return 'speed'
     if run.method in ('distill', 'pretrain'): return 'distillation'
+    if run.method == 'evaluate': return 'other code'
     if run.method in ('quantize', 'static_quantize', 'gptq', 'onnx'): return 'quantisation and export'
     return {'prune': 'pruning', 'xtc': 'XTC'}.get(run.method, 'the rest')
 
@@ -60,7 +64,7 @@ def judging(run):
     p = run.params
     if run.method in ('measure', 'session', 'report', 'no_model', 'freeze_corpus'): return 0.
     lines = SAMPLE*(p['codexglue'] + .4*p['thesis'])*{'audit': 5, 'static_quantize': 2}.get(run.method, 1)
-    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain') else p['held_out']
+    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain', 'evaluate') else p['held_out']
     return lines + 2*UNIT*tokens*{'static_quantize': 2, 'quantize': 1.5}.get(run.method, 1)
 
 
@@ -115,13 +119,34 @@ def test_students_see_two_million_tokens():
 def test_fastest_recipe_reads_wider_text_and_so_does_its_control():
     plan = read_profile('full')
     made = plan['wide']
-    assert made.method == 'freeze_corpus' and made.params['shipped'] and 'measure-wide' not in plan   # the model's tokenizer; no model to time
+    assert made.method == 'freeze_corpus' and made.params['shipped']   # with the model's tokenizer
+    assert 'measure-wide' not in plan                                  # there is no model to time
     recipes = [plan[f'recipe-half-pruned{seed}.2-distill'] for seed in ('', '-seed-43', '-seed-44')]
     for run in (*recipes, plan['distill-control-wide']):
         assert (run.params['corpus'], run.params['tokens']) == ('wide', 6_000_000), run.id
         assert 'wide' in run.needs, run.id
     others = [r for r in plan.values() if r.method == 'distill' and not r.params.get('corpus')]
     assert max(r.params['tokens'] for r in others if r.id != 'distill-8-before') == 2_000_000
+
+
+def test_code_of_another_kind_is_pinned_permissive_and_unseen():
+    plan = read_profile('full')
+    runs = [r for r in plan.values() if r.method == 'evaluate']
+    pins = (PROFILE.parent.parent/'requirements.txt').read_text(encoding='utf-8').splitlines()
+    seen = set(pd.read_csv(CORPUS/'manifest.csv').project) | set(read_json(CORPUS/'summary.json')['projects']['test'])
+    owners = packages_distributions()
+    packages = {r.params['data'].removeprefix('installed:') for r in runs}
+    for package in packages:
+        assert len(owners[package]) == 1
+        project = owners[package][0].lower().replace('_', '-')
+        files = [f for f in installed_sources() if f.project == project]
+        assert any(pin.lower().startswith(f'{project}==') for pin in pins), f'{project} is not pinned'
+        assert files and all(is_permissive(f.license) for f in files), project
+        assert split_of(project) != 'train' and project not in seen, f'{project} may have been trained on, or is in the corpus'
+    judged = {p: {r.params['model'] for r in runs if r.params['data'] == f'installed:{p}'} for p in packages}
+    assert len(packages) == 2 and len({frozenset(models) for models in judged.values()}) == 1
+    assert {'baseline', 'onnx-dense-int8', 'recipe-pruned', 'recipe-half-pruned'} <= judged['optuna']
+    assert all(r.params['codexglue'] >= 100 and not r.params['skip'] for r in runs)
 
 
 TRAINED = ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']

@@ -160,7 +160,8 @@ def layers_said(layers) -> str:
 def label_distill(c) -> str:
     "Where a student comes from, and what sets it apart."
     student = c.get('student', 'reduced')
-    if student == 'model' and c.get('model') and c.get('teacher') == c['model']: return 'control: dense, distilled from itself' + distill_variant(c)
+    control = student == 'model' and c.get('model') and c.get('teacher') == c['model']
+    if control: return 'control: dense, distilled from itself' + distill_variant(c)
     if student == 'model': return 'distilled back' + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)

@@ -61,7 +61,7 @@ class Run:
         names = [self.params.get(key) for key in READS]
         return list(dict.fromkeys(n for n in names if isinstance(n, str) and n not in ('', BASE_MODEL.name, self.id)))
 
-WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers', 'no_model'}   # methods that leave no model folder
+WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers', 'no_model', 'evaluate'}   # methods that leave no model folder
 CORPORA = {'freeze_corpus'}      # methods whose folder is a corpus
 SCORED = {'no_model'}            # those of them whose answers are a row of the tables all the same
 SIMULATED = {'static_quantize'}  # methods whose integers are simulated in floats: their speed would say nothing

@@ -1,14 +1,18 @@
 """The profile `full` fits into twelve hours of two cores: the table in its comments is what its runs come to at the rates it names."""
 import re
+from importlib.metadata import packages_distributions
 from pathlib import Path
-import pytest
+import pandas as pd, pytest
+from codegpt_nbc.core.paths import CORPUS, read_json
+from codegpt_nbc.data.corpus import installed_sources, is_permissive, split_of
 from codegpt_nbc.report.style import METHOD_STYLES, compressor
-from codegpt_nbc.runs.grid import WITHOUT_MODEL, is_step, read_profile
+from codegpt_nbc.runs.grid import CORPORA, WITHOUT_MODEL, is_step, read_profile
 from types import SimpleNamespace
 
 PROFILE = Path(__file__).resolve().parent.parent/'configs'/'full.yaml'
 UNIT = 1/7500          # seconds in which one core reads a token with the dense model; learning from it takes three of them
 SAMPLE = .1            # seconds of a completed line; two tokens take less than half
+FILE = .018            # seconds in which a source file is read, spelled out and compared with what is held out
 LAYERS = 12
 
 
@@ -17,6 +21,7 @@ def group_of(run):
     if run.id.startswith('recipe-'): return 'recipes'
     if run.method in ('measure', 'session'): return 'speed'
     if run.method in ('distill', 'pretrain'): return 'distillation'
+    if run.method == 'evaluate': return 'other code'
     if run.method in ('quantize', 'static_quantize', 'gptq', 'onnx'): return 'quantisation and export'
     return {'prune': 'pruning', 'xtc': 'XTC'}.get(run.method, 'the rest')
 
@@ -28,20 +33,27 @@ def share(layers):
     return (len(layers) if isinstance(layers, list) else layers)/LAYERS
 
 
-def training(run):
+def part(run, plan):
+    "Part of the dense model that a run's model is, in the work of a token: layers, and what is cut out of them."
+    p = run.params
+    start = part(plan[p['model']], plan) if p.get('model') in plan else 1.
+    if run.method == 'prune' and p['pattern'] in ('structured', 'lasso'): return start*(1 - p['sparsity'])
+    if run.method == 'distill' and p.get('student') != 'model': return start*share(p.get('layers', .5))
+    return start*share(p.get('layers')) if run.method == 'xtc' else start
+
+
+def training(run, plan):
     "Seconds of one core."
     p = run.params
+    if run.method == 'freeze_corpus': return FILE*p['files']
     if run.method == 'prune':
         steps = p.get('penalty_steps', 0) + p.get('recovery_steps', 0)
         return 3*UNIT*p['length']*(p['samples']*p['epochs'] + p['batch']*steps)
     if run.method == 'quantize': return 1.5*3*UNIT*512*p.get('finetune_samples', 0)
     if run.method == 'distill':
-        student = 1. if p.get('student') == 'model' else share(p.get('layers', .5))
         teacher = 1 if p.get('frozen', True) else 3
-        return UNIT*p['tokens']*(3*student + teacher) + 10*SAMPLE*p['curve_samples']
-    if run.method == 'xtc':
-        halved = 'reduced-6' in p['model'] or 'distill-6' in p['model']
-        return 1.5*UNIT*p['tokens']*(3*(.5 if halved else share(p.get('layers'))) + 1)
+        return UNIT*p['tokens']*(3*part(run, plan) + teacher) + 10*SAMPLE*p['curve_samples']
+    if run.method == 'xtc': return 1.5*UNIT*p['tokens']*(3*part(run, plan) + 1)
     if run.method == 'pretrain':
         return sum(3*UNIT*s['layers']/LAYERS*s['steps']*s['batch']*s['length'] for s in p['stages'])
     return 0.
@@ -50,9 +62,9 @@ def training(run):
 def judging(run):
     "Seconds of one core."
     p = run.params
-    if run.method in ('measure', 'session', 'report', 'no_model'): return 0.
+    if run.method in ('measure', 'session', 'report', 'no_model', 'freeze_corpus'): return 0.
     lines = SAMPLE*(p['codexglue'] + .4*p['thesis'])*{'audit': 5, 'static_quantize': 2}.get(run.method, 1)
-    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain') else p['held_out']
+    tokens = 0 if run.method in ('onnx', 'audit', 'pretrain', 'evaluate') else p['held_out']
     return lines + 2*UNIT*tokens*{'static_quantize': 2, 'quantize': 1.5}.get(run.method, 1)
 
 
@@ -65,11 +77,11 @@ def timing(run):
 
 def budget():
     "Minutes of one core by group."
-    found = {}
-    for run in read_profile('full').values():
+    found, plan = {}, read_profile('full')
+    for run in plan.values():
         group = group_of(run)
         runs, minutes = found.get(group, (0, 0.))
-        found[group] = runs + 1, minutes + (training(run) + judging(run) + timing(run))/60
+        found[group] = runs + 1, minutes + (training(run, plan) + judging(run) + timing(run))/60
     return found
 
 
@@ -88,7 +100,7 @@ def test_full_fits_into_twelve_hours_of_two_cores(): assert sum(m for _, m in bu
 
 def test_every_row_has_enough_samples():
     for run in read_profile('full').values():
-        if run.method in WITHOUT_MODEL - {'no_model'} or run.id == 'teacher-brief': continue
+        if run.method in CORPORA | WITHOUT_MODEL - {'no_model'} or run.id == 'teacher-brief': continue
         assert run.params['skip'] == 200 and run.params['codexglue'] >= 1000, run.id
         if run.method != 'pretrain': assert run.params['thesis'] >= 500, run.id
 
@@ -102,6 +114,39 @@ def test_schemes_of_quantisation_are_judged_on_enough_tokens():
 def test_students_see_two_million_tokens():
     runs = [r for r in read_profile('full').values() if r.method in ('distill', 'xtc')]
     assert len(runs) > 25 and all(r.params['tokens'] >= 2_000_000 for r in runs)
+
+
+def test_fastest_recipe_reads_wider_text_and_so_does_its_control():
+    plan = read_profile('full')
+    made = plan['wide']
+    assert made.method == 'freeze_corpus' and made.params['shipped']   # with the model's tokenizer
+    assert 'measure-wide' not in plan                                  # there is no model to time
+    recipes = [plan[f'recipe-half-pruned{seed}.2-distill'] for seed in ('', '-seed-43', '-seed-44')]
+    for run in (*recipes, plan['distill-control-wide']):
+        assert (run.params['corpus'], run.params['tokens']) == ('wide', 6_000_000), run.id
+        assert 'wide' in run.needs, run.id
+    others = [r for r in plan.values() if r.method == 'distill' and not r.params.get('corpus')]
+    assert max(r.params['tokens'] for r in others if r.id != 'distill-8-before') == 2_000_000
+
+
+def test_code_of_another_kind_is_pinned_permissive_and_unseen():
+    plan = read_profile('full')
+    runs = [r for r in plan.values() if r.method == 'evaluate']
+    pins = (PROFILE.parent.parent/'requirements.txt').read_text(encoding='utf-8').splitlines()
+    seen = set(pd.read_csv(CORPUS/'manifest.csv').project) | set(read_json(CORPUS/'summary.json')['projects']['test'])
+    owners = packages_distributions()
+    packages = {r.params['data'].removeprefix('installed:') for r in runs}
+    for package in packages:
+        assert len(owners[package]) == 1
+        project = owners[package][0].lower().replace('_', '-')
+        files = [f for f in installed_sources() if f.project == project]
+        assert any(pin.lower().startswith(f'{project}==') for pin in pins), f'{project} is not pinned'
+        assert files and all(is_permissive(f.license) for f in files), project
+        assert split_of(project) != 'train' and project not in seen, f'{project} may have been trained on, or is in the corpus'
+    judged = {p: {r.params['model'] for r in runs if r.params['data'] == f'installed:{p}'} for p in packages}
+    assert len(packages) == 2 and len({frozenset(models) for models in judged.values()}) == 1
+    assert {'baseline', 'onnx-dense-int8', 'recipe-pruned', 'recipe-half-pruned'} <= judged['optuna']
+    assert all(r.params['codexglue'] >= 100 and not r.params['skip'] for r in runs)
 
 
 TRAINED = ['prune-structured-0.6', 'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']
@@ -127,7 +172,7 @@ def test_every_control_of_the_lasso_differs_in_nothing_but_the_choice():
 
 def test_styles_know_every_planned_method():
     for run in read_profile('full').values():
-        if run.method in WITHOUT_MODEL - {'no_model'} or run.method == 'pretrain': continue
+        if run.method in CORPORA | WITHOUT_MODEL - {'no_model'} or run.method == 'pretrain': continue
         family = compressor(SimpleNamespace(config=run.params, method=run.method))
         assert family is None or family in METHOD_STYLES, (run.id, family)
 

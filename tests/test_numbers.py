@@ -109,10 +109,96 @@ def test_gain_table_says_what_the_results_say(gain, n):
     assert (low, high) == tuple(float(f'{v:.1f}') for v in accuracy['es_ci'])
 
 
-def test_difference_from_the_dense_model(gain):
-    dense, other = (list(map(float, result(i)['metrics']['codexglue']['es_each'].split())) for i in ('baseline', 'recipe-pruned'))
-    change = sum(b - a for a, b in zip(dense, other))/len(dense)
-    assert gain[2]['Δ ES'].startswith(f'{change:+.1f}'.replace('-', '−'))
+def difference(run, base='baseline', profile='full'):
+    "Mean difference of edit similarity over the samples that both were asked."
+    ours, theirs = (result(i, profile)['metrics']['codexglue'] for i in (run, base))
+    def scores(a): return {a.get('skip', 0) + k: float(x) for k, x in enumerate(a['es_each'].split())}
+    a, b = scores(ours), scores(theirs)
+    both = a.keys() & b.keys()
+    return sum(a[k] - b[k] for k in both)/len(both)
+
+
+def signed(cell):
+    "A printed number with its sign, and half of its last digit."
+    value, half = printed(cell)
+    return (-value if cell.startswith('−') else value), half
+
+
+def check(where, cell, value):
+    shown, half = signed(cell)
+    assert abs(shown - value) <= half + 1e-9, f'{where}: {cell} is shown, {value} was found'
+
+
+@pytest.mark.parametrize('n', range(1, 4))
+def test_difference_from_the_dense_model(gain, n): check(GAIN[n], gain[n]['Δ ES'], difference(GAIN[n]))
+
+
+# The tables of the results page: heading → (profile, the run of each row), as far as those have results
+TABLES = {
+    'Pruning': ('full', ['baseline', *(f'prune-{p}-{s}' for p in ('unstructured', 'tile', 'structured') for s in (.4, .6))]),
+    'ONNX Runtime': ('full', ['baseline', *(f'onnx-{m}-{p}' for m in ('dense', 'pruned', 'structured') for p in ('fp32', 'int8'))]),
+    'Four bits': ('full', ['baseline', 'onnx-dense-int8', 'gptq-int4', 'onnx-gptq-int4']),
+    'Distillation': ('full', ['baseline', 'distill-4', 'distill-8', 'distill-12', 'distill-8-epochs', 'distill-8-pretrained',
+                              'distill-6-teacher', 'recipe-half']),
+    'One bit a weight': ('full', ['baseline', 'xtc-1bit-12', 'xtc-reduced-6', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6',
+                                  'recipe-half-binary']),
+    'Mixed precision and groups of channels': ('full', ['baseline', 'static-w8a8', 'static-w8a8-min-max', 'static-mp', 'static-peg-3',
+                                                        'static-peg-3-sorted', 'static-peg-6', 'static-peg-6-sorted', 'static-peg-all']),
+}
+
+
+def there(run, profile): return (ROOT/'papermill_runs'/profile/f'{run}.json').is_file()
+
+
+def expected(run, profile):
+    "What a row of a short table has to say, straight from the JSONs."
+    r = result(run, profile)
+    found = {'file MB': r['size']['raw_bytes']/1e6, 'ES %': r['metrics']['codexglue']['es']}
+    if run != 'baseline': found['Δ ES'] = difference(run, profile=profile)
+    if there(f'measure-{run}', profile): found['× faster'] = result(f'measure-{run}', profile)['speed']['ratio_to_baseline']
+    return found | ({'× faster': 1.} if run == 'baseline' else {})
+
+
+def shown_rows(heading):
+    "The rows of the first table of models under a heading of the results page: dicts."
+    text = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
+    part = re.split(r'\n##+ ', text.split(f'### {heading}\n', 1)[1])[0]
+    columns, rows = next((c, r) for c, r in tables(part) if c[0] == 'model')
+    return [dict(zip(columns, row)) for row in rows]
+
+
+def comparisons(heading):
+    "(run, column, cell, value) of each number of a table."
+    profile, runs = TABLES[heading]
+    runs, rows = [i for i in runs if there(i, profile)], shown_rows(heading)
+    assert len(rows) == len(runs), f'{heading}: {len(rows)} rows are shown, {len(runs)} have results'
+    for run, row in zip(runs, rows):
+        for column, value in expected(run, profile).items():
+            if column in row: yield run, column, row[column], value
+
+
+@pytest.mark.parametrize('heading', TABLES)
+def test_table_says_what_the_results_say(heading):
+    for run, column, cell, value in comparisons(heading): check(f'{heading}, {run}, {column}', cell, value)
+
+
+def test_more_than_thirty_numbers_are_computed_anew():
+    assert sum(len(list(comparisons(heading))) for heading in TABLES) >= 100
+
+
+def test_a_wrong_number_is_noticed():
+    check('here', '−23.1 (p ≤ 0.001)', -23.06)
+    for cell, value in (('−23.1 (p ≤ 0.001)', 23.1), ('46.8', 46.9), ('2.35', 2.36)):
+        with pytest.raises(AssertionError, match='was found'): check('here', cell, value)
+
+
+def test_sentences_on_few_bits():
+    said, dense = (ROOT/'docs'/'results.md').read_text(encoding='utf-8'), result('baseline')
+    for run in ('xtc-1bit-12', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6'):
+        r = result(run)
+        kept = 100*(1 + difference(run)/dense['metrics']['codexglue']['es'])
+        smaller = dense['size']['raw_bytes']/r['size']['raw_bytes']
+        assert f"{kept:.0f} % ({r['size']['raw_bytes']/1e6:.1f} MB, {smaller:.0f} times smaller)" in said, run
 
 
 def test_sentences_of_the_results_page():

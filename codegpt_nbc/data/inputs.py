@@ -39,10 +39,10 @@ def resolve_data(
 ) -> Path:
     "The frozen corpus, or other code, made to look like it: Python files, or CodeXGLUE's format. Raises `ValueError` if there is none."
     if not name: return CORPUS
-    folder = find(name, 'dataset')
+    from codegpt_nbc.data.repository import INSTALLED, imported_repository, installed_folder, is_repository
+    folder = installed_folder(name.removeprefix(INSTALLED)) if name.startswith(INSTALLED) else find(name, 'dataset')
     if not folder: raise ValueError(f"there is no code {name!r}: give a folder of Python files or in CodeXGLUE's layout, "
-                                    'owner/name@revision on the hub, or nothing for the frozen corpus.')
-    from codegpt_nbc.data.repository import imported_repository, is_repository
+                                    'owner/name@revision on the hub, installed:PACKAGE, or nothing for the frozen corpus.')
     if is_repository(folder): return imported_repository(folder, literals=_literals(model))
     from codegpt_nbc.data.codexglue import imported
     return imported(folder)

@@ -123,7 +123,7 @@ def sign_flip_p(
     seed: int = 0,
 ) -> float:
     """The share of random signs under which the mean is at least as far from 0 as it is, the two-sided permutation test
-    of paired samples (Pitman 1937). Matrix products are twenty times faster here than `scipy.stats.permutation_test`."""
+    of paired samples (Pitman 1937). Matrix products are ten times faster here than `scipy.stats.permutation_test`."""
     rng, d = np.random.default_rng(seed), np.asarray(d, np.float32)
     found, far, done = abs(d.sum()) - 1e-3*max(1., np.abs(d).max()), 0, 0
     while done < flips:
@@ -147,10 +147,7 @@ def detectable(
 def holm(
     p, # Of the tests of one family (m,), each in [0, 1]
 ) -> list: # (m,) in the same order
-    "p-values corrected for the size of their family (Holm 1979)."
-    p = np.asarray(p, float)
-    order, m = p.argsort(kind='stable'), len(p)
-    raised = np.maximum.accumulate((m - np.arange(m))*p[order]).clip(max=1)   # (m,), least first
-    out = np.empty(m)
-    out[order] = raised
-    return out.tolist()
+    "p-values corrected for the size of their family (Holm 1979, `statsmodels.stats.multitest.multipletests`)."
+    from statsmodels.stats.multitest import multipletests
+    if not len(p): return []
+    return multipletests(p, method='holm')[1].tolist()

@@ -15,7 +15,7 @@ from ..core.record import load_results
 from ..evidence.other_engines import PEERS
 from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, hours_of,
                                       matching, measured_ms, precision_of,
-                                      published, retained, uncommitted, versus)
+                                      published, ranking, retained, uncommitted, versus)
 from .style import number, signed_change, times_text
 from .tables import TABLES, as_markdown
 
@@ -271,6 +271,10 @@ class Placeholders(Quotations):
         "Whether all of these runs have a result with scores: for paragraphs that wait for them."
         scores = self._fr.es
         return all(i in scores.index and scores[i] == scores[i] for i in ids)
+
+    def elsewhere(self) -> dict: # name of the code → as `frame.ranking`; nothing before there are results
+        "How code of another kind orders the models: pairs told apart here that are in the same order there, unclear or turned round."
+        return {code: ranking(self._fr, code) for code in self._fr.attrs['elsewhere']}
 
     def energy_known(self) -> bool:
         "Whether the energy of any completion was measured or reckoned."

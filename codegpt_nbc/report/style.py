@@ -148,6 +148,7 @@ def distill_variant(c) -> str:
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
     if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
     if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
+    if c.get('corpus'): said.append(f"text: {c['corpus']}")
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -159,7 +160,8 @@ def layers_said(layers) -> str:
 def label_distill(c) -> str:
     "Where a student comes from, and what sets it apart."
     student = c.get('student', 'reduced')
-    if student == 'model' and c.get('model') and c.get('teacher') == c['model']: return 'control: dense, distilled from itself'
+    control = student == 'model' and c.get('model') and c.get('teacher') == c['model']
+    if control: return 'control: dense, distilled from itself' + distill_variant(c)
     if student == 'model': return 'distilled back' + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)

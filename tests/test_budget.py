@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'],
              tokens=['8', '4-32'])
 SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8,
-             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
+             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2, seconds=0.)
 CODE = """
 import json, sys, torch
 torch.set_num_threads(1)

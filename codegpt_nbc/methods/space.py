@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PrecisionName', 'ENGINES', 'ATTENTION_MAPS', 'LEARNING_RATE', 'scheme_of', 'LayerPoint', 'Point',
-           'map_names', 'Space', 'space_of']
+           'map_names', 'whole_point', 'Space', 'space_of']
 
 # %% ../../nbs/methods/41_space.ipynb #46b2aecd
 from typing import Literal
@@ -146,6 +146,13 @@ def steps(self: Point,
     few = any(p != '8' for p in self.module_bits().values())
     if self.engine == 'onnx': out.append({'method': 'onnx', 'precision': 'int4' if few else 'int8'})
     return out
+
+# %% ../../nbs/methods/41_space.ipynb #c000d774
+def whole_point(s: Shape, precision: str, engine: str = 'onnx') -> Point:
+    "A whole model whose layers have one precision, and whose token matrix has eight bits."
+    bits = {name: precision for names in map_names(s).values() for name in names}
+    layers = [LayerPoint(layer=l, heads=heads, neurons=neurons, bits=bits) for l, (heads, neurons) in enumerate(zip(s.heads, s.inner))]
+    return Point(engine=engine, vocab=s.vocab, channels=s.d_model, layers=layers)
 
 # %% ../../nbs/methods/41_space.ipynb #f965bd90
 class Space(Strict):

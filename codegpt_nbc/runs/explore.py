@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRUNED', 'SHARES', 'ALONG', 'SLACK', 'choices_of', 'point_of', 'params_of', 'Explorer', 'sampler_of', 'storage_of',
-           'open_study', 'Found', 'finished', 'front']
+           'open_study', 'explore', 'Found', 'finished', 'front']
 
 # %% ../../nbs/runs/78_explore.ipynb #ce190010
 import warnings
@@ -141,6 +141,25 @@ def open_study(
         study.set_metric_names(['divergence', 'ms', 'mb'])
         study.set_user_attr('begun', True)        # from here on, all allocations are there
     return study
+
+# %% ../../nbs/runs/78_explore.ipynb #0fbebaf2
+def explore(
+    study,           # from `open_study`
+    explorer: Explorer,
+    trials: int,     # whose loss is measured, in all, by all processes and earlier ones
+    desc: str | None = None, # name of a progress bar; None: no bar
+):
+    "Run the trials that are left."
+    from optuna.study import MaxTrialsCallback
+    from optuna.trial import TrialState
+    from tqdm import tqdm
+    def count(*states): return len(study.get_trials(deepcopy=False, states=states))
+    done = count(TrialState.COMPLETE)
+    if done >= trials or count(TrialState.COMPLETE, TrialState.PRUNED) >= PRUNED*trials: return
+    limits = [MaxTrialsCallback(trials, (TrialState.COMPLETE,)), MaxTrialsCallback(PRUNED*trials, (TrialState.COMPLETE, TrialState.PRUNED))]
+    with tqdm(total=trials, initial=done, desc=desc, disable=desc is None, unit='trial') as bar:
+        def show(_, trial): bar.update(trial.state is TrialState.COMPLETE)
+        study.optimize(explorer, callbacks=[*limits, show])
 
 # %% ../../nbs/runs/78_explore.ipynb #aceb036d
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def raw_llama(tmp_path_factory):
     tok.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=['<|endoftext|>']))
     tok.save(str(source/'tokenizer.json'))
-    write_json(source/'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': '<|endoftext|>', 'eos_token': '<|endoftext|>'})
+    end = '<|endoftext|>'
+    write_json(source/'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': end, 'eos_token': end})
     shape = Shape(tok.get_vocab_size(), 128, 32, 8, (2, 2), (64, 64), family='llama', queries=2, tied=False)
     return save_model(Decoder(shape).init_weights(0), out, source)
 

@@ -225,7 +225,7 @@ def value(self: CostTable, at: tuple, **fields) -> np.ndarray: # (3,) ms of the 
     return self.made[key]([at])[0]
 
 @patch
-def _fit(self: CostTable, engine: str, kind: str, name: str, precision: str) -> np.ndarray: # (2, 2): constant and slope, of prompt and token
+def _fit(self: CostTable, engine: str, kind: str, name: str, precision: str) -> np.ndarray: # (2, 2): (constant, slope) of prompt, token
     "What a matrix of another precision than `BASE` adds to the times, as a line over its number of weights, by least squares."
     key = 'line', engine, kind, name, precision
     if key in self.made: return self.made[key]

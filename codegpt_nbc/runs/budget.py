@@ -284,7 +284,7 @@ class Candidate:
 
 @patch
 def steps_of(self: Search, point: Point, trained: tuple) -> list: # of dicts
-    "The recipe of a point, with all that its steps depend on. Each distillation has a seed of its own: it reads other text than the one before."
+    "The recipe of a point, with all that its steps depend on. Each distillation has its own seed: it reads other text than the one before."
     c, most = self.c, self.shape.context
     own = {'reshape': {'samples': c.ranked, 'length': min(c.window, most), 'seed': c.seed}, 'trim_vocabulary': {'files': c.counted},
            'distill': {'length': min(c.rows, most), 'batch': c.batch},
@@ -320,7 +320,7 @@ def rate(self: Search, point: Point) -> float: # tokens a second
     return train.tokens/train.seconds
 
 def order_of(budget: Budget, dense_es: float, goal: str = 'ms'): # function of a `Candidate`, least is best
-    "First those that meet the limits as measured. Of them the most accurate, or, without limits, the fastest (or smallest) within the drop."
+    "First those that meet the limits as measured: of them the most accurate, or, without limits, the fastest within the drop."
     def order(c):
         over = max(0., excess({'ms': c.ms, 'mb': c.mb}, budget.limits))
         if budget.limits or budget.es_drop is None: return over, -c.es, 0.
@@ -416,8 +416,10 @@ def around(
     whole = limits.get(key) or problem.costs.of(allocate(problem, {}))[key]
     for share in shares if key in limits else (.1, .15, .2, .3, .5, .75, 1.):
         point = allocate(problem, limits | {key: share*whole})
-        if point: rows.append({'share': share, key: share*whole, 'nats a token': problem.losses.of(point), 'channels': point.channels,
-                               'tokens': point.vocab, 'heads': sum(l.heads for l in point.layers), 'neurons': sum(l.neurons for l in point.layers)})
+        if not point: continue
+        units = {kind: sum(point.units(kind, s.shape.n_layer)) for kind in ('heads', 'neurons')}
+        rows.append({'share': share, key: share*whole, 'nats a token': problem.losses.of(point),
+                     'channels': point.channels, 'tokens': point.vocab} | units)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/runs/79_budget.ipynb #30a588b1

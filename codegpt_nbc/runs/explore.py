@@ -135,7 +135,8 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings(action='ignore', category=optuna.exceptions.ExperimentalWarning), explorer.ledger.alone('study'):
         chosen = sampler_of(sampler, seed, len(explorer.choices))
-        study = optuna.create_study(storage=storage_of(storage), sampler=chosen, study_name=name, directions=['minimize']*3, load_if_exists=True)
+        about = dict(study_name=name, directions=['minimize']*3, load_if_exists=True)
+        study = optuna.create_study(storage=storage_of(storage), sampler=chosen, **about)
         if study.user_attrs.get('begun'): return study
         for point in explorer.seeds(): study.enqueue_trial(params_of(point, explorer.choices), skip_if_exists=True)
         study.set_metric_names(['divergence', 'ms', 'mb'])

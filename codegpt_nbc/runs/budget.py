@@ -230,16 +230,16 @@ def fitting(self: Search,
     n: int,
 ) -> list: # of `Found`; at least one
     "The first points that meet the limits as measured, not only as predicted. Where none does, the one that exceeds them least."
-    limits, over, off = self.budget.limits, {}, dict.fromkeys(self.budget.limits, 1.)
-    fits = []
+    limits, off = self.budget.limits, dict.fromkeys(self.budget.limits, 1.)   # `off`: measured by predicted
+    fits, over = [], []                                                        # `over`: (excess, `Found`)
     for f in found:
         if len(fits) == n or len(over) == TRIED*n: break
         if over and excess({k: off[k]*getattr(f, k) for k in limits}, limits) > 0: continue   # as far off as the one before
         real = self.measured(f.point)
         off = {k: real[k]/getattr(f, k) for k in limits}
         if excess(real, limits) <= 0: fits.append(f)
-        else: over[f] = excess(real, limits)
-    return fits or [min(over, key=over.get)]
+        else: over.append((excess(real, limits), f))
+    return fits or [min(over, key=lambda pair: pair[0])[1]]
 
 TRIED = 3      # points that may exceed the limits, for each that is wanted
 

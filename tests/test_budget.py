@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'],
              tokens=['8', '4-32'])
 SMALL = dict(run_id='b', profile='try', codexglue=0, thesis=0, space=SPACE, trials=14, windows=2, window=32, ranked=8, counted=8,
-             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2)
+             points=4, timed=1, finalists=2, samples=4, fixed=[], rows=48, batch=2, prompt_tokens=48, new_tokens=4, repeats=2, seconds=0.)
 CODE = """
 import json, sys, torch
 torch.set_num_threads(1)
@@ -30,6 +30,27 @@ print(json.dumps(dict(counted=counted, best=str(best.folder), mb=best.mb, loss=o
                       predicted=search.problem.costs.of(best.point),
                       trials=sum(t.state.name == 'COMPLETE' for t in search.study.get_trials(deepcopy=False)))))
 """
+
+
+@pytest.fixture(scope='module')
+def raw_llama(tmp_path_factory):
+    "A Llama of raw source with random weights and a head of its own."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from codegpt_nbc.core.paths import write_json
+    from codegpt_nbc.model.decoder import Decoder
+    from codegpt_nbc.model.folder import save_model
+    from codegpt_nbc.model.layers import Shape
+    source, out = tmp_path_factory.mktemp('tokenizer'), tmp_path_factory.mktemp('raw')/'llama'
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    text = [Path(__file__).read_text(encoding='utf-8')]
+    tok.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=['<|endoftext|>']))
+    tok.save(str(source/'tokenizer.json'))
+    end = '<|endoftext|>'
+    write_json(source/'tokenizer_config.json', {'tokenizer_class': 'PreTrainedTokenizerFast', 'bos_token': end, 'eos_token': end})
+    shape = Shape(tok.get_vocab_size(), 128, 32, 8, (2, 2), (64, 64), family='llama', queries=2, tied=False)
+    return save_model(Decoder(shape).init_weights(0), out, source)
 
 
 @pytest.fixture(scope='module')
@@ -90,6 +111,21 @@ def test_two_searches_share_a_store(tiny, tmp_path):
     parts = [key for key in counted if 'Probe' in key or key.endswith(')')]   # all but what the trials and the makers measure
     assert len(parts) == len(set(parts)), 'a part was measured twice'
     assert max(f['trials'] for f in found) <= SMALL['trials'] + 2
+
+
+def test_a_model_of_raw_source_is_judged_in_its_own_protocol(raw_llama):
+    from codegpt_nbc.runs.allocate import read_budget
+    from codegpt_nbc.runs.budget import config_of
+    c = config_of(str(raw_llama), read_budget('mb=4'))
+    assert (c.text, c.codexglue, c.line, c.judged, c.skip) == ('raw', 0, 200, 200, 200)
+    c.check()
+
+
+def test_another_family_with_a_head_of_its_own_is_searched(raw_llama, tmp_path):
+    "Its size is met: both token matrices count."
+    own = dict(space=dict(heads=[0, 1, 2], neurons=[0, 32, 64], precisions=['8', '4-32']), budget=dict(mb=.08), finalists=1, trials=10)
+    found = ended(started(tmp_path, config(raw_llama, **own)))
+    assert found['mb'] <= .08*1.05 and found['predicted']['mb'] == pytest.approx(found['mb'], rel=.05)
 
 
 def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):

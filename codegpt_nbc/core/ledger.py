@@ -6,31 +6,38 @@
 __all__ = ['Ledger']
 
 # %% ../../nbs/core/03_ledger.ipynb #1a071766
-import json, sqlite3
-from contextlib import closing
+import json, sqlite3, sys
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 # %% ../../nbs/core/03_ledger.ipynb #75e103d8
 class Ledger:
-    "Figures by key, in a file that several processes may read and write."
+    "Figures by key, in a file that several processes may read and write. Raises `ValueError` where the file is no ledger."
     WAIT = 60.   # seconds for another process's transaction
 
-    def __init__(self, path):
+    def __init__(self,
+        path, # SQLite file; made where there is none
+    ):
         self.path, self.measured = Path(path), 0   # `measured`: figures that this object has added
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(self._open()) as db, db: db.execute('CREATE TABLE IF NOT EXISTS figures (key TEXT PRIMARY KEY, value TEXT NOT NULL)')
+        self._run('CREATE TABLE IF NOT EXISTS figures (key TEXT PRIMARY KEY, value TEXT NOT NULL)')
 
-    def _open(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=self.WAIT)
+    def _run(self, sql: str, *values) -> list: # of rows
+        "Run one statement in a transaction of its own."
+        try:
+            with closing(sqlite3.connect(self.path, timeout=self.WAIT)) as db, db: return db.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as e:
+            if isinstance(e, sqlite3.OperationalError): raise      # locked, full or read-only: not damaged
+            raise ValueError(f'{self.path} is damaged ({e}): remove it, and what it held is measured again.') from None
 
     def get(self, key: str): # the figure, or None
         "A figure that is known."
-        with closing(self._open()) as db: row = db.execute('SELECT value FROM figures WHERE key = ?', (key,)).fetchone()
-        return json.loads(row[0]) if row else None
+        rows = self._run('SELECT value FROM figures WHERE key = ?', key)
+        return json.loads(rows[0][0]) if rows else None
 
     def put(self, key: str, value): # the figure that stands: the first one written
         "Write a figure, unless another process has."
-        with closing(self._open()) as db, db: db.execute('INSERT OR IGNORE INTO figures VALUES (?, ?)', (key, json.dumps(value)))
+        self._run('INSERT OR IGNORE INTO figures VALUES (?, ?)', key, json.dumps(value))
         return self.get(key)
 
     def known(self,
@@ -43,5 +50,17 @@ class Ledger:
         self.measured += 1
         return self.put(key, measure())
 
-    def __len__(self) -> int:
-        with closing(self._open()) as db: return db.execute('SELECT COUNT(*) FROM figures').fetchone()[0]
+    @contextmanager
+    def alone(self,
+        what: str, # is measured: names the lock
+    ):
+        "Within the block, no other process measures the same. Says so where it has to wait."
+        from filelock import FileLock, Timeout
+        lock = FileLock(self.path.with_suffix(f'.{what}.lock'))
+        try: lock.acquire(timeout=0)
+        except Timeout:
+            print(f'another process is measuring {what}: waiting for it.', file=sys.stderr, flush=True)
+            lock.acquire()
+        with lock: yield
+
+    def __len__(self) -> int: return self._run('SELECT COUNT(*) FROM figures')[0][0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from time import perf_counter
 from typing import Protocol
+from ..core.progress import progress_bar
 from ..data.tokenizer import check_fits, decode_lines, encode_batch, end_of_line, load_tokenizer
 
 # %% ../../nbs/engines/50_generate.ipynb #729379a1
@@ -181,9 +182,8 @@ def batches(
     desc: str | None = None, # Name of a progress bar; None: no bar
 ):
     "Yield lists of numbers of prompts to complete together, the longest first."
-    from tqdm import tqdm
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    bar = tqdm(total=len(order), desc=desc, unit='sample', disable=desc is None, mininterval=2,
+    bar = progress_bar(total=len(order), desc=desc, unit='sample', disable=desc is None, mininterval=2,
                leave=None)   # within another bar it vanishes
     while order:
         n = max(1, min(batch, BATCH_TOKENS//(lengths[order[0]] + max_new)))

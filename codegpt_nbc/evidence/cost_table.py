@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'BASE', 'COPIES', 'Workload', 'timed_folder', 'Probe', 'few_
            'whole_model']
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #ea14e223
-import hashlib, tempfile, time, numpy as np
+import hashlib, itertools, math, tempfile, time, numpy as np
 from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.basics import patch
@@ -31,33 +31,41 @@ class Workload:
     "The completion whose time is meant."
     prompt_tokens: int = 448
     new_tokens: int = 16
-    repeats: int = 7           # timings of each, the fastest of which counts: whatever else runs only adds to them
+    repeats: int = 7           # completions that are timed, at least
+    seconds: float = .3        # for which they are repeated, at least: short ones are noisier
 
     def ms(self, prefill: float, token: float) -> float:
         "A completion, from the milliseconds of its prompt and of a token."
         return prefill + (self.new_tokens - 1)*token
 
+def _completion(engine, ids, new_tokens: int, clock) -> np.ndarray: # (new_tokens,) seconds: of the prompt, then of each further token
+    "Time one completion, piece by piece."
+    engine.start(1, ids.shape[1] + new_tokens)
+    marks = [clock()]
+    token = engine.prefill(ids, np.array([ids.shape[1]])).argmax(-1)
+    marks.append(clock())
+    for _ in range(new_tokens - 1):
+        token = engine.step(token).argmax(-1)
+        marks.append(clock())
+    return np.diff(marks)
+
 def timed_folder(
     folder,        # a model folder of any engine
     work: Workload,
-) -> tuple: # milliseconds of the prompt, of a token, and bytes of the weights
-    """Time an engine on `paths.cores` threads. On one thread its processor time counts, which is the wall time of a machine that
-    does nothing else, and which other programs lengthen little; on more, the wall time."""
+) -> tuple: # milliseconds of the prompt, mean milliseconds of a further token, bytes of the weights
+    """Time an engine on `paths.cores` threads. Whatever else runs only adds, by waiting and by emptying caches, so of each piece (the
+    prompt, the first token, the second …) the fastest of all repeats counts: no single completion need be undisturbed as a whole.
+    On one thread the clock is its processor time, which does not count waiting; on more, it is wall time."""
     clock = time.thread_time if cores() == 1 else time.perf_counter
     engine, rng = engine_of(folder)(folder, cores()), np.random.default_rng(0)
     ids = rng.integers(0, engine.vocab, (1, work.prompt_tokens))
-    prefills, tokens = [], []
-    for i in range(work.repeats + 1):
-        engine.start(1, work.prompt_tokens + work.new_tokens)
-        began = clock()
-        token = engine.prefill(ids, np.array([work.prompt_tokens])).argmax(-1)
-        read = clock()
-        for _ in range(work.new_tokens - 1): token = engine.step(token).argmax(-1)
-        written = clock()
-        if not i: continue          # warm-up
-        prefills.append(read - began)
-        tokens.append((written - read)/max(1, work.new_tokens - 1))
-    return 1e3*min(prefills), 1e3*min(tokens), sum(f.stat().st_size for f in weight_files(folder))
+    _completion(engine, ids, work.new_tokens, clock)     # warm-up
+    began, runs = clock(), []
+    while len(runs) < work.repeats or clock() - began < work.seconds:
+        runs.append(_completion(engine, ids, work.new_tokens, clock))
+    fastest = 1e3*np.min(runs, 0)                        # (new_tokens,)
+    token = fastest[1:].mean() if len(fastest) > 1 else 0.
+    return float(fastest[0]), float(token), sum(f.stat().st_size for f in weight_files(folder))
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #7d735231
 KINDS = ('vocab', 'heads', 'neurons', 'last')   # the head; halves of layers; the last attention, whose result is needed for one token alone
@@ -83,11 +91,13 @@ class Probe:
         return replace(s, vocab=vocab, d_model=self.channels, heads=sizes[0], inner=sizes[1])
 
     def bits(self, s: Shape) -> dict: # module → precision
-        "The precision of every matrix."
+        "The precision of every matrix. The head that is there in the probe without units, too, is not changed."
         own, out = self.shape(s), {'tokens': self.precision if self.changed == 'tokens' else BASE}
         for half, _, units, maps in halves(own):
-            for l, n in enumerate(units):
-                if n: out |= {f'blocks.{l}.{half}.{m.name}': self.precision if self.changed == m.name else BASE for m in maps}
+            for layer, n in enumerate(units):
+                for m in maps if n else ():
+                    changed = self.changed == m.name and layer < COPIES
+                    out[f'blocks.{layer}.{half}.{m.name}'] = self.precision if changed else BASE
         return out
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #a5aad5df
@@ -124,7 +134,7 @@ def matrix_bytes(n: int, k: int, precision: str, engine: str) -> float:
     return n*(codes + 2*blocks + -(-blocks*bits//8))                   # steps in half precision, zero points in as many bits as codes
 
 def map_sizes(s: Shape, kind: str, channels: int, units: int) -> dict: # map → (rows, inputs)
-    "The matrices of one half of a layer."
+    "The matrices of one half of a layer, or the token matrix."
     if kind == 'vocab': return {'tokens': (units, channels)}
     maps = next(maps for _, own, _, maps in halves(s) if own == kind)
     sizes = {m.name: m.packed*m.per*units for m in maps}
@@ -132,27 +142,32 @@ def map_sizes(s: Shape, kind: str, channels: int, units: int) -> dict: # map →
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #777d45b4
 def _some(values, n: int) -> list:
-    "The least and the greatest of some positive values, and others between."
+    "The least and the greatest of some positive values, and others between; none where there are none."
     values = sorted(v for v in set(values) if v)
-    return sorted({values[round(i*(len(values) - 1)/max(1, n - 1))] for i in range(n)})
+    picks = [round(i*(len(values) - 1)/max(1, n - 1)) for i in range(n)] if values else []
+    return sorted({values[i] for i in picks})
 
 def probes_of(
     space: Space,
     s: Shape,
 ) -> list: # of `Probe`
     "All that has to be timed for a space."
-    out, names = [], map_names(s)
-    grids = {'vocab': _some(space.vocab, 2), 'neurons': _some(space.neurons, 3)}
-    grids |= {'heads': _some(space.heads, 3), 'last': _some(space.heads, 2)}
+    out = []
     for engine in space.engines:
-        for kind, units in grids.items():
-            maps, precisions = (('tokens',), space.tokens) if kind == 'vocab' else (names.get(kind, ()), space.precisions)
-            others = [p for p in space.stored(engine, precisions) if p != BASE]
-            for d in space.channels if kind == 'vocab' else _some(space.channels, 3):   # the table's blocks depend on the width
-                out += [Probe(engine, kind, d, u) for u in units + [0]*(kind in ('heads', 'neurons'))]
-                out += [Probe(engine, kind, d, u, m, p) for u in units for m in maps for p in others]
+        tokens = [p for p in space.stored(engine, space.tokens) if p != BASE]
+        others = [p for p in space.stored(engine, space.precisions) if p != BASE]
+        corners = list(itertools.product(space.channels, _some(space.vocab, 2)))          # (width, tokens)
+        out += [Probe(engine, 'vocab', d, v) for d, v in corners]
+        out += [Probe(engine, 'vocab', d, v, 'tokens', p) for d, v in corners for p in tokens]
+        for kind, names in map_names(s).items():
+            levels, widths = getattr(space, kind), _some(space.channels, 3)
+            out += [Probe(engine, kind, d, u) for d in widths for u in [0, *_some(levels, 3)]]
+            corners = list(itertools.product(_some(space.channels, 2), _some(levels, 2)))  # (width, units)
+            out += [Probe(engine, kind, d, u, m, p) for d, u in corners for m in names for p in others]
+        out += [Probe(engine, 'last', d, u) for d in _some(space.channels, 3) for u in _some(space.heads, 2)]
     return out
 
+# %% ../../nbs/evidence/66_cost_table.ipynb #c39591f3
 def machine() -> str:
     "All that a time depends on besides the model: processor, threads, versions of the libraries that compute."
     used = {k: v for k, v in versions().items() if k in ('codegpt_nbc', 'torch', 'onnxruntime')}
@@ -166,13 +181,13 @@ def _key(probe: Probe, s: Shape, work: Workload) -> str:
 class CostTable:
     "Milliseconds and bytes of any point of a space."
     def __init__(self,
-        figures: dict,         # `Probe` → [prompt, token, bytes]
-        s: Shape,
+        figures: dict,         # `Probe` → [prompt ms, token ms, bytes]
+        s: Shape,              # of the model that is compressed
         work: Workload,
         factors: dict | None = None, # engine → (of the prompt, of a token), see `whole_models`
     ):
-        self.figures, self.shape, self.work, self.names, self.made = figures, s, work, map_names(s), {}
-        self.factors = factors or {}
+        self.figures, self.shape, self.work, self.names = figures, s, work, map_names(s)
+        self.factors, self.made = factors or {}, {}   # `made`: what was computed from the figures
 
     def _known(self, **fields) -> dict: # (channels, units) → (prompt, token, bytes) of one half, or of the head
         "The figures of one kind, with those of the probe without it taken off."
@@ -182,24 +197,19 @@ class CostTable:
             out[p.channels, p.units] = self._alone(p, np.array(figure))
         return out
 
-    def _alone(self, p: Probe, figure):
+    def _alone(self, p: Probe, figure: np.ndarray) -> np.ndarray: # (3,)
         if p.kind == 'vocab': return figure
-        if p.kind == 'last': return figure - self._without_layers(p)
+        if p.kind == 'last': return figure - self._head(p)
         return (figure - self.figures[replace(p, units=0, changed='', precision=BASE)])/COPIES
 
-    def _without_layers(self, p: Probe):
-        "The head of a probe's vocabulary, by its least measured one."
+    def _head(self, p: Probe) -> np.ndarray: # (3,)
+        "The head of a probe, by the one of fewest tokens that was measured."
         heads = [q for q in self.figures if (q.engine, q.kind, q.channels, q.changed) == (p.engine, 'vocab', p.channels, '')]
-        least = min(heads, key=lambda q: q.units)
-        return np.array(self.figures[least])
+        return np.array(self.figures[min(heads, key=lambda q: q.units)])
 
-    def surface(self, **fields): # function (channels, units) → (prompt, token, bytes)
-        "Linear between the measured sizes, and on beyond them."
-        key = tuple(fields.items())
-        if key not in self.made: self.made[key] = _surface(self._known(**fields))
-        return self.made[key]
-
-def _surface(known: dict):
+# %% ../../nbs/evidence/66_cost_table.ipynb #08641c75
+def _surface(known: dict): # function [(channels, units)] → (1, 3) of prompt, token, bytes
+    "Linear between the measured sizes, and on beyond them."
     from scipy.interpolate import RegularGridInterpolator
     ds, us = (sorted({at[i] for at in known}) for i in (0, 1))
     values = np.array([[known[d, u] for u in us] for d in ds])                  # (widths, units, 3)
@@ -207,24 +217,60 @@ def _surface(known: dict):
     if len(us) == 1: us, values = [0, *us], np.stack([np.zeros_like(values[:, 0]), values[:, 0]], 1)
     return RegularGridInterpolator((ds, us), values, bounds_error=False, fill_value=None)
 
+@patch
+def value(self: CostTable, at: tuple, **fields) -> np.ndarray: # (3,) ms of the prompt and of a token, bytes; `at`: (channels, units)
+    "The figure of one kind of probe, interpolated."
+    key = 'surface', *fields.items()
+    if key not in self.made: self.made[key] = _surface(self._known(**fields))
+    return self.made[key]([at])[0]
+
+@patch
+def _fit(self: CostTable, engine: str, kind: str, name: str, precision: str) -> np.ndarray: # (2, 2): (constant, slope) of prompt, token
+    "What a matrix of another precision than `BASE` adds to the times, as a line over its number of weights, by least squares."
+    key = 'line', engine, kind, name, precision
+    if key in self.made: return self.made[key]
+    base = self._known(engine=engine, kind=kind, changed='', precision=BASE)
+    changed = self._known(engine=engine, kind=kind, changed=name, precision=precision)
+    weights = [math.prod(map_sizes(self.shape, kind, *at)[name]) for at in changed]
+    terms = np.stack([np.ones(len(weights)), np.array(weights)/max(weights)], 1)           # (sizes, 2)
+    added = np.array([changed[at][:2] - base[at][:2] for at in changed])                   # (sizes, 2)
+    line = np.linalg.lstsq(terms, added, rcond=None)[0]
+    self.made[key] = line/np.array([[1], [max(weights)]])
+    return self.made[key]
+
+@patch
+def change(self: CostTable, engine: str, kind: str, at: tuple, name: str, precision: str) -> np.ndarray: # (3,)
+    "What one matrix adds to times and bytes when it has another precision than `BASE`."
+    if precision == BASE: return np.zeros(3)
+    rows, inputs = map_sizes(self.shape, kind, *at)[name]
+    times = np.array([1, rows*inputs])@self._fit(engine, kind, name, precision)
+    if kind == 'vocab':
+        own = dict(engine=engine, kind=kind)
+        size = (self.value(at, **own, changed=name, precision=precision) - self.value(at, **own, changed='', precision=BASE))[2]
+    else: size = matrix_bytes(rows, inputs, precision, engine) - matrix_bytes(rows, inputs, BASE, engine)
+    return np.array([*times, size])
+
 # %% ../../nbs/evidence/66_cost_table.ipynb #7b75b496
 @patch
 def part(self: CostTable,
     engine: str, kind: str, channels: int, units: int,
     bits: dict,         # map → precision; of `vocab`: {'tokens': …}
-    last: bool = False, # is it in the layer of the last attention?
+    last: bool = False, # is it in the layer of the last attention, or after it?
 ) -> np.ndarray: # (3,) milliseconds of the prompt and of a token, bytes
     "What one half of a layer, or the head, costs."
-    if not units: return np.zeros(3)
-    at = channels, units
-    def value(kind, changed, precision): # (3,)
-        return self.surface(engine=engine, kind=kind, changed=changed, precision=precision)([at])[0]
-    base = value(kind, '', BASE)
-    out = base + sum(value(kind, m, p) - base for m, p in bits.items() if p != BASE)
-    sizes = map_sizes(self.shape, kind, channels, units)
-    out[2] = base[2] + sum(matrix_bytes(*sizes[m], p, engine) - matrix_bytes(*sizes[m], BASE, engine) for m, p in bits.items())
-    if last and engine == 'onnx' and kind == 'heads': out[0] += min(0., value('last', '', BASE)[0] - base[0])
-    if last and engine == 'onnx' and kind == 'neurons': out[0] = out[1]         # it reads the last token alone
+    key = 'part', engine, kind, channels, units, tuple(bits.items()), last
+    if key not in self.made: self.made[key] = self._part(engine, kind, (channels, units), bits, last)
+    return self.made[key]
+
+@patch
+def _part(self: CostTable, engine: str, kind: str, at: tuple, bits: dict, last: bool) -> np.ndarray: # (3,)
+    if not at[1]: return np.zeros(3)
+    changes = {name: self.change(engine, kind, at, name, p) for name, p in bits.items()}
+    out = self.value(at, engine=engine, kind=kind, changed='', precision=BASE) + sum(changes.values(), np.zeros(3))
+    if last and kind == 'heads':       # of its maps, those after the products of attention see the last token alone
+        before = sum(changes[name][0] for name in bits if name != 'proj')
+        out[0] = self.value(at, engine=engine, kind='last', changed='', precision=BASE)[0] + before
+    if last and kind == 'neurons' and engine == 'onnx': out[0] = out[1]
     out[:2] *= self.factors.get(engine, (1., 1.))
     return np.maximum(out, 0.)
 
@@ -237,7 +283,7 @@ def of(self: CostTable, point: Point) -> dict: # ms of a completion, prefill_ms,
         for kind, names in self.names.items():
             bits = {m: l.bits[m] for m in names if m in l.bits}
             total = total + self.part(point.engine, kind, point.channels, l.units(kind), bits, l.layer >= last)
-    return {'ms': self.work.ms(*total[:2]), 'prefill_ms': total[0], 'token_ms': total[1], 'mb': total[2]/1e6}
+    return {'ms': self.work.ms(*total[:2]), 'prefill_ms': float(total[0]), 'token_ms': float(total[1]), 'mb': float(total[2])/1e6}
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #65884d60
 def measured_point(point: Point, s: Shape, work: Workload, parent=BASE_MODEL) -> dict: # ms, prefill_ms, token_ms, mb
@@ -259,12 +305,11 @@ def measured_costs(
     desc: str | None = None, # name of a progress bar; None: no bar
 ) -> CostTable:
     "The table of a space on this machine. What was measured before is read. One process measures at a time."
-    from filelock import FileLock
     from tqdm import tqdm
     if work.prompt_tokens + work.new_tokens > s.context:
         work = replace(work, prompt_tokens=max(1, s.context - work.new_tokens))
     figures = {}
-    with FileLock(ledger.path.with_suffix('.costs.lock')):
+    with ledger.alone('costs'):
         for p in tqdm(probes_of(space, s), desc=desc, disable=desc is None, unit='probe'):
             figures[p] = ledger.known(_key(p, s, work), lambda p=p: probed(p, s, work, parent))
         table = CostTable(figures, s, work)

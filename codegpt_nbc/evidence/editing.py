@@ -4,20 +4,24 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'PAUSES', 'HABITS', 'DEBOUNCE', 'Edit', 'Trace', 'Hand', 'record', 'held_out_pair', 'requests', 'Completer',
-           'replay', 'summarise_replay', 'LlamaEngine', 'OneSlot']
+           'replay', 'summarise_replay', 'LlamaEngine', 'OneSlot', 'Answering', 'llama_command', 'LlamaServer',
+           'serve_genai', 'Genai']
 
 # %% ../../nbs/evidence/69_editing.ipynb #573ec688
-import itertools
+import itertools, json, os, shutil, subprocess, sys, time
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection
+from socket import socket
 from time import perf_counter, process_time
 import numpy as np
 from fastcore.basics import patch
-from ..core.paths import read_json, write_json
+from ..core.paths import PACKAGE, read_json, write_json
 from ..data.raw_text import RawText
 from ..data.text_format import source_lines
 from ..data.tokenizer import load_tokenizer, text_of
 from ..engines.completion import complete_raw, complete_source
 from ..engines.generate import MAX_NEW
+from .other_engines import OpenVinoGenai, python_of
 
 # %% ../../nbs/evidence/69_editing.ipynb #bb81d5c2
 KINDS = ('type', 'jump', 'delete', 'paste', 'undo')
@@ -334,3 +338,147 @@ class OneSlot:
         "Append a token; the logits after it."
         self.ids = np.append(self.ids, tokens)
         return self.engine.extend(tokens)
+
+# %% ../../nbs/evidence/69_editing.ipynb #9c586251
+class Answering:
+    "What answers prompts whole, in the interface of an engine with one row."
+    def __init__(self,
+        ask,           # Function (ids, number) → (new ids, has the line ended?)
+        name: str,
+        context: int,  # Positions
+        vocab: int,
+        end: int,      # Id that is handed out where the line has ended
+        most: int = MAX_NEW, # Tokens asked for at once
+    ):
+        self.ask, self.name, self.context, self.vocab, self.end, self.most = ask, name, context, vocab, end, most
+        self.asked = 0
+
+    def start(self, batch: int, capacity: int): pass
+    def keep(self, rows): pass
+
+    def prefill(self, ids, lengths): # (1, S) and (1,) → (1, vocab)
+        "The first token of the answer."
+        self.ids, self.written = ids[0, :lengths[0]].tolist(), []
+        return self.following()
+
+    def step(self, tokens): # (1,) → (1, vocab)
+        "Take a token; the one after it."
+        self.ids.append(int(tokens[0]))
+        self.written = self.written[1:] if self.written[0] == self.ids[-1] else []
+        return self.following()
+
+    def following(self): # (1, vocab)
+        "The next token as logits."
+        if not self.written:
+            new, ended = self.ask(self.ids, min(self.most, self.context - len(self.ids)))
+            self.asked, self.written = self.asked + 1, new + [self.end]*ended
+        logits = np.full((1, self.vocab), -50., np.float32)
+        logits[0, self.written[0]] = 0
+        return logits
+
+# %% ../../nbs/evidence/69_editing.ipynb #fe97c578
+_LLAMA = """from codegpt_nbc.evidence.other_engines import without_tiles
+without_tiles()
+from llama_cpp.server.__main__ import main
+main()"""
+
+def llama_command(path, context: int, threads: int, port: int) -> list:
+    "llama.cpp's own program where it is installed (or named by `CODEGPT_NBC_LLAMA_SERVER`), or else llama-cpp-python's."
+    own = os.environ.get('CODEGPT_NBC_LLAMA_SERVER') or shutil.which('llama-server')
+    if own: return [own, '-m', str(path), '-c', str(context), '-t', str(threads), '-np', '1', '--port', str(port)]
+    return [python_of('llama.cpp Q8_0'), '-c', _LLAMA, '--model', str(path), '--n_ctx', str(context), '--n_threads', str(threads),
+            '--n_threads_batch', str(threads), '--port', str(port), '--verbose', 'False']
+
+# %% ../../nbs/evidence/69_editing.ipynb #3fd51802
+class LlamaServer:
+    """llama.cpp's server on the GGUF file of a model of raw source, a function for `Answering`.
+
+    Its answers are text without tokens such as `<EOL>`, so models of words are not asked. Raises `RuntimeError` where it does not start."""
+    def __init__(self,
+        path,             # The GGUF file
+        tok,              # Its tokenizer, as prompts and answers are texts
+        context: int,     # Positions
+        threads: int = 1,
+        seconds: float = 120, # Until it answers
+    ):
+        with socket() as s:
+            s.bind(('127.0.0.1', 0))
+            self.port = s.getsockname()[1]
+        env = os.environ | {'PYTHONPATH': str(PACKAGE.parent)}
+        self.tok, command = tok, llama_command(path, context, threads, self.port)
+        self.process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + seconds
+        while not self.is_ready():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.__exit__()
+                raise RuntimeError("llama.cpp's server does not start: call make peers, or install llama-server.")
+            time.sleep(.2)
+
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+# %% ../../nbs/evidence/69_editing.ipynb #9d485617
+@patch
+def request(self: LlamaServer, *what) -> dict:
+    "One request: method, path, body. Raises `OSError` where nobody listens."
+    self.connection = getattr(self, 'connection', None) or HTTPConnection('127.0.0.1', self.port)
+    try:
+        self.connection.request(*what, headers={'content-type': 'application/json'})
+        answer = self.connection.getresponse()
+        return json.loads(answer.read()) | {'status': answer.status}
+    except OSError:
+        self.connection.close()
+        raise
+
+@patch
+def is_ready(self: LlamaServer) -> bool:
+    "Does it answer?"
+    try: return self.request('GET', '/v1/models')['status'] == 200
+    except (OSError, ValueError): return False
+
+@patch
+def __call__(self: LlamaServer, ids: list, n: int) -> tuple: # (new ids, has the line ended?)
+    "Complete a line."
+    prompt = self.tok.decode(ids, skip_special_tokens=False)
+    body = dict(prompt=prompt, max_tokens=n, temperature=0, stop=['\n'], cache_prompt=True)
+    answer = self.request('POST', '/v1/completions', json.dumps(body))
+    if answer['status'] != 200: raise RuntimeError(f'llama.cpp refuses a prompt of {len(ids)} tokens: {answer}.')
+    choice = answer['choices'][0]
+    new = self.tok.encode(choice['text'], add_special_tokens=False).ids
+    return new, choice['finish_reason'] == 'stop' or not new
+
+# %% ../../nbs/evidence/69_editing.ipynb #88c15f7d
+def serve_genai(folder: str, threads: int, stops: list):
+    "openvino-genai with its prefix cache, in the peers' environment: answers lines of [ids, number] until its input ends."
+    peer = OpenVinoGenai(folder, threads, keeps=True)
+    print('ready', flush=True)
+    for ids, n in map(json.loads, sys.stdin):
+        new = peer.write([ids], n, lambda: None, stop_token_ids=set(stops))[0]
+        print(json.dumps(new), flush=True)
+
+class Genai:
+    """openvino-genai on a folder that `other_engines.prepare` made, a function for `Answering`. It keeps what it has read.
+
+    Raises `RuntimeError` where it does not open the folder."""
+    def __init__(self, folder, threads: int, stops: list): # `stops`: ids that end a line
+        self.stops, code = set(map(int, stops)), 'from codegpt_nbc.evidence.editing import serve_genai; '
+        code += f'serve_genai({str(folder)!r}, {threads}, {sorted(self.stops)})'
+        command, env = [python_of('OpenVINO GenAI int8'), '-c', code], os.environ | {'PYTHONPATH': str(PACKAGE.parent)}
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
+        if self.process.stdout.readline().strip() != 'ready':
+            self.__exit__()
+            raise RuntimeError('openvino-genai does not open the model: call make peers.')
+
+    def __enter__(self): return self
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate()
+
+    def __call__(self, ids: list, n: int) -> tuple: # (new ids, has the line ended?)
+        "Complete a line."
+        print(json.dumps([ids, n]), file=self.process.stdin, flush=True)
+        new = json.loads(self.process.stdout.readline())
+        return new, len(new) < n or not self.stops.isdisjoint(new)

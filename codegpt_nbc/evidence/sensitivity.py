@@ -7,9 +7,10 @@ __all__ = ['Judge', 'only_units', 'Vocabulary', 'Sensitivities', 'parts_of', 'me
            'real_loss', 'without_vocab']
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #bb8846f0
-import torch
+import numpy as np, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from fastcore.basics import patch
 from torch.nn import functional as F
 from ..core.ledger import Ledger
@@ -99,12 +100,13 @@ def _clipped(text: str, characters: int = 1200) -> str:
 
 @torch.no_grad()
 def _surprise(model: Decoder, tok, texts: list) -> tuple: # (nats, tokens)
-    "How unlikely a model finds texts."
-    nats, tokens = 0., 0
+    "How unlikely a model finds texts. What is longer than its context is read in pieces, so that no text is left out."
+    nats, tokens, most = 0., 0, model.shape.context
     for row in encode_batch(tok, texts):
-        row = torch.tensor(row[:model.shape.context])
-        nats += float(model(row[None, :-1], row[None, 1:]))*(len(row) - 1)
-        tokens += len(row) - 1
+        for at in range(0, len(row) - 1, most):
+            piece = torch.tensor(row[at:at + most + 1])
+            nats += float(model(piece[None, :-1], piece[None, 1:]))*(len(piece) - 1)
+            tokens += len(piece) - 1
     return nats, tokens
 
 @dataclass
@@ -115,44 +117,67 @@ class Vocabulary:
     texts: list      # to count tokens on
     held: list       # to judge by
 
-    def loss(self, size: int) -> float: # nats a token
+    @cached_property
+    def ranked(self):
+        "The tokens by their use, see `vocabulary.rank_tokens`."
+        return rank_tokens(self.tok, count_tokens(self.tok, self.texts))
+    @cached_property
+    def shown(self) -> list: return [_clipped(t) for t in self.held]
+    @cached_property
+    def before(self) -> tuple: # (nats, tokens)
+        "What the model makes of the text with all its tokens."
+        return _surprise(self.model, self.tok, self.shown)
+
+    def loss(self, size: int) -> float: # nats a token of the whole vocabulary
         "What the text loses in likelihood with so many tokens."
         if size >= self.model.shape.vocab: return 0.
-        kept = choose_tokens(rank_tokens(self.tok, count_tokens(self.tok, self.texts)), size=size)
-        held = [_clipped(t) for t in self.held]
-        before, n = _surprise(self.model, self.tok, held)
-        after, _ = _surprise(with_tokens(self.model, kept), trim_tokenizer(self.tok, kept), held)
+        kept = choose_tokens(self.ranked, size=size)
+        after, _ = _surprise(with_tokens(self.model, kept), trim_tokenizer(self.tok, kept), self.shown)
+        before, n = self.before
         return max(0., (after - before)/n)
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #5eed22cf
 class Sensitivities:
     "The loss of every part of a space, and their sum for a point."
-    def __init__(self, found: dict, s): # found: part → nats
-        self.found, self.shape, self.names = found, s, map_names(s)
+    def __init__(self,
+        found: dict, # part, as in `parts_of` → nats
+        s,           # `Shape` of the model that is compressed
+    ):
+        self.found, self.shape, self.names, self.levels = found, s, map_names(s), {}
+        for key in sorted(k for k in found if len(k) == 3):
+            kind, layer, units = key
+            ends = self.levels.setdefault((layer, kind), ([], []))
+            ends[0].append(units)
+            ends[1].append(found[key])
 
-    def half(self, layer: int, kind: str, n: int, bits: dict) -> float: # nats
-        "The loss of half a layer with `n` units and the precisions of its maps."
-        whole = (self.shape.heads if kind == 'heads' else self.shape.inner)[layer]
-        half = 'attn' if kind == 'heads' else 'mlp'
-        rounding = sum(self.found[f'blocks.{layer}.{half}.{m}', p] for m, p in bits.items()) if n else 0.
-        return self.units(layer, kind, n) + n/whole*rounding
+    def whole(self, layer: int, kind: str) -> int:
+        "Units of half a layer of the model that is compressed."
+        return (self.shape.heads if kind == 'heads' else self.shape.inner)[layer]
 
     def units(self, layer: int, kind: str, n: int) -> float: # nats
         "The loss when only `n` units stay; linear between the numbers measured."
-        import numpy as np
-        known = sorted((at, v) for (k, l, at), v in ((key, v) for key, v in self.found.items() if len(key) == 3) if (k, l) == (kind, layer))
-        return float(np.interp(n, *zip(*known)))
+        return float(np.interp(n, *self.levels[layer, kind]))
+
+    def half(self, layer: int, kind: str, n: int, bits: dict) -> float: # nats
+        "The loss of half a layer with `n` units and the precisions of its maps, of which those that stay count."
+        if not n: return self.units(layer, kind, 0)
+        module = f'blocks.{layer}.{"attn" if kind == "heads" else "mlp"}'
+        rounding = sum(self.found[f'{module}.{name}', p] for name, p in bits.items())
+        return self.units(layer, kind, n) + n/self.whole(layer, kind)*rounding
+
+    def frame(self, channels: int, vocab: int, tokens: str) -> float: # nats
+        "The loss of what is the same for all layers."
+        return self.found['channels', channels] + self.found['vocab', vocab] + self.found['tokens', tokens]
 
     def of(self, point: Point) -> float: # nats
         "The predicted divergence of a point."
-        left, n = {l.layer: l for l in point.layers}, self.shape.n_layer
-        total = self.found['channels', point.channels] + self.found['vocab', point.vocab] + self.found['tokens', point.tokens]
-        for layer in range(n):
+        left = {l.layer: l for l in point.layers}
+        total = self.frame(point.channels, point.vocab, point.tokens)
+        for layer in range(self.shape.n_layer):
             for kind, names in self.names.items():
                 own = left.get(layer)
                 units = own.units(kind) if own else 0
-                bits = {m: own.bits[m] for m in names} if units else {}
-                total += self.half(layer, kind, units, bits)
+                total += self.half(layer, kind, units, {m: own.bits[m] for m in names} if units else {})
         return total
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #41e3ae09
@@ -163,12 +188,13 @@ def parts_of(
     out = [('channels', n) for n in space.channels] + [('vocab', n) for n in space.vocab] + [('tokens', p) for p in space.tokens]
     for half, kind, units, maps in halves(s):
         for layer, whole in enumerate(units):
-            levels = {min(n, whole) for n in getattr(space, kind)} | {0, whole}
+            levels = {min(n, whole) for n in getattr(space, kind)} | {whole}
             out += [(kind, layer, n) for n in sorted(levels)]
             out += [(f'blocks.{layer}.{half}.{m.name}', p) for m in maps for p in space.precisions if whole]
     return out
 
-def _measure(key: tuple, judge: Judge, vocabulary: Vocabulary) -> float:
+def _measure(key: tuple, judge: Judge, vocabulary: Vocabulary) -> float: # nats
+    "The loss of one part; what is whole has none."
     s = judge.model.shape
     if len(key) == 3:
         kind, layer, n = key
@@ -188,10 +214,9 @@ def measured_sensitivities(
     desc: str | None = None, # name of a progress bar; None: no bar
 ) -> Sensitivities:
     "The losses of all parts. What was measured before is read. One process measures at a time."
-    from filelock import FileLock
     from tqdm import tqdm
     found = {}
-    with FileLock(ledger.path.with_suffix('.losses.lock')):
+    with ledger.alone('losses'):
         for key in tqdm(parts_of(space, judge.model.shape), desc=desc, disable=desc is None, unit='part'):
             found[key] = ledger.known(f'{name} {key}', lambda key=key: _measure(key, judge, vocabulary))
     return Sensitivities(found, judge.model.shape)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', 'PATTERNS', 'PATTERN_WIDTHS', 'UNITS', 'EIGHT',
-           'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'PROFILE_FIGURES', 'FIGURES', 'sample_scores', 'round_ratios',
-           'observed', 'annotate_below', 'spread_out', 'label_ends', 'meets', 'boxes_around', 'along', 'place_label',
-           'usual_runs', 'hundred', 'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values',
-           'quantized_observations', 'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms',
-           'latency_text', 'fig_latency', 'pareto_points', 'draw_points', 'name_points', 'pareto_panel', 'fig_pareto',
-           'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
-           'fig_xtc', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines', 'fig_peers']
+           'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES', 'FIGURES',
+           'sample_scores', 'round_ratios', 'observed', 'annotate_below', 'spread_out', 'label_ends', 'meets',
+           'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred', 'pruning_observations', 'pruning_panel',
+           'fig_pruning', 'quantized_values', 'quantized_observations', 'quantized_panel', 'fig_quantization',
+           'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency', 'pareto_points', 'draw_points', 'name_points',
+           'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves',
+           'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed',
+           'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines',
+           'fig_peers']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
@@ -477,6 +479,66 @@ def fig_xtc(fr: pd.DataFrame):
     annotate_below(fig, paragraph('fig_xtc.md', fr, others=other_teachers(fr, runs)), absent(fr, 'xtc'))
     return fig
 
+# %% ../../nbs/report/84_figures.ipynb #8c3fdf5e
+POSTER_PANELS = {'file size': 'raw_mb', 'samples/s': 'ratio', 'edit similarity': 'es', 'exact match': 'em'}   # title → column
+POSTER_ROWS = {'xtc-reduced-6': 'xtc-reduced', 'xtc-1bit-12': 'xtc-quantised', 'xtc-hybrid-6': 'xtc-hybrid'}   # our run → the poster's
+
+def poster_observations(fr: pd.DataFrame, runs: list, column: str) -> pd.DataFrame: # name, kind, value (% of dense)
+    "What a panel of `fig_poster` observes of some runs, one row a sample, a round or a run."
+    frames, dense = [], dense_value(fr, column)
+    for _, row in fr.loc[runs].iterrows():
+        if column in SCORED: values = 100*sample_scores(row.result, column, fr.attrs['protocol'])/dense
+        elif column == 'ratio': values = 100*np.array(round_ratios(row), float)
+        else: values = [100*row[column]/dense]
+        frames.append(pd.DataFrame({'name': short_label(row.label), 'kind': row.family, 'value': values}))
+    return observed(frames, ['name', 'kind', 'value'])
+
+def poster_text(row, column: str) -> str:
+    "What is written at the end of a bar; '' where nothing was measured."
+    said = {'raw_mb': f'{number(row.raw_mb, 3)} MB', 'ratio': f'{number(row.ratio, 2)} ×'}.get(column, f'{number(row[column], 2)} %')
+    return '' if np.isnan(row[column]) else said
+
+def poster_printed(column: str) -> dict: # our run → % of the poster's dense model
+    "What the poster says of the models that are ours, too. It names one accuracy, which stands with edit similarity."
+    said, theirs = {}, published('demoor', 'poster')
+    for run, name in POSTER_ROWS.items():
+        p = theirs.loc[name]
+        said[run] = {'raw_mb': 100/p.size_factor, 'ratio': 100*p.speed_factor, 'es': p.accuracy_retained_percent}.get(column, np.nan)
+    return {run: value for run, value in said.items() if not np.isnan(value)}
+
+# %% ../../nbs/report/84_figures.ipynb #1616824a
+def poster_panel(ax, fr: pd.DataFrame, runs: list, column: str):
+    "Bars of one measure, their intervals, what they stand for, and the poster's own numbers as diamonds."
+    import seaborn as sns
+    seen, printed = poster_observations(fr, runs, column), poster_printed(column)
+    if len(seen):
+        sns.barplot(seen, x='value', y='name', hue='kind', palette=COLORS, saturation=1, dodge=False, width=.66, legend=False, ax=ax,
+                    err_kws=dict(color='#222222', linewidth=.8), **(SAMPLES if column in SCORED else ROUNDS))
+    ends = seen.groupby('name', sort=False).value.agg('mean' if column in SCORED else 'max')
+    for y, i in enumerate(runs):
+        at = max(ends.get(short_label(fr.label[i]), 0), printed.get(i, 0))
+        if column in SCORED: at = max(at, 100*fr[f'{column}_high'][i]/dense_value(fr, column))
+        ax.annotate(poster_text(fr.loc[i], column), (at, y), xytext=(6, 0), textcoords='offset points', va='center', fontsize=7.5,
+                    color='#444444', bbox=dict(fc='white', ec='none', pad=.8))
+        if i in printed: ax.plot(printed[i], y, **DIAMOND)
+    ax.axvline(100, color=COLORS['baseline'], lw=1, zorder=1)
+    ax.set(xlabel='% of dense', ylabel=''); ax.grid(False, axis='y'); ax.tick_params(axis='y', length=0)
+    ax.margins(x=.34); ax.set_xlim(left=0)
+
+@styled
+def fig_poster(fr: pd.DataFrame):
+    "The poster's bar charts: size, speed and accuracy of fewer layers, few bits, and both."
+    import matplotlib.pyplot as plt
+    runs = [i for i in usual_runs(fr, fr.method.isin(['baseline', 'xtc'])).index if fr.es.notna()[i]]
+    fig, axes = plt.subplots(1, len(POSTER_PANELS), figsize=(WIDTH, 1.3 + .3*max(1, len(runs))), sharey=True)
+    for ax, (title, column) in zip(axes, POSTER_PANELS.items()):
+        poster_panel(ax, fr, runs, column)
+        ax.set_title(title)
+    diamond = plt.Line2D([], [], **DIAMOND, label='the poster, of its own dense model (124 M)')
+    fig.legend(handles=[diamond], loc='outside upper left')
+    annotate_below(fig, paragraph('fig_poster.md', fr), absent(fr, 'baseline', 'xtc'))
+    return fig
+
 # %% ../../nbs/report/84_figures.ipynb #f6c72515
 def engine_rounds(d: dict, precision: str) -> pd.DataFrame: # name, kind, total, reading: a row a round
     "The engines of one precision, the fastest first; `d`: details of a benchmark."
@@ -538,5 +600,5 @@ def fig_peers(fr=None):
     return fig
 
 # %% ../../nbs/report/84_figures.ipynb #4a03ecfd
-PROFILE_FIGURES = (fig_pruning, fig_quantization, fig_latency, fig_learning_curves, fig_xtc, fig_pareto)
+PROFILE_FIGURES = (fig_pruning, fig_quantization, fig_latency, fig_learning_curves, fig_xtc, fig_poster, fig_pareto)
 FIGURES = {make.__name__: make for make in (*PROFILE_FIGURES, fig_peers)}   # name → function of the frame

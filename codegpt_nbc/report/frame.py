@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIONS', 'published', 'studies', 'printed_pruning',
            'accuracy_columns', 'held_out_columns', 'cost_columns', 'planned_runs', 'judged_by', 'row_of',
-           'anchor_speed', 'session_details', 'frame', 'first_few', 'absent', 'uncommitted', 'without_steps',
-           'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained', 'gains', 'percent_of_dense',
-           'dense_value', 'family_tests', 'seeds_of', 'published_systems', 'split_time', 'pareto_front', 'precision_of',
-           'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone', 'corpus_facts', 'hours_of']
+           'anchor_speed', 'session_details', 'elsewhere_results', 'frame', 'first_few', 'absent', 'uncommitted',
+           'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained', 'gains',
+           'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking', 'published_systems', 'split_time',
+           'pareto_front', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone',
+           'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -139,11 +140,20 @@ def session_details(results: dict) -> dict: # (run id, label of the model) → d
         out[i, run_label(base, results) if base else r.config['model']] = r.details
     return out
 
+def elsewhere_results(results: dict) -> dict: # name of the code → (run id of the model → `Result`)
+    "What the models of a profile answered about other code than the frozen corpus; `results`: run id → `Result`."
+    out = {}
+    for r in results.values():
+        if r.method != 'evaluate': continue
+        code = r.config['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]   # of installed:optuna, or of a path
+        out.setdefault(code, {})[r.config['model']] = r
+    return out
+
 WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, its variants, the methods of its planned runs, which are timed, details of its sessions, runs
+    are judged by, its variants, the methods of its planned runs, which are timed, details of its sessions, results on other code, runs
     made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
@@ -158,7 +168,7 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     variants = {i for i, r in planned.items() if r.variant}
     df.attrs = dict(variants=variants, profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
-                    sessions=session_details(results), dirty=dirty, noise=anchor_speed(df))
+                    sessions=session_details(results), elsewhere=elsewhere_results(results), dirty=dirty, noise=anchor_speed(df))
     return df
 
 # %% ../../nbs/report/81_frame.ipynb #c0581743
@@ -278,6 +288,27 @@ def seeds_of(fr: pd.DataFrame) -> dict: # run id → ids of the same run, its ow
         base, _, seed = i.rpartition('-seed-')
         if seed.isdigit() and base in rows.index: found.setdefault(base, [base]).append(i)
     return found
+
+# %% ../../nbs/report/81_frame.ipynb #a83b583c
+def _told_apart(a: Accuracy, b: Accuracy) -> int: # 1: a is better, −1: b is, 0: neither for certain
+    low, high = paired_test(a, b)['es']['ci']
+    return int(low > 0) - int(high < 0)
+
+def ranking(
+    fr: pd.DataFrame,
+    code: str,   # a key of `fr.attrs['elsewhere']`
+) -> dict: # models, n, tau, pairs that the frozen corpus tells apart: pairs = same + unclear + opposite
+    "Whether other code orders the models as the frozen corpus does."
+    from itertools import combinations
+    from scipy.stats import kendalltau
+    protocol = fr.attrs['protocol']
+    there = {i: r.metrics[protocol] for i, r in fr.attrs['elsewhere'][code].items() if protocol in r.metrics and i in fr.index}
+    here = {i: fr.result[i].metrics[protocol] for i in there}
+    signs = [(_told_apart(here[a], here[b]), _told_apart(there[a], there[b])) for a, b in combinations(there, 2)]
+    both = [x*y for x, y in signs if x]   # 1: as here, 0: not told apart there, −1: the other way round
+    tau = kendalltau([here[i].es for i in there], [there[i].es for i in there]).statistic if len(there) > 1 else np.nan
+    return dict(models=len(there), n=min((a.n for a in there.values()), default=0), tau=float(tau), pairs=len(both),
+                same=both.count(1), unclear=both.count(0), opposite=both.count(-1))
 
 # %% ../../nbs/report/81_frame.ipynb #ff3f47cc
 def published_systems() -> pd.DataFrame: # index: name; columns: study, model, es (% retained), smaller, faster (times)

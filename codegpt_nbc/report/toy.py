@@ -60,7 +60,9 @@ def toy_plan() -> dict: # as a profile's YAML
         variant('distill', 'distill-8-seed-43', **student | {'layers': 8, 'seed': 43}),
         variant('distill', 'distill-control', student='model', teacher='baseline', frozen=True),
         one('session', 'session-dense'),
-        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models', 'set': {'watts': 30.}}]}
+        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models', 'set': {'watts': 30.}},
+        *(one('evaluate', f'elsewhere-other-{i}', i, data='installed:other', thesis=0)
+          for i in ('baseline', 'onnx-dense-int8', 'prune-unstructured-0.9'))]}
 
 # %% ../../nbs/report/86_toy.ipynb #e83d5f07
 def raw_plan() -> dict: # as a profile's YAML
@@ -194,6 +196,9 @@ def invent_runs(
             parts = measured_parts(found, found.bits < 32, .09 if target.id == 'baseline' else .03)
         elif run.method == 'session': parts = dict(details=SESSION)
         elif run.method == 'no_model': parts = {'metrics': model_parts(run, Invented(.4, 1, 0, 32, 1), hardness)['metrics']}
+        elif run.method == 'evaluate':
+            judged = invented(plan[run.params['model']], plan, rng)
+            parts = {'metrics': model_parts(run, judged, hardness[::-1])['metrics']}
         else: parts = model_parts(run, invented(run, plan, rng), hardness)
         save_result(Result(run_id=i, profile=profile, method=run.method, config=run.params, provenance=NOWHERE,
                            **parts))

@@ -187,7 +187,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help='kB of a request at most')] = 1024,
     ignore_suffix: Annotated[bool, typer.Option('--ignore-suffix', help='answer from the prefix where the model cannot fill in')] = False,
     drafts: Annotated[bool, typer.Option('--drafts', help='guess tokens from the text, and check several at once')] = False,
-    fastest: Annotated[bool, typer.Option('--fastest', help='export the model for each engine that is installed, and serve with the fastest')] = False,
+    fastest: Annotated[bool, typer.Option('--fastest', help='time the model in each engine installed, and take the best')] = False,
     alias: Annotated[str, typer.Option(help='name under which the model is asked for, by which some plug-ins choose how to ask')] = '',
 ):
     "Serve completions to an editor, as OpenAI's and llama.cpp's servers do."

@@ -6,11 +6,11 @@
 __all__ = ['Stop', 'KINDS', 'EARLY', 'router', 'DRAINED', 'Asked', 'StreamOptions', 'OpenaiRequest', 'ByLlama', 'LlamaRequest',
            'InfillRequest', 'Refused', 'refused', 'cut', 'Ask', 'ended_early', 'Job', 'Figures', 'Worker', 'OpenaiForm',
            'LlamaForm', 'split_gap', 'Settings', 'Server', 'completions', 'models', 'one_model', 'llama_completion',
-           'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'Http',
-           'serve', 'served']
+           'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address', 'bound_socket', 'address_of',
+           'Http', 'serve', 'served']
 
 # %% ../../nbs/runs/76_serve.ipynb #9964b4c4
-import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings
+import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings, weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,6 +39,7 @@ class Asked(BaseModel):
     seed: int | None = Field(None, ge=-1)    # −1, as llama.cpp's: none
 
 class StreamOptions(BaseModel):
+    "Of a stream by OpenAI's interface."
     include_usage: bool = False
 
 class OpenaiRequest(Asked):
@@ -53,6 +54,7 @@ class OpenaiRequest(Asked):
     echo: Literal[False] | None = None
     logprobs: None = None
 
+# %% ../../nbs/runs/76_serve.ipynb #e629a33f
 class ByLlama(Asked):
     "The part that llama.cpp's two requests share."
     n_predict: int = Field(-1, ge=-1)
@@ -83,8 +85,11 @@ class Refused(Exception):
         kind = KINDS.get(self.status, 'server_error' if self.status >= 500 else 'invalid_request_error')
         return {'error': {'message': self.message, 'type': kind, 'code': self.code}}
 
-    def response(self) -> JSONResponse: return JSONResponse(self.content, self.status, self.headers)
+    def response(self) -> JSONResponse:
+        "The answer."
+        return JSONResponse(self.content, self.status, self.headers)
 
+# %% ../../nbs/runs/76_serve.ipynb #5731ad6d
 def refused(e: Exception) -> Refused:
     "Any error as one to answer with. What is no fault of the request is logged by its place alone."
     if isinstance(e, Refused): return e
@@ -135,6 +140,7 @@ def ended_early(why: str) -> Refused:
     "A new one each time, as an exception holds on to the frames that it has passed."
     return Refused(EARLY[why][0], why, EARLY[why][1])
 
+# %% ../../nbs/runs/76_serve.ipynb #46963000
 class Job:
     "The completions of a request. What is told arrives in the event loop that made it."
     def __init__(self, asks: list, deadline: float): # `Ask`, and a time of `time.monotonic`
@@ -186,34 +192,41 @@ class Worker(threading.Thread):
     ):
         super().__init__(name='model', daemon=True)
         self.model, self.bound, self.figures = model.session(memory, drafts, lambda: self.job.check()), bound, Figures()
+        self.model.raw_text   # once: `complete` copies the model
         self.waiting, self.changed = collections.deque(), threading.Condition()
         self.job, self.closing, self.typical = None, False, 1.   # `typical`: seconds of a job
 
-    def submit(self, job: Job):
-        "Queue a job. Raises `Refused` where too many wait."
-        with self.changed:
-            self.drop_ended()
-            if self.closing: raise ended_early('closing')
-            if len(self.waiting) >= self.bound:
-                seconds = max(1, math.ceil(self.typical*len(self.waiting)))
-                raise Refused(429, 'queue_full', f'{self.bound} requests wait already: try again later.', **{'Retry-After': str(seconds)})
-            self.waiting.append(job)
-            self.figures.waiting.set(len(self.waiting))
-            self.changed.notify()
+# %% ../../nbs/runs/76_serve.ipynb #5c6abeaf
+@patch
+def submit(self: Worker, job: Job):
+    "Queue a job. Raises `Refused` where too many wait."
+    with self.changed:
+        self.drop_ended()
+        if self.closing: raise ended_early('closing')
+        if len(self.waiting) >= self.bound:
+            seconds = max(1, math.ceil(self.typical*len(self.waiting)))
+            raise Refused(429, 'queue_full', f'{self.bound} requests wait already: try again later.', **{'Retry-After': str(seconds)})
+        self.waiting.append(job)
+        self.figures.waiting.set(len(self.waiting))
+        self.changed.notify()
 
-    def drop_ended(self):
-        "Forget waiting jobs that have ended."
-        for job in self.waiting:
-            if job.early: self.figures.early.labels(job.early).inc()
-        self.waiting = collections.deque(job for job in self.waiting if not job.early)
+@patch
+def drop_ended(self: Worker):
+    "Forget waiting jobs that have ended."
+    for job in self.waiting:
+        if job.early: self.figures.early.labels(job.early).inc()
+    self.waiting = collections.deque(job for job in self.waiting if not job.early)
+    self.figures.waiting.set(len(self.waiting))
 
-    def close(self):
-        "End all jobs; the thread ends after its present pass."
-        with self.changed:
-            self.closing = True
-            for job in (*self.waiting, self.job):
-                if job: job.end('closing')
-            self.changed.notify()
+# %% ../../nbs/runs/76_serve.ipynb #59b4806b
+@patch
+def close(self: Worker):
+    "End all jobs; the thread ends after its present pass."
+    with self.changed:
+        self.closing = True
+        for job in (*self.waiting, self.job):
+            if job: job.end('closing')
+        self.changed.notify()
 
 # %% ../../nbs/runs/76_serve.ipynb #cb35f238
 @patch
@@ -241,6 +254,7 @@ def do(self: Worker, job: Job):
         if job.early: self.figures.early.labels(job.early).inc()
         else: job.tell('error', e)
 
+# %% ../../nbs/runs/76_serve.ipynb #38644fb5
 @patch
 def complete(self: Worker, job: Job, i: int, ask: Ask):
     "Do one completion of a job."
@@ -275,7 +289,9 @@ class OpenaiForm:
         self.head = dict(id=f'cmpl-{time.time_ns():x}', object='text_completion', created=int(time.time()), model=name)
 
     @staticmethod
-    def choice(i: int, text: str, finish) -> dict: return dict(index=i, text=text, logprobs=None, finish_reason=finish)
+    def choice(i: int, text: str, finish) -> dict:
+        "One answer; `finish`: stop or length, None: it goes on."
+        return dict(index=i, text=text, logprobs=None, finish_reason=finish)
 
     def counts(self, usages: list) -> dict:
         "The sums over all choices."
@@ -283,15 +299,24 @@ class OpenaiForm:
         return dict(prompt_tokens=prompt, completion_tokens=written, total_tokens=prompt + written,
                     prompt_tokens_details=dict(cached_tokens=cached))
 
-    def piece(self, i: int, text: str) -> dict: return self.head | dict(choices=[self.choice(i, text, None)])
-    def done(self, i: int, finish: str, usage: dict) -> dict: return self.head | dict(choices=[self.choice(i, '', finish)])
-    def tail(self, usages: list) -> list: # of chunks
+    def piece(self, i: int, text: str) -> dict:
+        "The event of a piece of answer `i`."
+        return self.head | dict(choices=[self.choice(i, text, None)])
+
+    def done(self, i: int, finish: str, usage: dict) -> dict:
+        "The event of its end."
+        return self.head | dict(choices=[self.choice(i, '', finish)])
+
+    def tail(self, usages: list) -> list:
+        "The events after all answers."
         return [self.head | dict(choices=[], usage=self.counts(usages))] if self.usage else []
 
     def whole(self, texts: list, finishes: list, usages: list) -> dict:
+        "The answer that is no stream."
         choices = [self.choice(i, text, finish) for i, (text, finish) in enumerate(zip(texts, finishes))]
         return self.head | dict(choices=choices, usage=self.counts(usages))
 
+# %% ../../nbs/runs/76_serve.ipynb #6c595178
 def _pace(kind: str, n: int, seconds: float) -> dict:
     "Figures on n tokens, as llama.cpp's server names them."
     ms = 1e3*seconds
@@ -302,6 +327,7 @@ def _nested(content, path: str):
     for key in path.split('/'): content = content.get(key) if isinstance(content, dict) else None
     return content
 
+# %% ../../nbs/runs/76_serve.ipynb #749c4bec
 class LlamaForm:
     "Of llama.cpp's `/completion` and `/infill`."
     last = ''
@@ -313,10 +339,16 @@ class LlamaForm:
     ):
         self.name, self.context, self.hidden, self.fields = name, context, hidden, fields
 
-    def piece(self, i: int, text: str) -> dict: return dict(index=i, content='' if self.hidden else text, stop=False)
-    def tail(self, usages: list) -> list: return []
+    def piece(self, i: int, text: str) -> dict:
+        "The event of a piece."
+        return dict(index=i, content='' if self.hidden else text, stop=False)
+
+    def tail(self, usages: list) -> list:
+        "No events come after the end."
+        return []
 
     def done(self, i: int, finish: str, usage: dict, text: str = '') -> dict:
+        "The event of the end, or with its text the answer that is no stream."
         kind = 'limit' if finish == 'length' else 'eos'
         return dict(index=0, content='' if self.hidden else text, stop=True, model=self.name, stop_type=kind,
                     tokens_predicted=usage['written'], tokens_evaluated=usage['prompt'], tokens_cached=usage['cached'],
@@ -328,6 +360,7 @@ class LlamaForm:
         return _pace('prompt', read, usage['reading']) | _pace('predicted', usage['written'], usage['writing'])
 
     def whole(self, texts: list, finishes: list, usages: list) -> dict:
+        "The answer that is no stream, or the parts of it that were asked for."
         answer = self.done(0, finishes[0], usages[0], texts[0])
         if not self.fields: return answer
         found = {path: _nested(answer, path) for path in self.fields}
@@ -340,10 +373,12 @@ def split_gap(
 ) -> tuple: # (text before the gap, text after it, or None: there is no gap)
     "Take apart a prompt that marks a gap in the tokens of some model."
     for infill in INFILLS.values():
-        tokens = infill.before_prefix, infill.before_suffix, infill.before_answer
-        if not prompt.endswith(tokens[2]): continue   # most do not
-        found = re.fullmatch('(.*){}(.*?){}(.*){}'.format(*map(re.escape, tokens)), prompt, re.DOTALL)
-        if found and not (infill == own and found[1]): return found.groups()[1:]
+        if not prompt.endswith(infill.before_answer): continue   # most do not
+        text = prompt.removesuffix(infill.before_answer)
+        start = text.rfind(infill.before_prefix, 0, max(0, text.rfind(infill.before_suffix)))   # the last one before a suffix
+        if start < 0 or infill == own and start: continue
+        before, _, after = text[start + len(infill.before_prefix):].partition(infill.before_suffix)
+        return before, after
     return prompt, None
 
 # %% ../../nbs/runs/76_serve.ipynb #35971cd9
@@ -356,10 +391,12 @@ class Settings:
     ignore_suffix: bool = False # Answer from the prefix where the model cannot fill in
     alias: str = ''             # Name under which the model is asked for; '': that of its folder
 
+# %% ../../nbs/runs/76_serve.ipynb #efdb008e
 class Server:
     "A worker and the requests that wait for it."
     def __init__(self, worker: Worker, settings: Settings):
-        self.worker, self.settings, self.sessions = worker, settings, {}   # `sessions`: name → the last `Job`
+        self.worker, self.settings = worker, settings
+        self.sessions = weakref.WeakValueDictionary()   # name → the last `Job`, while somebody waits for it
         self.model, self.name, self.began = worker.model, settings.alias or worker.model.folder.name, int(time.time())
         self.infill = self.model.raw_text.infill if self.model.reads == 'raw' else None
 
@@ -391,7 +428,8 @@ async def _end_when_gone(request: Request, job: Job):
 async def _events(job: Job):
     "Yield what is told. Raises what went wrong."
     while True:
-        try: event = await asyncio.wait_for(job.told.get(), max(0, job.deadline - time.monotonic()))
+        try:   # what is there already is told, however late it is read
+            event = await asyncio.wait_for(job.told.get(), job.deadline - time.monotonic()) if job.told.empty() else job.told.get_nowait()
         except TimeoutError:
             job.end('timeout')
             raise ended_early('timeout') from None
@@ -399,6 +437,7 @@ async def _events(job: Job):
         if event[0] == 'end': return
         yield event
 
+# %% ../../nbs/runs/76_serve.ipynb #13fbe54b
 @patch
 async def answer(self: Server, request: Request, asks: list, form, stream: bool) -> Response:
     "Complete, whole or in pieces."
@@ -435,6 +474,7 @@ async def streamed(self: Server, job: Job, gone: asyncio.Task, form) -> Response
         raise
     return StreamingResponse(self.chunks(job, gone, form, first, events), media_type='text/event-stream')
 
+# %% ../../nbs/runs/76_serve.ipynb #f12df67e
 @patch
 async def chunks(self: Server, job: Job, gone: asyncio.Task, form, first: tuple, events):
     "Yield the events of a stream."
@@ -475,6 +515,7 @@ async def models(request: Request):
     server = _server(request)
     return dict(object='list', data=[dict(id=server.name, object='model', created=server.began, owned_by='codegpt_nbc')])
 
+# %% ../../nbs/runs/76_serve.ipynb #27bab95f
 @router.get('/v1/models/{name:path}')
 async def one_model(name: str, request: Request):
     "One of them."
@@ -507,6 +548,7 @@ async def health(request: Request):
     if not _server(request).worker.is_alive(): raise Refused(503, 'unavailable', 'the model is not running: start the server again.')
     return dict(status='ok')
 
+# %% ../../nbs/runs/76_serve.ipynb #3edda771
 @router.get('/props')
 async def props(request: Request):
     "llama.cpp's settings, as far as plug-ins read them."
@@ -522,6 +564,7 @@ async def metrics(request: Request):
 # %% ../../nbs/runs/76_serve.ipynb #83776be1
 DRAINED = 16   # times `max_body` that is read and dropped, so that the client gets to read why
 
+# %% ../../nbs/runs/76_serve.ipynb #be793b06
 class Door:
     "Middleware of ASGI."
     def __init__(self, app, server: Server): self.app, self.server, self.settings = app, server, server.settings
@@ -553,12 +596,12 @@ _NAME = re.compile(r'(\[[^]]*\]|[^:]*)(:\d*)?')
 @patch
 def admit(self: Door, scope):
     "Raises `Refused` for a request without the token, or under a foreign name."
-    headers, token = {name: value.decode('latin-1') for name, value in scope['headers']}, self.settings.token
-    host = _NAME.fullmatch(headers.get(b'host', ''))
+    headers, token = dict(scope['headers']), self.settings.token   # of bytes
+    host = _NAME.fullmatch(headers.get(b'host', b'').decode('latin-1'))
     if not token and not (host and _is_loopback(host[1].lower())):
         raise Refused(403, 'foreign_host', 'this server answers to localhost only: ask it under that name.')
     if scope['path'] in ('/health', '/v1/health') or not token: return
-    if not hmac.compare_digest(headers.get(b'authorization', '').encode(), f'Bearer {token}'.encode()):
+    if not hmac.compare_digest(headers.get(b'authorization', b''), f'Bearer {token}'.encode()):
         raise Refused(401, 'invalid_token', 'the token is missing or wrong: send the header Authorization: Bearer TOKEN.')
 
 @patch
@@ -574,6 +617,7 @@ async def body(self: Door, scope, receive) -> bytes:
     if size > most: raise Refused(413, 'too_large', f'the body has more than {most:,} bytes: send the text around the cursor only.')
     return b''.join(parts)
 
+# %% ../../nbs/runs/76_serve.ipynb #a2e20126
 def _again(body: bytes, receive):
     "A `receive` that begins with a body that was read."
     first = [dict(type='http.request', body=body, more_body=False)]
@@ -608,10 +652,17 @@ def check_address(host: str, token: str):
         raise ValueError(f'others can reach {host}: give --token, which requests must then bear, or stay at 127.0.0.1.')
 
 def bound_socket(host: str, port: int) -> socket.socket:
-    "Raises `OSError` with a sentence where the address is taken."
+    "A listening socket. Raises `OSError` with a sentence where the address is taken, `ValueError` for a number that is no port's."
+    if not 0 <= port < 2**16: raise ValueError(f'port is {port}: choose one from 1 to 65535, or 0 for any that is free.')
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
     except OSError as e: raise OSError(f'the server cannot have {host}:{port} ({e.strerror}): choose another --port or --host.') from None
 
+def address_of(listening: socket.socket) -> str:
+    "The address that clients are given."
+    host, port = listening.getsockname()[:2]
+    return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
+
+# %% ../../nbs/runs/76_serve.ipynb #42e72607
 class Http(uvicorn.Server):
     "uvicorn's server; its log is off, as it might repeat parts of a request."
     def __init__(self, app: FastAPI):
@@ -623,6 +674,7 @@ class Http(uvicorn.Server):
         self.worker.close()
         await super().shutdown(sockets)
 
+# %% ../../nbs/runs/76_serve.ipynb #59941902
 def serve(
     model='codegpt-nano',   # As for `load`
     host: str = '127.0.0.1',
@@ -636,11 +688,11 @@ def serve(
     "Serve until interrupted. Raises `ValueError` and `OSError` before the model is opened."
     settings = Settings(**settings)
     check_address(host, settings.token)
-    listening = bound_socket(host, port)
-    app = create_app(Worker(load(model, choice), memory, bound, drafts), settings)
-    warnings.simplefilter('ignore', Truncated)   # editors send whole files
-    print(f'{app.state.server.name} on http://{host}:{listening.getsockname()[1]}', flush=True)
-    Http(app).run(sockets=[listening])
+    with bound_socket(host, port) as listening:
+        app = create_app(Worker(load(model, choice), memory, bound, drafts), settings)
+        warnings.simplefilter('ignore', Truncated)   # editors send whole files
+        print(f'{app.state.server.name} on {address_of(listening)}', flush=True)
+        Http(app).run(sockets=[listening])
 
 # %% ../../nbs/runs/76_serve.ipynb #8413f321
 @contextlib.contextmanager
@@ -657,7 +709,8 @@ def served(
     thread.start()
     try:
         while thread.is_alive() and not server.started: time.sleep(.01)
-        yield f'http://127.0.0.1:{listening.getsockname()[1]}', worker
+        if not server.started: raise RuntimeError('the server ended before it began: its thread has printed why.')
+        yield address_of(listening), worker
     finally:
         server.should_exit = True
         thread.join()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', 'step_config', 'apply_step', 'make_step',
            'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'plan_of', 'make_recipe',
-           'apply_recipe', 'check_table', 'before_after', 'CompressConfig']
+           'apply_recipe', 'scores_of', 'check_table', 'before_after', 'CompressConfig']
 
 # %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
@@ -287,12 +287,19 @@ def apply_recipe(
 # %% ../../nbs/runs/71_steps.ipynb #3e2f16cc
 NEW_TOKENS = 16   # of a timed completion
 
-def _scores(folder, n: int, split: str, data) -> tuple: # (Accuracy, positions of the model)
+def scores_of(
+    folder,           # of a model
+    n: int,           # samples of the protocol to judge its text by
+    split: str = 'test',
+    data=CORPUS,      # folder of the samples
+    skip: int = 0,    # samples left out before the first one
+) -> tuple: # (`Accuracy`, positions of the model)
+    "Complete held-out samples with a model, and score them."
     from codegpt_nbc.engines.generate import open_engine
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     engine, tok = open_engine(folder)
     protocol = protocols_of(text_of(folder, tok))[0]
-    return summarise(*evaluate(engine, tok, protocol, n, split, folder=data)), engine.context
+    return summarise(*evaluate(engine, tok, protocol, n, split, folder=data, skip=skip), skip), engine.context
 
 def _rows(a, before, size) -> dict: # row → value
     from codegpt_nbc.evidence.evaluate import against
@@ -317,12 +324,13 @@ def before_after(
     prompt_tokens: int = 448, # of a timed completion, fewer where a model has fewer positions
     data=CORPUS,           # Folder of the samples
     desc: str | None = None, # Name of a bar of the timed rounds; None: no bar
+    skip: int = 0,         # Samples left out before the first one, for instance those that chose the model
 ): # DataFrame: a row a measure, columns before and after
     "What compression cost and gained."
     import pandas as pd
     from codegpt_nbc.evidence.evaluate import size_of
     from codegpt_nbc.evidence.measure import measure
-    scores = {name: _scores(folder, n, split, data) for name, folder in (('before', before), ('after', after))}
+    scores = {name: scores_of(folder, n, split, data, skip) for name, folder in (('before', before), ('after', after))}
     dense, context = scores['before'][0], min(context for _, context in scores.values())
     out = {name: _rows(scores[name][0], dense, size_of(folder)) for name, folder in (('before', before), ('after', after))}
     fitting = min(prompt_tokens, context - NEW_TOKENS)

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from time import perf_counter
 from pydantic import Field
-from ..core.paths import PACKAGE, cores, models_dir, new_folder, project_root, read_json, write_json
+from ..core.paths import PACKAGE, atomic_path, cores, models_dir, new_folder, project_root, read_json, write_json
 from ..data.inputs import RunConfig, resolve_model
 from .measure import Worker, compared, take_turns
 

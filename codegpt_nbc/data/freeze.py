@@ -41,6 +41,7 @@ def drop_frozen(
 ) -> pd.DataFrame:
     "Drop training files that repeat a held-out sample of a frozen corpus, whether or not `df` holds that sample's project."
     tables = [pd.read_parquet(p) for p in sorted(Path(corpus).glob('*.parquet')) if p.stem != 'train']
+    if not tables: return df   # a corpus without samples
     frozen = pd.concat(tables, ignore_index=True)
     held = pd.DataFrame({'text': (frozen.input + ' ' + frozen['gt']).unique(), 'split': 'test'})
     kept = drop_near_duplicates(drop_leaks(pd.concat([df.assign(own=True), held.assign(own=False)], ignore_index=True)))

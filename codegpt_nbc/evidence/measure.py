@@ -194,6 +194,10 @@ class MeasureConfig(RunConfig):
     threads: int = Field(0, ge=0)    # 0: all cores
     watts: float = Field(0., ge=0)   # stated power of the machine, for where its energy cannot be read; 0: no energy then
 
+    def check(self): # what a profile asks of its models concerns no measurement: nothing is judged, and `model` not used
+        "Raise `FileNotFoundError` for a model that is missing."
+        self.folders
+
     @property
     def folders(self) -> tuple: # (target, baseline)
         "The folders of both models."

@@ -293,6 +293,14 @@ for name in ('Qwen3_5ForConditionalGeneration', 'Qwen3_5MoeForConditionalGenerat
     if not hasattr(transformers, name): setattr(transformers, name, None)
 runpy.run_module('onnxruntime_genai.models.builder', run_name='__main__')"""
 
+def _with_rope(source: Path, folder: Path) -> Path:
+    "A folder of links, whose configuration states plain rotary positions, which the builder does not take as a matter of course."
+    folder.mkdir()
+    for file in source.iterdir(): (folder/file.name).symlink_to(file.resolve())
+    (folder/'config.json').unlink()
+    write_json(folder/'config.json', {'rope_scaling': {'rope_type': 'default'}} | read_json(source/'config.json'))
+    return folder
+
 class OrtGenai(Peer):
     "onnxruntime-genai, weights in four bits."
     precision = 'int4'
@@ -306,12 +314,13 @@ class OrtGenai(Peer):
     @classmethod
     def make(cls, source, out):
         with tempfile.TemporaryDirectory() as cache:
-            options = ['-i', str(source), '-o', str(out), '-p', cls.precision, '-e', 'cpu', '-c', cache]
-            program = [sys.executable, '-c', _BUILDER, *options]
+            given = _with_rope(source, Path(cache)/'given')
+            options = ['-i', str(given), '-o', str(out), '-p', cls.precision, '-e', 'cpu', '-c', cache]
             # Products in eight bits; without a token of the hub
-            done = subprocess.run([*program, '--extra_options', 'accuracy_level=4', 'hf_token=false'], capture_output=True, text=True)
+            more = ['--extra_options', 'accuracy_level=4', 'hf_token=false']
+            done = subprocess.run([sys.executable, '-c', _BUILDER, *options, *more], capture_output=True, text=True)
         if not done.returncode: return
-        said = (done.stderr.strip().splitlines() or ['nothing'])[-1].replace(f'{source} ', '').rstrip('.')
+        said = (done.stderr.strip().splitlines() or ['nothing'])[-1].replace(f'{given} ', '').rstrip('.')
         raise ValueError(f"its builder says '{said}'.")
 
 class OrtGenai8(OrtGenai):
@@ -493,7 +502,7 @@ def prepare(name: str, source, folder) -> Path:
     done = subprocess.run([python_of(name), '-c', program], capture_output=True, text=True, env=env)
     if not done.returncode: return out
     reason = (done.stderr.strip().splitlines() or ['its process was killed (too little memory?)'])[-1]
-    raise RuntimeError(f'{name} could not convert the model: {reason.rstrip(".")}.')
+    raise RuntimeError(f'{name} could not convert the model: {reason.removeprefix("ValueError: ").rstrip(".")}.')
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #34a42ae1
 def _best(f, seconds: float = 2.) -> float:

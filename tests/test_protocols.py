@@ -9,6 +9,7 @@ from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import FEWEST, imported_repository, is_repository, repository_files, repository_sides, side_of
 from codegpt_nbc.data.samples import FORMS, PROTOCOLS, draw_places, has_text, load_samples, load_texts, protocols_of
 from codegpt_nbc.data.text_format import Literals, abstract, spell_out
+from codegpt_nbc.evidence.measure import MeasureConfig
 from codegpt_nbc.evidence.evaluate import evaluate
 from codegpt_nbc.evidence.metrics import COMPARISONS, score
 from codegpt_nbc.model.decoder import Decoder
@@ -16,6 +17,7 @@ from codegpt_nbc.model.folder import save_model
 from codegpt_nbc.model.layers import Shape
 from codegpt_nbc.runs.api import evaluate as evaluate_model
 from codegpt_nbc.runs.steps import apply_step
+from codegpt_nbc.report.publish import ReportConfig
 
 RAW = CORPUS/'raw'
 KEPT = Literals(*(frozenset(read_json(CORPUS/'literals.json')[kind]) for kind in ('str', 'num')))
@@ -272,6 +274,7 @@ def test_a_protocol_in_another_text_is_refused(raw_model, home):
     def config(**changed): return lambda: RunConfig(run_id='a', **asked | changed).check()
     sentence(config(line=2), 'asks in raw source', "codegpt-nano reads CodeXGLUE's words", 'choose codexglue or thesis')
     sentence(config(codexglue=2, model=str(raw_model)), "asks in CodeXGLUE's words", 'reads raw source', 'choose line or infill')
+    for judging_nothing in (MeasureConfig, ReportConfig): judging_nothing(run_id='a', **asked | dict(line=2)).check()   # as their profile says
     words = home/'words'
     words.mkdir()
     for p in CORPUS.glob('*.parquet'): (words/p.name).write_bytes(p.read_bytes())

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
+from typing import ClassVar
 from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import BASE_MODEL, CORPUS, NAME, models_dir, runs_dir
@@ -57,6 +58,7 @@ def _literals(model):
 # %% ../../nbs/data/17_inputs.ipynb #660f3b9e
 class RunConfig(Strict):
     "Parameters shared by all templates."
+    judges: ClassVar[bool] = True              # False: completes no samples, whatever its profile asks of the others
     run_id: str = Field(pattern=NAME)          # names the result
     profile: str = Field('try', pattern=NAME)  # names the grid it belongs to
     model: str = BASE_MODEL.name                       # the model to start from, see `resolve_model`
@@ -141,6 +143,7 @@ def validation_prompts(self: RunConfig,
 @patch
 def check(self: RunConfig):
     "Fail now, not after an hour's work, if model and data are of two texts, a protocol is of another one, or samples are too few."
+    if not self.judges: return
     from codegpt_nbc.data.samples import PROTOCOLS
     if self.data: self.check_data()
     for protocol in PROTOCOLS:

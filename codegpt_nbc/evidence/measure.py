@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import cache
 from pkgutil import resolve_name
 from statistics import median
+from typing import ClassVar
 from pydantic import Field
 from ..core.paths import BASE_MODEL, CORPUS, PACKAGE, cores
 from ..core.record import Memory, Speed, versions
@@ -185,6 +186,7 @@ def measure(
 # %% ../../nbs/evidence/62_measure.ipynb #5dfaefba
 class MeasureConfig(RunConfig):
     "What to measure against what."
+    judges: ClassVar[bool] = False
     target: str = BASE_MODEL.name    # run id or folder
     baseline: str = BASE_MODEL.name  # run id or folder
     rounds: int = Field(5, ge=1)
@@ -193,10 +195,6 @@ class MeasureConfig(RunConfig):
     new_tokens: int = Field(16, ge=1)
     threads: int = Field(0, ge=0)    # 0: all cores
     watts: float = Field(0., ge=0)   # stated power of the machine, for where its energy cannot be read; 0: no energy then
-
-    def check(self): # what a profile asks of its models concerns no measurement: nothing is judged, and `model` not used
-        "Raise `FileNotFoundError` for a model that is missing."
-        self.folders
 
     @property
     def folders(self) -> tuple: # (target, baseline)

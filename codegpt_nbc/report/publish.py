@@ -9,6 +9,7 @@ __all__ = ['PAGES', 'save_figure', 'save_table', 'small_table', 'publish', 'publ
 # %% ../../nbs/report/85_publish.ipynb #0e9b08f1
 import re, pandas as pd
 from pathlib import Path
+from typing import ClassVar
 from ..core.paths import atomic_path, figures_dir, project_root, read_json, write_text
 from ..data.inputs import RunConfig
 from .figures import FIGURES
@@ -102,6 +103,7 @@ def rooms(
 # %% ../../nbs/report/85_publish.ipynb #344b1b8a
 class ReportConfig(RunConfig):
     "Which profile to report on."
+    judges: ClassVar[bool] = False
     run_id: str = 'report'
     codexglue: int = 0   # nothing is evaluated
     thesis: int = 0

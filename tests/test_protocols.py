@@ -274,7 +274,7 @@ def test_a_protocol_in_another_text_is_refused(raw_model, home):
     def config(**changed): return lambda: RunConfig(run_id='a', **asked | changed).check()
     sentence(config(line=2), 'asks in raw source', "codegpt-nano reads CodeXGLUE's words", 'choose codexglue or thesis')
     sentence(config(codexglue=2, model=str(raw_model)), "asks in CodeXGLUE's words", 'reads raw source', 'choose line or infill')
-    for judging_nothing in (MeasureConfig, ReportConfig): judging_nothing(run_id='a', **asked | dict(line=2)).check()   # as their profile says
+    for config_of in (MeasureConfig, ReportConfig): config_of(run_id='a', **asked | dict(line=2)).check()   # nothing is judged
     words = home/'words'
     words.mkdir()
     for p in CORPUS.glob('*.parquet'): (words/p.name).write_bytes(p.read_bytes())

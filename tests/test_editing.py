@@ -125,7 +125,7 @@ def test_against_servers(name, tmp_path, trace):
     made = export_onnx(source, tmp_path/'int8', 'int8')
     with ExitStack() as stack:
         others = other_servers(source, tmp_path, stack)
-        def ours(heals): return Completer(Prefixes(open_engine(made, THREADS)[0], 2**30), made, heals=heals)
+        def ours(heals): return Completer(Prefixes(open_engine(made, threads=THREADS)[0], 2**30), made, heals=heals)
         ways = {'ours int8': ours(True), 'ours int8 as typed': ours(False)}
         ways |= {way: Completer(engine, made, heals=False) for way, engine in others.items()}
         df = replay(trace, ways, N)

@@ -117,6 +117,15 @@ class Stepping(Peer):
         return [list(row) for row in zip(*out)]   # (new, B) → (B, new)
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #8d402336
+def _fitting(weights: dict, source) -> dict:
+    "Settings of a compression whose groups divide the rows of the model: groups of 128 where these do, or else of 64 or 32."
+    from codegpt_nbc.model.folder import read_config, shape_of_config
+    shape, _ = shape_of_config(read_config(source))
+    if 'group_size' not in weights: return weights
+    fits = [n for n in (128, 64, 32) if not any(width % n for width in (shape.d_model, shape.d_head*shape.heads[0], *shape.inner))]
+    if not fits: raise ValueError('no group of 32 weights or more divides its rows.')
+    return weights | {'group_size': fits[0]}
+
 class OpenVino(Stepping):
     "OpenVINO, exported by optimum-intel."
     precision, weights = 'bf16', None
@@ -152,7 +161,7 @@ class OpenVino(Stepping):
     @classmethod
     def make(cls, source, out):
         from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
-        weights = cls.weights and OVWeightQuantizationConfig(**cls.weights)
+        weights = cls.weights and OVWeightQuantizationConfig(**_fitting(cls.weights, source))
         model = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, load_in_8bit=False,
                                                    quantization_config=weights)
         model.save_pretrained(out)
@@ -165,7 +174,7 @@ class OpenVinoInt8Dynamic(OpenVinoInt8):
     "Weights in eight bits; the runtime then rounds inputs to eight bits, too, in groups."
     precision = 'f32'
 class OpenVinoInt4(OpenVino):
-    "Weights in four bits, in groups of 128."
+    "Weights in four bits, in groups of 128 where they divide the rows."
     weights = dict(bits=4, sym=True, group_size=128, ratio=1.)
 class OpenVinoInt4Dynamic(OpenVinoInt4):
     "The same, inputs rounded to eight bits."
@@ -367,7 +376,7 @@ class OpenVinoGenai(OpenVinoInt8):
         return out
 
 class OpenVinoGenai4(OpenVinoGenai):
-    "The same in four bits, in groups of 128."
+    "The same in four bits."
     weights = OpenVinoInt4.weights
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #fe05fd1d
@@ -466,7 +475,7 @@ def open_own(folder, threads: int) -> tuple: # as `measure.open_ours`
     from functools import partial
     from codegpt_nbc.data.tokenizer import text_of
     from codegpt_nbc.engines.generate import greedy, open_engine, timed_completion
-    engine, tok = open_engine(folder, threads)
+    engine, tok = open_engine(folder, threads=threads)
     def write(ids, n): return greedy(engine, [ids], n, -1)[0]
     return engine.name, tok, partial(timed_completion, engine, tok), line_writer(tok, text_of(folder, tok), engine.context, write)
 

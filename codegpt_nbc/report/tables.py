@@ -19,7 +19,7 @@ from pathlib import Path
 from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
-from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, frame, gains, headline,
+from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, gains, headline,
                                       measured_ms, paired_test, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
                                       systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
@@ -102,14 +102,9 @@ def gain_cells(fr: pd.DataFrame, run: str) -> dict: # column → text
             'ms a completion': number(row.ms, 3), '× faster': speedup(row), 'ES %': with_interval(row, 'es'),
             'Δ ES': change_interval(d.get('es')), 'cost': effort(row)}
 
-def tab_gain(
-    fr: pd.DataFrame,
-    beside=None,        # name of a model → its profile, whose rows follow
-) -> pd.DataFrame:
+def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
     "What one runs, what it takes, and what it costs to make. In brackets: 95 % intervals; in parentheses: range of the rounds."
-    frames = {'': fr} | {f'{model}, ': frame(profile) for model, profile in (beside or {}).items()}
-    return as_table([{'what you run': model + name, **gain_cells(f, i)}
-                     for model, f in frames.items() for i, name in GAIN_ROWS.items() if i in f.index], fr)
+    return as_table([{'what you run': name, **gain_cells(fr, i)} for i, name in GAIN_ROWS.items() if i in fr.index], fr)
 
 # %% ../../nbs/report/82_tables.ipynb #568e59d0
 SHORT_COLUMNS = ('file MB', '× faster', 'ES %', 'Δ ES')   # also: 'peak MB', 'ms', 'parameters M', 'ES kept, %'

@@ -182,3 +182,13 @@ def test_templates_know_every_parameter():
     kinds = {}
     for run in read_profile('full').values(): kinds.setdefault((run.method, *sorted(run.params)), run)
     for run in kinds.values(): check_parameters(template_of(run.method), run.params)
+
+
+def test_gain_has_the_settings_of_full():
+    "What README shows first is what `full` measures, too, apart from what is measured beside it."
+    full, beside = read_profile('full'), {'profile', 'thesis', 'held_out', 'watts'}
+    shared = [run for run in read_profile('gain').values() if run.id in full]
+    assert len(shared) >= 20
+    for run in shared:
+        ours, theirs = ({k: v for k, v in r.params.items() if k not in beside} for r in (run, full[run.id]))
+        assert ours == theirs, run.id

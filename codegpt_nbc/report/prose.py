@@ -217,11 +217,11 @@ class Placeholders(Quotations):
         return self._profile(profile).frame.attrs['protocol']
 
     @pass_context
-    def noise(self, context) -> dict: # ratio, low, high
+    def noise(self, context, profile: str = '') -> dict: # ratio, low, high
         "Speed of the dense model against itself in the same rounds."
-        if not (found := self._fr.attrs['noise']):
-            raise MissingResult(context.name, 'noise()', "the run 'baseline' has not been measured", self._name,
-                                'baseline')
+        p = self._profile(profile)
+        if not (found := p.frame.attrs['noise']):
+            raise MissingResult(context.name, 'noise()', "the run 'baseline' has not been measured", p.name, 'baseline')
         return dict(zip(('ratio', 'low', 'high'), found))
 
     @pass_context
@@ -272,9 +272,10 @@ class Placeholders(Quotations):
         scores = self._fr.es
         return all(i in scores.index and scores[i] == scores[i] for i in ids)
 
-    def elsewhere(self) -> dict: # name of the code → as `frame.ranking`; nothing before there are results
+    def elsewhere(self, profile: str = '') -> dict: # name of the code → as `frame.ranking`; nothing before there are results
         "How code of another kind orders the models: pairs told apart here that are in the same order there, unclear or turned round."
-        return {code: ranking(self._fr, code) for code in self._fr.attrs['elsewhere']}
+        fr = self._profile(profile).frame
+        return {code: ranking(fr, code) for code in fr.attrs['elsewhere']}
 
     def energy_known(self) -> bool:
         "Whether the energy of any completion was measured or reckoned."

@@ -68,23 +68,22 @@ def publish_all(profile: str) -> list: # names of the files
     return sorted(p.name for p in figures_dir(profile).iterdir())
 
 # %% ../../nbs/report/85_publish.ipynb #1a236169
-# written file → its source, and the way from it to the repository
-PAGES = {'README.md': ('readme.md', ''), 'docs/results.md': ('results.md', '../')}
+# written file → its source, the way from it to the repository, and the profile that it is about
+PAGES = {'README.md': ('readme.md', '', 'gain'), 'docs/results.md': ('results.md', '../', 'full')}
 
 def page_text(
     target: str,             # of `PAGES`
-    fr: pd.DataFrame | None = None,
+    fr: pd.DataFrame | None = None, # the results that it is about; None: those of its profile
 ) -> str: # Markdown
     "One page as it is to be written."
-    source, root = PAGES[target]
-    text = render(source, frame('full') if fr is None else fr, root)
+    source, root, profile = PAGES[target]
+    text = render(source, frame(profile) if fr is None else fr, root)
     text = re.sub(r'\n{3,}', '\n\n', text).strip()
     return f'<!-- Written by `make readme` from codegpt_nbc/assets/prose/{source}: edit that. -->\n\n{text}\n'
 
 def readme() -> list: # paths
-    "Write README.md and docs/results.md from the results of the profile `full`."
-    fr = frame('full')
-    return [write_text(project_root()/target, page_text(target, fr)) for target in PAGES]
+    "Write README.md and docs/results.md."
+    return [write_text(project_root()/target, page_text(target)) for target in PAGES]
 
 # %% ../../nbs/report/85_publish.ipynb #db9d7079
 def rooms(

@@ -87,7 +87,7 @@ def printed_cells(p) -> dict: # column → text
 
 # %% ../../nbs/report/82_tables.ipynb #3c359b01
 GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'onnx-int8': 'recipe `int8`',
-             'recipe-pruned': 'recipe `pruned`',
+             'recipe-int4': 'recipe `int4`', 'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'half the layers, pruned too'}
 
 def effort(row) -> str:

@@ -149,6 +149,7 @@ def distill_variant(c) -> str:
     if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
     if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
     if c.get('corpus'): said.append(f"text: {c['corpus']}")
+    if c.get('data'): said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -208,6 +209,7 @@ def run_label(
     if '-seed-' in result.run_id and not is_chain_step(result.run_id): own += f", seed {result.config['seed']}"
     base = results.get(result.config.get('model'))
     if base is None or base is result or base.method in DENSE: return own
+    if result.method in DENSE: return f'{run_label(base, results)}, judged'
     return f'{run_label(base, results)} → {own}'
 
 def short_label(label: str) -> str:

@@ -149,7 +149,7 @@ def distill_variant(c) -> str:
     if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
     if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
     if c.get('corpus'): said.append(f"text: {c['corpus']}")
-    if c.get('data'): said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
+    if c.get('data') and student == 'model': said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:

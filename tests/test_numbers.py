@@ -143,9 +143,15 @@ TABLES = {
                                   'recipe-half-binary']),
     'Mixed precision and groups of channels': ('full', ['baseline', 'static-w8a8', 'static-w8a8-min-max', 'static-mp', 'static-peg-3',
                                                         'static-peg-3-sorted', 'static-peg-6', 'static-peg-6-sorted', 'static-peg-all']),
-    'Your own repository': ('repository', ['baseline', 'dense-tuned', 'pruned-untuned', 'pruned-elsewhere-judged', 'pruned-tuned', 'pruned-tuned-int8']),
+    'Your own repository': ('repository', ['baseline', 'dense-tuned', 'pruned-untuned', 'pruned-elsewhere-judged', 'pruned-tuned',
+                                           'pruned-tuned-int8']),
 }
-TABLES = {heading: (profile, runs) for heading, (profile, runs) in TABLES.items() if (ROOT/'papermill_runs'/profile/'baseline.json').is_file()}
+
+
+def has_run(profile): return (ROOT/'papermill_runs'/profile/'baseline.json').is_file()
+
+
+TABLES = {heading: (profile, runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
 
 
 def there(run, profile): return (ROOT/'papermill_runs'/profile/f'{run}.json').is_file()
@@ -227,7 +233,7 @@ def interval_text(run, base, profile):
     return d.mean(), np.percentile(d[drawn].mean(1), [2.5, 97.5])
 
 
-@pytest.mark.skipif(not (ROOT/'papermill_runs'/'repository'/'baseline.json').is_file(), reason='the profile repository has not been run')
+@pytest.mark.skipif(not has_run('repository'), reason='the profile repository has not been run')
 def test_sentences_on_ones_own_repository():
     said, readme = ((ROOT/name).read_text(encoding='utf-8') for name in ('docs/results.md', 'README.md'))
     part = said.split('### Your own repository\n')[1].split('\n## ')[0]
@@ -240,7 +246,8 @@ def test_sentences_on_ones_own_repository():
     for (run, base), (mean, low, high) in [*zip(pairs, found), (pairs[1], shown)]:
         difference, interval = interval_text(run, base, 'repository')
         check(f'{run} from {base}', mean, difference)
-        for cell, value in zip((low, high), interval): assert abs(signed(cell)[0] - value) < .3, (run, base, cell, value)   # another bootstrap
+        for cell, value in zip((low, high), interval):   # of another bootstrap
+            assert abs(signed(cell)[0] - value) < .3, (run, base, cell, value)
     n = result('baseline', 'repository')['metrics']['codexglue']['n']
     assert f'on {n:,} lines of other files' in part and f'{n:,} lines' in readme
 

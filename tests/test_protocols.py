@@ -119,7 +119,8 @@ def test_more_validation_samples_leave_the_first_as_they_were():
     samples = load_samples(split='valid')
     rows = samples.head(500).itertuples(index=False, name=None)
     assert blake2b('\n'.join(map('\t'.join, rows)).encode(), digest_size=16).hexdigest() == FIRST_500
-    assert len(samples) == 1000 == read_json(CORPUS/'summary.json')['rows']['valid_codexglue'] and not samples.duplicated(['input', 'gt']).any()
+    assert len(samples) == 1000 == read_json(CORPUS/'summary.json')['rows']['valid_codexglue']
+    assert not samples.duplicated(['input', 'gt']).any()
     for n in (1, 16, 500): assert load_samples('codexglue', n, 'valid').equals(samples.head(n))
     for n in (16, 100): assert RunConfig(run_id='r', profile='p').validation_prompts(n) == samples.input.head(n).tolist()
 

@@ -2,9 +2,10 @@
 import json, os, subprocess, sys
 from importlib.util import find_spec
 import pytest, torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from codegpt_nbc.core.paths import BASE_MODEL
-from codegpt_nbc.data.samples import load_samples
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from codegpt_nbc.core.paths import BASE_MODEL, write_json
+from codegpt_nbc.data.samples import load_samples, load_texts
 from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer
 from codegpt_nbc.engines.generate import greedy, open_engine
 from codegpt_nbc.engines.pytorch import TorchEngine
@@ -96,23 +97,46 @@ def test_older_transformers_is_left_alone():
     assert subprocess.run([sys.executable, '-c', program]).returncode == 0
 
 
-@pytest.mark.skipif(not find_spec('lm_eval'), reason='lm-evaluation-harness is not installed: pip install -r requirements-interop.txt')
-@pytest.mark.parametrize('scheme', ['float', 'int4'])
-def test_the_harness_scores_as_we_do(tmp_path, scheme):
+def raw_folder(home, heads=(2, 2)):
+    "A model of raw source with random weights, whose tokenizer has no word of CodeXGLUE's format."
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=['<|end|>'], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(load_texts(n=40, text='raw'), trainer)
+    (home/'tokenizer').mkdir()
+    PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='<|end|>').save_pretrained(home/'tokenizer')
+    write_json(home/'tokenizer'/'config.json', {'eos_token_id': 0})
+    model = Decoder(Shape(tok.get_vocab_size(), 96, 32, 16, heads, (64, 64))).init_weights(0)
+    for p in model.parameters(): p.data *= 1 + 4*(p.ndim == 2)
+    return save_model(model, home/'m', parent=home/'tokenizer')
+
+
+def by_harness(folder, protocol: str, n: int, home) -> tuple: # (scores, samples in order)
+    "What the harness's command writes of a task of our samples."
     from codegpt_nbc.evidence.harness import write_task
-    folder, n = BASE_MODEL, 12
-    if scheme != 'float': folder = save_model(quantize(load_model(BASE_MODEL), *SCHEMES[scheme]), tmp_path/'m')
-    task = write_task(tmp_path/'task', n=n)
+    task = write_task(home/'task', protocol, n)
     command = [sys.executable, '-m', 'codegpt_nbc.evidence.harness', 'run', '--model', 'codegpt_nbc', '--tasks', task,
-               '--model_args', f'pretrained={folder},dtype=float32', '--include_path', str(tmp_path/'task'), '--batch_size', '4',
-               '--device', 'cpu', '--output_path', str(tmp_path/'out'), '--log_samples']
-    cache = {'HF_DATASETS_CACHE': str(tmp_path/'cache')}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | cache)
+               '--model_args', f'pretrained={folder},dtype=float32', '--include_path', str(home/'task'), '--batch_size', '4',
+               '--device', 'cpu', '--output_path', str(home/'out'), '--log_samples']
+    cache = {'HF_DATASETS_CACHE': str(home/'cache')}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=os.environ | cache)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(next((tmp_path/'out').rglob('results_*.json')).read_text())['results'][task]
-    scores, seconds = evaluate(*open_engine(folder, threads=1), 'codexglue', n)
+    found = json.loads(next((home/'out').rglob('results_*.json')).read_text())['results'][task]
+    each = [json.loads(line) for line in next((home/'out').rglob('samples_*.jsonl')).read_text().splitlines()]
+    return found, sorted(each, key=lambda s: s['doc_id'])
+
+
+@pytest.mark.skipif(not find_spec('lm_eval'), reason='lm-evaluation-harness is not installed: pip install -r requirements-interop.txt')
+@pytest.mark.parametrize('model', ['float', 'int4', 'raw', 'raw sliced'])
+def test_the_harness_scores_as_we_do(tmp_path, model):
+    protocol, n = ('line', 24) if 'raw' in model else ('codexglue', 12)
+    if model == 'float': folder = BASE_MODEL
+    elif model == 'int4': folder = save_model(quantize(load_model(BASE_MODEL), *SCHEMES[model]), tmp_path/'m')
+    else: folder = raw_folder(tmp_path, (1, 2) if 'sliced' in model else (2, 2))
+    found, each = by_harness(folder, protocol, n, tmp_path)
+    scores, seconds = evaluate(*open_engine(folder, threads=1), protocol, n)
     want = summarise(scores, seconds)
-    assert (round(100*found['em,none'], 3), round(found['es,none'], 3)) == (want.em, want.es)
-    each = [json.loads(line) for line in next((tmp_path/'out').rglob('samples_*.jsonl')).read_text().splitlines()]
-    assert [s['es'] for s in sorted(each, key=lambda s: s['doc_id'])] == scores.es.tolist()
-    assert [s['doc']['gt'] for s in sorted(each, key=lambda s: s['doc_id'])] == load_samples('codexglue', n)['gt'].tolist()
+    assert (round(100*found['em,none'], 3), round(found['es,none'], 3)) == (want.em, want.es) and want.es
+    assert [s['es'] for s in each] == scores.es.tolist()
+    assert [s['doc']['gt'] for s in each] == load_samples(protocol, n)['gt'].tolist()

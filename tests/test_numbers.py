@@ -1,5 +1,5 @@
 """Numbers that readers see: milliseconds and ratios of one table agree, and README and results page say what the result files say."""
-import json, re, subprocess
+import json, re, subprocess, numpy as np
 from pathlib import Path
 import pytest
 from codegpt_nbc.report.frame import frame
@@ -143,7 +143,15 @@ TABLES = {
                                   'recipe-half-binary']),
     'Mixed precision and groups of channels': ('full', ['baseline', 'static-w8a8', 'static-w8a8-min-max', 'static-mp', 'static-peg-3',
                                                         'static-peg-3-sorted', 'static-peg-6', 'static-peg-6-sorted', 'static-peg-all']),
+    'Your own repository': ('repository', ['baseline', 'dense-tuned', 'pruned-untuned', 'pruned-elsewhere-judged', 'pruned-tuned',
+                                           'pruned-tuned-int8']),
 }
+
+
+def has_run(profile): return (ROOT/'papermill_runs'/profile/'baseline.json').is_file()
+
+
+TABLES = {heading: (profile, runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
 
 
 def there(run, profile): return (ROOT/'papermill_runs'/profile/f'{run}.json').is_file()
@@ -215,6 +223,33 @@ def test_sentences_of_the_results_page():
     peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
     assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said
     assert f"`onnx int8` peaks at {result('measure-onnx-dense-int8', 'codegpt')['memory']['peak_rss_bytes']/1e6:.0f} MB" in said
+
+
+def interval_text(run, base, profile):
+    "The paired difference of two runs, as sentences have it."
+    def scores(i): return np.array(result(i, profile)['metrics']['codexglue']['es_each'].split(), float)
+    d = scores(run) - scores(base)
+    drawn = np.random.default_rng(1).integers(len(d), size=(4000, len(d)))
+    return d.mean(), np.percentile(d[drawn].mean(1), [2.5, 97.5])
+
+
+@pytest.mark.skipif(not has_run('repository'), reason='the profile repository has not been run')
+def test_sentences_on_ones_own_repository():
+    said, readme = ((ROOT/name).read_text(encoding='utf-8') for name in ('docs/results.md', 'README.md'))
+    part = said.split('### Your own repository\n')[1].split('\n## ')[0]
+    form = r'([+−]?\d+\.\d) points(?: of ES)? \(95 % ([+−]?\d+\.\d) to ([+−]?\d+\.\d)'
+    pairs = [('pruned-tuned', 'pruned-untuned'), ('pruned-tuned', 'pruned-elsewhere-judged'), ('pruned-tuned', 'baseline'),
+             ('pruned-tuned', 'dense-tuned'), ('dense-tuned', 'baseline')]
+    found = re.findall(form, part)
+    assert len(found) == len(pairs)
+    shown = re.search(form, readme.split('On the package mitmproxy')[1]).groups()
+    for (run, base), (mean, low, high) in [*zip(pairs, found), (pairs[1], shown)]:
+        difference, interval = interval_text(run, base, 'repository')
+        check(f'{run} from {base}', mean, difference)
+        for cell, value in zip((low, high), interval):   # of another bootstrap
+            assert abs(signed(cell)[0] - value) < .3, (run, base, cell, value)
+    n = result('baseline', 'repository')['metrics']['codexglue']['n']
+    assert f'on {n:,} lines of other files' in part and f'{n:,} lines' in readme
 
 
 @pytest.fixture(scope='module')

@@ -1,10 +1,11 @@
 """Protocols: what a cut keeps, the frozen places and files, repositories, and models of raw source in every method."""
 import io, tokenize, numpy as np, pandas as pd, pytest
+from hashlib import blake2b
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS, read_json, verify_checksums, write_json
 from codegpt_nbc.data.codexglue import imported
-from codegpt_nbc.data.corpus import is_permissive
+from codegpt_nbc.data.corpus import drop_leaks, drop_near_duplicates, is_permissive
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import FEWEST, imported_repository, is_repository, repository_files, repository_sides, side_of
 from codegpt_nbc.data.samples import FORMS, PROTOCOLS, draw_places, has_text, load_samples, load_texts, protocols_of
@@ -109,6 +110,33 @@ def test_frozen_raw_files_spell_out_to_the_corpus():
     files = pd.read_parquet(RAW/'train.parquet').head(60)
     assert all(abstract(spell_out(f.text), KEPT) == spelled[f.project, f.path] for f in files.itertuples())
     assert [f.text for f in files.itertuples()] == load_texts(n=60, text='raw')
+
+
+FIRST_500 = '925b39098488d73740efcec1f5b4ea0e'   # of the validation samples that the corpus was frozen with
+
+
+def test_more_validation_samples_leave_the_first_as_they_were():
+    samples = load_samples(split='valid')
+    rows = samples.head(500).itertuples(index=False, name=None)
+    assert blake2b('\n'.join(map('\t'.join, rows)).encode(), digest_size=16).hexdigest() == FIRST_500
+    assert len(samples) == 1000 == read_json(CORPUS/'summary.json')['rows']['valid_codexglue']
+    assert not samples.duplicated(['input', 'gt']).any()
+    for n in (1, 16, 500): assert load_samples('codexglue', n, 'valid').equals(samples.head(n))
+    for n in (16, 100): assert RunConfig(run_id='r', profile='p').validation_prompts(n) == samples.input.head(n).tolist()
+
+
+def test_validation_samples_are_of_files_that_nothing_else_uses():
+    verify_checksums(CORPUS)
+    manifest, samples = pd.read_csv(CORPUS/'manifest.csv', dtype=str), load_samples(split='valid')
+    files = set(zip(samples.project, samples.path))
+    rows = manifest[[at in files for at in zip(manifest.project, manifest.path)]]
+    assert len(rows) == len(files) and set(rows.split) == {'valid'} and rows.license.map(is_permissive).all()
+    others = pd.concat([manifest[manifest.split != 'valid'], *(load_samples(p) for p in PROTOCOLS)])
+    assert not files & set(zip(others.project, others.path)) and not set(samples.project) & set(others.project)
+    train = pd.read_parquet(CORPUS/'train.parquet').assign(split='train')
+    held = samples.assign(text=samples.input + ' ' + samples['gt'], split='valid')
+    both = pd.concat([train, held], ignore_index=True)[['project', 'path', 'text', 'split']]
+    assert len(drop_near_duplicates(drop_leaks(both))) == len(both)
 
 
 def test_both_texts_hold_out_the_same_projects():

@@ -129,8 +129,9 @@ def label_onnx(c) -> str:
     return f"ONNX Runtime {c['precision']}"
 
 def label_gptq(c) -> str:
-    "Bits and block of a GPTQ run."
-    return f"GPTQ int{c.get('bits', 4)}" + (f", blocks of {c['block']}" if c.get('block') else '')
+    "Bits and block of a GPTQ run, and the share of the layers' weights that have eight bits."
+    name = f"GPTQ int{c.get('bits', 4)}" + (f", blocks of {c['block']}" if c.get('block') else '')
+    return name + (f", {100*c['eight']:.0f} % int8" if c.get('eight') else '')
 
 def label_trim(c) -> str:
     "Size of a trimmed vocabulary, in tokens."
@@ -150,6 +151,7 @@ def distill_variant(c) -> str:
     if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
     if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
     if c.get('corpus'): said.append(f"text: {c['corpus']}")
+    if c.get('data') and student == 'model': said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
     return ''.join(f', {s}' for s in said)
 
 def layers_said(layers) -> str:
@@ -209,6 +211,7 @@ def run_label(
     if '-seed-' in result.run_id and not is_chain_step(result.run_id): own += f", seed {result.config['seed']}"
     base = results.get(result.config.get('model'))
     if base is None or base is result or base.method in DENSE: return own
+    if result.method in DENSE: return f'{run_label(base, results)}, judged'
     return f'{run_label(base, results)} → {own}'
 
 def short_label(label: str) -> str:

@@ -2,7 +2,7 @@
 import json, re, subprocess, numpy as np
 from pathlib import Path
 import pytest
-from codegpt_nbc.report.frame import frame
+from codegpt_nbc.report.frame import frame, versus
 from codegpt_nbc.report.prose import MissingResult, render
 from codegpt_nbc.report.publish import PAGES, page_text
 
@@ -269,3 +269,11 @@ def test_placeholder_without_a_result_is_an_error(full, tmp_path):
     with pytest.raises(MissingResult) as e: render('page.md', full, folder=tmp_path)
     assert str(e.value) == ("page.md: {{ run('prune-structured-0.65') }} has no result, because the profile 'full' has no result of the "
                             "run 'prune-structured-0.65': call make reproduce PROFILE=full.")
+
+
+def test_bits_alone_make_no_difference_that_the_samples_show():
+    "As README says."
+    fr = frame('gain')
+    for run in ('onnx-dense-int8', 'recipe-int4'):
+        low, high = versus(fr, run, 'baseline')['es']['ci']
+        assert low < 0 < high, run

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from fastcore.basics import patch
-from torch.nn import functional as F
 from ..core.ledger import Ledger
 from ..data.tokenizer import encode_batch
+from ..methods.eight_bits import Divergence
 from ..methods.mixed import mixed_schemes
 from ..methods.quantize import simulated
 from ..methods.reshape import Ranking, reshaped
@@ -23,32 +23,15 @@ from ..methods.vocabulary import choose_tokens, count_tokens, rank_tokens, trim_
 from ..model.decoder import Decoder, halves
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #47d8bf13
-class Judge:
-    "Divergences from a model on calibration text."
-    BATCH = 4    # windows at a time
-    @torch.no_grad()
+class Judge(Divergence):
+    "Divergences from a model on calibration text, for the parts of a space."
     def __init__(self,
         model: Decoder,    # float; is changed and put back
         windows,           # (samples, length) ids
         ranking: Ranking,  # of its units
     ):
-        self.model, self.windows, self.ranking = model.eval(), windows, ranking
-        self.streams = [model.embed(windows, torch.arange(windows.shape[1]))]               # before each layer, (samples, length, D)
-        for block in model.blocks: self.streams.append(block(self.streams[-1], turn=self._turn(model)))
-        self.reference = [model.logits(x).float().log_softmax(-1) for x in self.streams[-1].split(self.BATCH)]   # (BATCH, length, vocab)
-
-    def _turn(self, model): return model.turn(torch.arange(self.windows.shape[1]))
-
-    @torch.no_grad()
-    def of_model(self, model: Decoder, first: int = 0) -> float: # nats a token
-        "The divergence of a model whose layers before `first` are those of the reference."
-        x = self.streams[first] if first else model.embed(self.windows, torch.arange(self.windows.shape[1]))
-        for block in model.blocks[first:]: x = block(x, turn=self._turn(model))
-        total = 0.
-        for part, reference in zip(x.split(self.BATCH), self.reference):
-            q = model.logits(part).float().log_softmax(-1)                                  # (BATCH, length, vocab)
-            total += float(F.kl_div(q, reference, reduction='sum', log_target=True))
-        return total/self.windows.numel()
+        super().__init__(model, windows)
+        self.ranking = ranking
 
 # %% ../../nbs/evidence/67_sensitivity.ipynb #709a175b
 @contextmanager
@@ -77,8 +60,7 @@ def of_units(self: Judge, layer: int, kind: str, n: int) -> float: # nats a toke
 @patch
 def of_bits(self: Judge, module: str, precision: str) -> float: # nats a token
     "The divergence when one matrix is rounded to the nearest."
-    layer = int(module.split('.')[1]) if module.startswith('blocks.') else 0
-    with simulated(self.model, scheme_of(precision, module)): return self.of_model(self.model, layer)
+    return self.of_scheme(module, scheme_of(precision, module))
 
 @patch
 def of_channels(self: Judge, n: int) -> float: # nats a token

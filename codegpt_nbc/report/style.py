@@ -128,8 +128,9 @@ def label_onnx(c) -> str:
     return f"ONNX Runtime {c['precision']}"
 
 def label_gptq(c) -> str:
-    "Bits and block of a GPTQ run."
-    return f"GPTQ int{c.get('bits', 4)}" + (f", blocks of {c['block']}" if c.get('block') else '')
+    "Bits and block of a GPTQ run, and the share of the layers' weights that have eight bits."
+    name = f"GPTQ int{c.get('bits', 4)}" + (f", blocks of {c['block']}" if c.get('block') else '')
+    return name + (f", {100*c['eight']:.0f} % int8" if c.get('eight') else '')
 
 def label_trim(c) -> str:
     "Size of a trimmed vocabulary, in tokens."

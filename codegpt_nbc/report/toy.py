@@ -76,6 +76,7 @@ def raw_plan() -> dict: # as a profile's YAML
         {'method': 'baseline', 'id': 'baseline'},
         *(one('onnx', f'onnx-{p}', precision=p) for p in ('int8', 'int4')),
         one('gptq', 'gptq-int4', block=32, **unjudged), one('onnx', 'onnx-gptq-int4', 'gptq-int4', precision='int4'),
+        one('gptq', 'gptq-mixed', block=32, eight=.25, **unjudged), one('onnx', 'onnx-gptq-mixed', 'gptq-mixed', precision='int4'),
         one('trim_vocabulary', 'trimmed', size=16384, **unjudged),
         one('onnx', 'onnx-int8-trimmed', 'trimmed', precision='int8'), *pruned,
         {'method': 'measure', 'id': 'measure-{target}', 'of': 'models'}]}

@@ -267,9 +267,9 @@ class Placeholders(Quotations):
         "Hours of computing of a profile."
         return hours_of(profile)
 
-    def done(self, *ids: str) -> bool:
+    def done(self, *ids: str, profile: str = '') -> bool:
         "Whether all of these runs have a result with scores: for paragraphs that wait for them."
-        scores = self._fr.es
+        scores = self._profile(profile).frame.es
         return all(i in scores.index and scores[i] == scores[i] for i in ids)
 
     def elsewhere(self) -> dict: # name of the code → as `frame.ranking`; nothing before there are results

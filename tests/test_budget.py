@@ -1,9 +1,10 @@
 """A search within a budget that is killed, or runs twice at once, or is asked for what cannot be; and what it hands over."""
-import json, os, signal, sqlite3, subprocess, sys, time
+import json, os, shutil, signal, sqlite3, subprocess, sys, time
 from pathlib import Path
 import pytest
 from codegpt_nbc.core.paths import OWN_FILES
 from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
+from codegpt_nbc.runs.grid import read_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = dict(channels=[96, 128], vocab=[8192], heads=[0, 4, 8], neurons=[0, 256, 512], precisions=['8', '4-32'],
@@ -128,6 +129,45 @@ def test_another_family_with_a_head_of_its_own_is_searched(raw_llama, tmp_path):
     assert found['mb'] <= .08*1.05 and found['predicted']['mb'] == pytest.approx(found['mb'], rel=.05)
 
 
+SEARCHED = """
+about: a search of seconds
+set: {seed: 42, codexglue: 4, thesis: 0}
+runs:
+  - method: search
+    id: search-size
+    set:
+      objective: size
+      es_drop: 100.0
+      prompt_tokens: 32
+      rungs:
+        - {samples: 4, rounds: 1, budgets: {distill: {tokens: 1024, length: 32, batch: 4}, xtc: {tokens: 1024, length: 32},
+           prune: {samples: 4, epochs: 2, length: 32, batch: 4}, gptq: {calibration: 4, length: 32}, onnx: {compare: 2}}}
+"""
+
+
+def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, tmp_path):
+    "Every recipe of the project, judged in the model's own text."
+    (tmp_path/'configs').mkdir()
+    (tmp_path/'configs'/'search.yaml').write_text(SEARCHED, encoding='utf-8')
+    shutil.copy(ROOT/'configs'/'recipes.yaml', tmp_path/'configs')
+    env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    def cli(*args):
+        code = 'from codegpt_nbc.runs.cli import main; main()'
+        p = subprocess.run([sys.executable, '-c', code, *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert p.returncode == 0, p.stderr[-2000:]
+        return p.stdout
+    said = cli('search', raw_llama, '--recipes', '--objective', 'size', '--budget', 'es_drop=100')
+    report = json.loads((tmp_path/'papermill_runs'/'search'/'search-size-100.json').read_text(encoding='utf-8'))
+    candidates = {c['recipe']: c for c in report['details']['candidates']}
+    assert set(candidates) == {'dense', *read_recipes()}
+    assert report['details']['chosen'] == min(candidates.values(), key=lambda c: c['mb'])['recipe']
+    assert (report['config']['line'], report['config']['codexglue']) == (4, 0)
+    assert 'ES %' in said and 'nan' not in said
+    chosen = tmp_path/'build'/'search'/report['run_id']
+    cli('compress', raw_llama, '-o', tmp_path/'small', '--recipe', 'int8', '--n', '0')
+    assert (tmp_path/'small'/'model.onnx').is_file() and any(chosen.glob('model.*'))
+
+
 def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
     from codegpt_nbc import compress
@@ -136,7 +176,10 @@ def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny
     outcome = run(search)
     assert [len(rung) for rung in outcome.rungs] == [2, 1]
     assert outcome.best.tokens >= 4096
+    known = (ROOT/'configs'/'recipes.yaml').read_bytes()
     handed = hand_over(search, outcome.best, tmp_path/'handed')
+    assert (tmp_path/'build'/'search'/'best.json').is_file()             # in the user's own place
+    assert (ROOT/'configs'/'recipes.yaml').read_bytes() == known
     made = compress(str(tiny), 'best', tmp_path/'made', budgets={}, progress=False)
     def files(folder): return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file() and p.name != OWN_FILES}
     assert files(handed) == files(made.folder)

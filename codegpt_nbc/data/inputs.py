@@ -151,6 +151,12 @@ def check(self: RunConfig):
     self.check_samples()
     if self.held_out: self.reference_folder
 
+@patch(as_prop=True)
+def judged(self: RunConfig) -> int:
+    "The samples that are asked for of the first protocol of the model's text, by which results are compared."
+    from codegpt_nbc.data.samples import protocols_of
+    return getattr(self, protocols_of(self.text)[0])
+
 @patch
 def check_data(self: RunConfig):
     "Raise `ValueError` where `data` lacks the text that the model reads."

@@ -63,10 +63,6 @@ class BudgetConfig(RunConfig):
         super().check()
         for name in self.fixed: recipe_named(name)
 
-    @property
-    def judged(self) -> int:
-        "Test samples of the last table, of the protocol of the model's text."
-        return getattr(self, protocols_of(self.text)[0])
 
 # %% ../../nbs/runs/79_budget.ipynb #d0c8ec7b
 class Search:

@@ -15,7 +15,7 @@ from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
 from ..data.inputs import RunConfig, resolve_data
-from ..data.samples import protocols_of
+from ..data.samples import PROTOCOLS, protocols_of
 from ..data.tokenizer import text_of
 from .grid import Recipe, read_profile, read_recipes, run_notebook, spell_time, template_of
 from .steps import NEW_TOKENS, Clock, digest_of, make_recipe, plan_of
@@ -187,6 +187,8 @@ def _search_config(model, es_drop: float, objective: str): # `SearchConfig`
     own = dict(run_id=f'search-{objective}-{es_drop:g}', es_drop=es_drop)
     if model: own['model'] = str(Path(model).resolve()) if Path(model).exists() else str(model)
     config = SearchConfig(**runs[0].params | own)
+    first, n = protocols_of(config.text)[0], max(getattr(config, p) for p in PROTOCOLS)
+    config = config.model_copy(update=dict.fromkeys(PROTOCOLS, 0) | {first: n})     # as many, in the text of one's own model
     config.check()
     return config
 

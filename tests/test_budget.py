@@ -202,6 +202,19 @@ def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, 
     assert '\n' not in str(e.value)
 
 
+def test_the_solver_prints_nothing(capfd):
+    "Compiled code prints past Python, into executed notebooks."
+    import ctypes
+    from codegpt_nbc.runs.allocate import muted
+    runtime = ctypes.CDLL(None)
+    runtime.puts(b'before')
+    with muted():
+        runtime.puts(b'noise')
+        os.write(1, b'more noise\n')
+    print('after', flush=True)
+    assert capfd.readouterr().out == 'before\nafter\n'
+
+
 @pytest.mark.parametrize('budget,sentence', [
     ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'),
     ('bits=4', 'KEY=NUMBER'), ('ms=nan', 'above 0')])

@@ -316,7 +316,8 @@ def measured_costs(
         table = CostTable(figures, s, work)
         for engine in space.engines:
             points = calibration_points(space, s, engine)
-            ratios = [whole_model(table, p, ledger, parent) for p in tqdm(points, desc=desc and f'{desc}, whole models', disable=desc is None)]
+            shown = tqdm(points, desc=desc and f'{desc}, whole models', disable=desc is None, unit='model')
+            ratios = [whole_model(table, p, ledger, parent) for p in shown]
             table.factors[engine] = fitted_factors([p.channels for p in points], np.array(ratios))
     table.made.clear()
     return table

@@ -12,7 +12,7 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
            'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves',
            'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed',
            'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines',
-           'fig_peers']
+           'fig_peers', 'budget_fronts', 'fixed_candidates', 'budget_models', 'fig_budget']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
@@ -597,6 +597,49 @@ def fig_peers(fr=None):
                plt.Line2D([], [], color='black', lw=1.6, label='floor')]
     fig.legend(handles=handles, loc='outside upper left', ncols=3)
     annotate_below(fig, paragraph('fig_peers.md', fr) if fr is not None else '')
+    return fig
+
+# %% ../../nbs/report/84_figures.ipynb #c4a81f36
+def budget_fronts(ax, results: list):
+    "The front of each search, and the fixed recipes in its space; `results`: of `experiments/budget`."
+    marked = {}
+    for result, color in zip(results, SERIES):
+        line = np.array(result.details['front'])                            # (points, 3): ms, MB, nats
+        ax.plot(line[:, 0], line[:, 2], 'o-', ms=3, lw=1.1, c=color, label=result.details['budget'])
+        marked |= result.details['fixed_points']
+    for name, (ms, _, nats) in marked.items():
+        ax.plot(ms, nats, 's', ms=5, c=COLORS['quantize'])
+        ax.annotate(name, (ms, nats), xytext=(-4, 5), textcoords='offset points', ha='right', fontsize=7.5)
+    ax.set(xlabel='predicted ms a completion', ylabel='divergence, nats a token', yscale='log', title='before training')
+
+def fixed_candidates(results: list) -> dict: # name → the longest trained
+    "The fixed recipes of some searches. What is no shape of a search is one of them."
+    all_made = sorted((c for r in results for c in r.details['candidates']), key=lambda c: c['tokens'])
+    return {c['name']: c for c in all_made if not c['name'].startswith('shape ')}
+
+def budget_models(ax, results: list):
+    "Edit similarity and measured time of the models that were made."
+    for result, color in zip(results, SERIES):
+        made = [c for c in result.details['candidates'] if c['name'].startswith('shape ')]
+        best = max((c for c in made if c['name'] == result.details['chosen']), key=lambda c: c['tokens'])
+        ax.plot([c['ms'] for c in made], [c['es'] for c in made], 'o', ms=3.5, c=color)
+        ax.plot(best['ms'], best['es'], 'o', ms=9, mfc='none', mec=color, label=f"{result.details['budget']}")
+        if limit := result.config['budget'].get('ms'): ax.axvline(limit, c=color, ls='--', lw=.8)
+    for name, c in fixed_candidates(results).items():
+        ax.plot(c['ms'], c['es'], 's', ms=5, c=COLORS['quantize'])
+        ax.annotate(name, (c['ms'], c['es']), xytext=(0, 6), textcoords='offset points', ha='center', fontsize=7.5)
+    for es in {r.details['dense_es'] for r in results}: ax.axhline(es, c=COLORS['baseline'], ls=':', lw=1.2)
+    ax.set(xlabel='measured ms a completion', ylabel='ES on validation (%)', title='after training')
+    ax.margins(.12)
+
+@styled
+def fig_budget(results: list):
+    "The searches of a profile within their budgets; `results`: of its runs of `experiments/budget`."
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
+    budget_fronts(axes[0], results)
+    budget_models(axes[1], results)
+    fig.legend(*axes[0].get_legend_handles_labels(), title='budget', loc='outside upper left', ncols=4)
     return fig
 
 # %% ../../nbs/report/84_figures.ipynb #4a03ecfd

@@ -185,11 +185,11 @@ class Quotations(RunNumbers):
         return as_markdown(made[list(columns)] if columns and name != 'tab_short' else made)
 
     @pass_context
-    def figure(self, context, name: str, words: str) -> str: # Markdown
-        "A picture that the profile's report drew; `words` describe it."
-        path = figures_dir(self._name)/f'{name}.png'
+    def figure(self, context, name: str, words: str, profile: str = '') -> str: # Markdown
+        "A picture that a profile's runs drew; `words` describe it."
+        path = figures_dir(profile or self._name)/f'{name}.png'
         if not path.is_file():
-            raise MissingResult(context.name, f"figure('{name}')", f'{path.name} has not been drawn', self._name)
+            raise MissingResult(context.name, f"figure('{name}')", f'{path.name} has not been drawn', profile or self._name)
         return f'![{words}]({self._root}{path.relative_to(project_root()).as_posix()})'
 
     def files(self, *tables: str) -> str: # Markdown

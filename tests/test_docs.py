@@ -1,5 +1,7 @@
 """The site: complete, without dead links, without other hosts, and as wide as the window."""
 import functools, http.server, json, os, re, shutil, subprocess, sys, threading
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from posixpath import dirname, join, normpath
 import pytest
@@ -71,6 +73,41 @@ def test_links_lead_somewhere_and_nothing_is_loaded_from_elsewhere(site, pages):
 def test_formulas_are_mathml(pages):
     assert '<math' in pages['nbs/methods/30_prune.html']
     for name, text in pages.items(): assert not re.search(r'class="arithmatex[^"]*">\\', text), name
+
+
+class Elements(HTMLParser):
+    "Counts the elements of a page, by their names and by the names of those that are closed."
+    def __init__(self, text: str):
+        super().__init__()
+        self.begun, self.ended = Counter(), Counter()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs): self.begun[tag] += 1
+    def handle_endtag(self, tag): self.ended[tag] += 1
+
+
+STRUCK = ('s', 'i', 'b', 'u', 'em', 'strong', 'del', 'ins', 'code', 'pre', 'blockquote', 'table', 'div')
+
+
+def test_no_token_of_a_model_is_taken_for_an_element(pages):
+    for name, text in pages.items():
+        page = Elements(text)
+        odd = [tag for tag in page.begun if re.fullmatch('eol|unk|pad|mask|bos|eos|(str|num)_lit.*|.*_.*', tag)]
+        assert odd == [], f'{name}: write these as code, or escape them'
+        left_open = [tag for tag in STRUCK if page.begun[tag] != page.ended[tag]]
+        assert left_open == [], name
+
+
+def test_examples_of_docstrings_are_code(pages):
+    text = pages['reference/runs/api.html']
+    assert 'with open (' in text and not re.search(r'<blockquote>\s*<blockquote>', text)
+    assert '&lt;s&gt;' in text and 'doctest' not in re.sub(r'<details.*?</details>', '', text, flags=re.DOTALL)
+
+
+def test_a_picture_opens_in_full_size(pages):
+    for name in ('index.html', 'results.html', 'nbs/methods/30_prune.html'):
+        pictures = re.findall(r'<img [^>]*src="([^"]+\.png)"', pages[name])
+        assert pictures and all(f'href="{src}"' in pages[name] for src in pictures), name
 
 
 MEASURE = """<!DOCTYPE html><body><script>

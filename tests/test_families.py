@@ -418,15 +418,16 @@ ABOUT = """# Families, methods and engines
 
 Each cell is a model of twelve layers with random weights, made with `transformers`, sent through the method, saved, and read by the engine.
 ✓: the logits are those of PyTorch in the same precision, to within what the engine rounds, and the method did what it promises.
-A number: the combination is refused before work begins, with the sentence below.
+A number: the combination is refused before work begins, with the sentence of that number below.
 `tests/test_families.py` makes this page and checks that it is up to date.
 """
-NOTES = 'Why not'
+SHORT, NOTES = 'In short', 'Why not'
 
 
 def recorded() -> dict: # (engine, method, family) → '' or the sentence that refuses it
     "The table in the docs."
     sections = dict(part.split('\n', 1) for part in TABLE.read_text(encoding='utf-8').split('\n## ')[1:]) if TABLE.is_file() else {}
+    sections.pop(SHORT, None)
     numbered = dict(line.split('. ', 1) for line in sections.pop(NOTES, '').splitlines() if line)
     out = {}
     for engine, table in sections.items():
@@ -438,17 +439,27 @@ def recorded() -> dict: # (engine, method, family) → '' or the sentence that r
 RECORDED = recorded()
 
 
+def as_table(head: list, rows: list) -> str:
+    lines = [head, ['---', *[':-:']*(len(head) - 1)], *rows]
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
 def table_of(outcome) -> str: # a function (family, method, engine) → '' or a sentence
-    sections, sentences = [], []
+    cells, sentences = {}, []
+    for engine, method, family in itertools.product(ENGINES, ROWS, PLAIN):
+        said = outcome(family, method, engine)
+        if said and said not in sentences: sentences.append(said)
+        cells[engine, method, family] = str(sentences.index(said) + 1) if said else '✓'
+
+    def in_short(engine, method) -> str: # one cell for all families
+        found = [cells[engine, method, family] for family in PLAIN]
+        return found[0] if len(set(found)) == 1 else f'{found.count("✓")} of {len(PLAIN)}'
+    short = as_table(['method', *ENGINES], [[m, *(in_short(e, m) for e in ENGINES)] for m in ROWS])
+    about = f'The {len(PLAIN)} families together; the tables after this one tell them apart.'
+    sections = [f'## {SHORT}\n\n{about}\n\n{short}']
     for engine in ENGINES:
-        lines = [['method', *PLAIN], ['---']*(1 + len(PLAIN))]
-        for method in ROWS:
-            cells = []
-            for said in (outcome(family, method, engine) for family in PLAIN):
-                if said and said not in sentences: sentences.append(said)
-                cells.append(str(sentences.index(said) + 1) if said else '✓')
-            lines.append([method, *cells])
-        sections.append(f'## {engine}\n\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n')
+        rows = [[m, *(cells[engine, m, family] for family in PLAIN)] for m in ROWS]
+        sections.append(f'## {engine}\n\n' + as_table(['method', *PLAIN], rows))
     notes = '\n'.join(f'{i}. {text}' for i, text in enumerate(sentences, 1))
     return '\n'.join([ABOUT, *sections, *([f'## {NOTES}\n\n{notes}\n'] if notes else [])])
 

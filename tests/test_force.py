@@ -127,6 +127,7 @@ def test_an_interrupted_command_ends_quietly_and_leaves_nothing_half_written(hom
     done = subprocess.run([sys.executable, '-c', begun, 'compress', 'mine', '-o', 'small', '--n', '0', '--force'],
                           capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+    assert ('interrupted' in done.stderr) == (code == 130)
     assert contents('small') == before and not list(home.glob('.tmp-*'))
 
 

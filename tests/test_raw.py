@@ -302,7 +302,8 @@ def shell(*args, **how):
 @pytest.mark.parametrize('place, says', [
     ('nowhere.py:1:1', 'there is no file nowhere.py'), ('{d}:1:1', 'is a folder'), ('{d}/f.py:9:1', 'has 3 lines'),
     ('{d}/f.py:2:0', 'has the columns 1 to 13'), ('{d}/f.py:2:14', 'has the columns 1 to 13'), ('{d}/b.py:1:1', 'is binary'),
-    ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3')])
+    ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3'), ('{d}/f.py:2', 'f.py:LINE:COLUMN'), ('{d}/f.py:two:1', 'f.py:LINE:COLUMN'),
+    ('{d}/f.py:', 'f.py:LINE:COLUMN'), ('nowhere.py', 'there is no file nowhere.py'), ('{d}/l.py', 'is not text')])
 def test_a_wrong_cursor_is_a_sentence(place, says, tmp_path):
     (tmp_path/'f.py').write_text('def f(x):\n    return x\n')
     (tmp_path/'b.py').write_bytes(b'a\0b')
@@ -319,6 +320,8 @@ def test_a_file_and_standard_input_at_a_cursor(folder, tmp_path):
     assert shell(at, '--model', str(folder), '--max-new', '5').stdout == want
     assert shell(at.removesuffix(':3:9'), '--at', '3:9', '--model', str(folder), '--max-new', '5').stdout == want
     assert shell('-', '--at', '3:9', '--model', str(folder), '--max-new', '5', input=(tmp_path/'f.py').read_bytes()).stdout == want
+    (tmp_path/'end.py').write_text('name = 1\nprint(na', encoding='utf-8')   # no cursor: the end of the file
+    assert shell(f'{tmp_path}/end.py', '--model', str(folder), '--max-new', '5').stdout == model.complete('name = 1\nprint(na', 5) + '\n'
     filled = model.complete(source, 5, suffix='\r\n') + '\n'
     assert shell(at, '--model', str(folder), '--max-new', '5', '--infill').stdout == filled
     words = shell(at).stdout   # the embedded model, by conversion

@@ -302,8 +302,9 @@ def shell(*args, **how):
 @pytest.mark.parametrize('place, says', [
     ('nowhere.py:1:1', 'there is no file nowhere.py'), ('{d}:1:1', 'is a folder'), ('{d}/f.py:9:1', 'has 3 lines'),
     ('{d}/f.py:2:0', 'has the columns 1 to 13'), ('{d}/f.py:2:14', 'has the columns 1 to 13'), ('{d}/b.py:1:1', 'is binary'),
-    ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3'), ('{d}/f.py:2', 'f.py:LINE:COLUMN'), ('{d}/f.py:two:1', 'f.py:LINE:COLUMN'),
-    ('{d}/f.py:', 'f.py:LINE:COLUMN'), ('nowhere.py', 'there is no file nowhere.py'), ('{d}/l.py', 'is not text')])
+    ('{d}/l.py:1:1', 'is not text'), ('{d}/f.py:0:1', 'from 1 to 3'), ('{d}/f.py:2', 'f.py:LINE:COLUMN'),
+    ('{d}/f.py:two:1', 'f.py:LINE:COLUMN'), ('{d}/f.py:', 'f.py:LINE:COLUMN'), ('nowhere.py', 'there is no file nowhere.py'),
+    ('{d}/l.py', 'is not text')])
 def test_a_wrong_cursor_is_a_sentence(place, says, tmp_path):
     (tmp_path/'f.py').write_text('def f(x):\n    return x\n')
     (tmp_path/'b.py').write_bytes(b'a\0b')

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', 'PATTERNS', 'PATTERN_WIDTHS', 'UNITS', 'EIGHT',
            'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES', 'FIGURES',
-           'sample_scores', 'round_ratios', 'observed', 'annotate_below', 'spread_out', 'label_ends', 'meets',
-           'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred', 'pruning_observations', 'pruning_panel',
-           'fig_pruning', 'quantized_values', 'quantized_observations', 'quantized_panel', 'fig_quantization',
-           'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency', 'pareto_points', 'draw_points', 'name_points',
-           'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves', 'curves_panel', 'fig_learning_curves',
-           'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed',
-           'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines',
-           'fig_peers']
+           'OBSERVED', 'sample_scores', 'round_ratios', 'observed', 'annotate_below', 'spread_out', 'label_ends',
+           'meets', 'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred', 'pruning_observations',
+           'pruning_panel', 'fig_pruning', 'quantized_values', 'quantized_observations', 'quantized_panel',
+           'fig_quantization', 'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency', 'pareto_points',
+           'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves',
+           'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations',
+           'poster_text', 'poster_printed', 'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel',
+           'draw_benchmark', 'plot_engines', 'fig_peers', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
+from functools import partial
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
                                       measured_ms, pareto_front, percent_of_dense,
@@ -602,3 +603,11 @@ def fig_peers(fr=None):
 # %% ../../nbs/report/84_figures.ipynb #4a03ecfd
 PROFILE_FIGURES = (fig_pruning, fig_quantization, fig_latency, fig_learning_curves, fig_xtc, fig_poster, fig_pareto)
 FIGURES = {make.__name__: make for make in (*PROFILE_FIGURES, fig_peers)}   # name → function of the frame
+# what a figure draws of a profile's own runs; the others have the dense model or benchmarks to draw
+OBSERVED = {'fig_pruning': partial(pruning_observations, column='nonzero_m'),
+            'fig_quantization': partial(quantized_observations, title='file size'),
+            'fig_learning_curves': learning_curves, 'fig_xtc': loss_parts, 'fig_poster': loss_parts}
+
+def is_blank(name: str, fr: pd.DataFrame) -> bool:
+    "Would a figure of `FIGURES` have axes and nothing in them, as the profile has no run of its method?"
+    return name in OBSERVED and not len(OBSERVED[name](fr))

@@ -16,7 +16,7 @@ from ..evidence.other_engines import PEERS
 from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, hours_of,
                                       matching, measured_ms, precision_of,
                                       published, ranking, retained, uncommitted, versus)
-from .style import number, signed_change, times_text
+from .style import change_interval, number, times_text
 from .tables import TABLES, as_markdown
 
 # %% ../../nbs/report/83_prose.ipynb #1a632240
@@ -166,10 +166,10 @@ class RunNumbers(PageContext):
 
     @pass_context
     def delta(self, context, id: str, base: str = 'baseline') -> str:
-        "Paired difference of the edit similarity from that of `base`: '−0.5 (p 0.56)'."
+        "Paired difference of the edit similarity from that of `base`, and its 95 % interval: '−0.5 [−1.6, +1.1]'."
         p = self._profile()
         for run in (id, base): p.view(context.name, run, f'delta({id!r})')
-        return signed_change((versus(p.frame, id, base) or {}).get('es'))
+        return change_interval((versus(p.frame, id, base) or {}).get('es'))
 
 # %% ../../nbs/report/83_prose.ipynb #a18c0827
 class Quotations(RunNumbers):

@@ -33,6 +33,7 @@ METHOD_STYLES = { # what compressed a model → its style; the order is that of 
     'lasso': MethodStyle('pruned: group lasso', '#332288'),
     'quantize': MethodStyle('int8', '#cc78bc'),
     'gptq': MethodStyle('GPTQ int4', '#8a8a00'),
+    'int4': MethodStyle('int4, to the nearest', '#661100'),
     'distill': MethodStyle('distilled', '#56b4e9'),
     'xtc': MethodStyle('XTC', '#8b5a2b'),
     'static_quantize': MethodStyle('static int8 (MP, PEG)', '#f08cc8'),
@@ -226,13 +227,13 @@ def compressor(result: Result): # a key of `METHOD_STYLES`, or None
     if method in DENSE: return None
     if method == 'prune': return c.get('pattern') if c.get('sparsity') else 'control'
     if method == 'distill': return None if c.get('student') == 'model' else 'distill'
-    if method == 'onnx': return 'quantize' if c.get('precision') == 'int8' else None
+    if method == 'onnx': return {'int8': 'quantize', 'int4': 'int4'}.get(c.get('precision'))
     return method
 
 def family_of(chain: list) -> str: # a key of `METHOD_STYLES`
-    "What compressed a model; `chain` is that of `chain_of`."
+    "What compressed a model; `chain` is that of `chain_of`. Rounding to the nearest names a model where nothing else does."
     found = [f for f in dict.fromkeys(map(compressor, chain)) if f]
-    strong = [f for f in found if f not in ('quantize', 'control')]
+    strong = [f for f in found if f not in ('quantize', 'int4', 'control')]
     if len(strong) > 1: return 'chain'
     return (strong or found or ['baseline'])[0]
 

@@ -42,7 +42,7 @@ def as_table(
 
 def as_markdown(table: pd.DataFrame) -> str:
     "A table in Markdown: words to the left, numbers to the right."
-    words = [table[c].astype(str).str.match(r'[^\W\d]').any() or not len(table) for c in table]
+    words = [table[c].astype(str).str.match(r'[\[`*]*[^\W\d]').any() or not len(table) for c in table]   # also links and code
     return table.to_markdown(index=False, disable_numparse=True, colalign=['left' if w else 'right' for w in words])
 
 def cost_cells(row) -> dict: # column → text

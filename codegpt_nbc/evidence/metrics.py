@@ -106,6 +106,7 @@ def share_interval(
     low, high = binomtest(int(x.sum()), len(x)).proportion_ci(level, 'wilson')
     return [round(100*float(low), 3), round(100*float(high), 3)]
 
+# %% ../../nbs/evidence/60_metrics.ipynb #c472f6ea
 def paired(
     x, y,                 # Scores of two models on the same samples (n,)
     resamples: int = 2000,
@@ -133,6 +134,7 @@ def sign_flip_p(
         done += rows
     return (far + 1)/(flips + 1)
 
+# %% ../../nbs/evidence/60_metrics.ipynb #71d9a87b
 def detectable(
     d,            # Paired differences (n,), n ≥ 2
     power: float = .8,
@@ -144,6 +146,7 @@ def detectable(
     if len(d) < 2: return float('nan')
     return float((norm.ppf(1 - level/2) + norm.ppf(power))*d.std(ddof=1)/len(d)**.5)
 
+# %% ../../nbs/evidence/60_metrics.ipynb #13af46cd
 def holm(
     p, # Of the tests of one family (m,), each in [0, 1]
 ) -> list: # (m,) in the same order

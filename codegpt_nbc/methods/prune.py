@@ -486,6 +486,7 @@ class KindOfGroups:
         for g, own in zip(self.groups, factors.split([g.count for g in self.groups])): g.scale_(model, own)
         self.dead = (factors == 0) | (norms == 0)
 
+# %% ../../nbs/methods/30_prune.ipynb #192083f1
 class Lasso(Structured):
     "Coupled groups: a proximal group lasso that zeroes heads and neurons, and a cut of what it zeroed. It recovers as `Structured` does."
     points = 20     # of the recorded norms

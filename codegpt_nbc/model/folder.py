@@ -80,6 +80,7 @@ def _sizes(config: dict, family: Family) -> _Sizes:
         if d['type'] == 'missing': raise ValueError(f'config.json lacks {key!r}: restore it from where the model came from.') from None
         raise ValueError(f'{key!r} in config.json is {d["input"]!r}: {d["msg"]}.') from None
 
+# %% ../../nbs/model/23_folder.ipynb #6bc9e0fb
 class _Slices(BaseModel):
     "What a sliced model adds to its configuration."
     d_head: Count

@@ -310,6 +310,7 @@ def tab_seeds(fr: pd.DataFrame) -> pd.DataFrame:
         rows.append(cells)
     return as_table(rows, fr)
 
+# %% ../../nbs/report/82_tables.ipynb #32eb86de
 def making_joules(row) -> float: # NaN where no power is stated
     "Energy of a run's training and of those before it: a run takes one core, and a core its share of the stated power."
     watts = row.measured.config.get('watts') or np.nan
@@ -329,6 +330,7 @@ def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
                      'pays after, completions': number(making/saved, 2) if making and saved > 0 else '–'})
     return as_table(rows, fr)
 
+# %% ../../nbs/report/82_tables.ipynb #73cdf664
 COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3),
             'memory saved %': ('cpu_memory_decrease', 2),
             'speed gained %': ('cpu_speed_increase', 2), 'GPU memory saved %': ('gpu_memory_decrease', 2),
@@ -352,6 +354,7 @@ def compared_ours(r) -> dict: # column → text
     return {'model': r.label, 'from': 'this repository', **cells, 'ES %': number(r.es, 3),
             'EM %': number(r.em, 3)}
 
+# %% ../../nbs/report/82_tables.ipynb #a2cdb4a8
 def tab_comparison(
     fr: pd.DataFrame,
     runs=None, # our runs; None: `headline`
@@ -367,6 +370,7 @@ def tab_comparison(
     shown = as_table(rows)[['model', 'from', *COMPARED, *(['ES %', 'EM %'] if len(ours) else [])]]
     return shown.rename(columns=score_headings(fr))
 
+# %% ../../nbs/report/82_tables.ipynb #f6cc3071
 STUDY_METHODS = {'sochirca': ('group lasso, dynamic PTQ, ONNX Runtime', '`prune`, `quantize`, `onnx`'),
                  'demoor': ('one-bit weights, layer reduction (XTC)', '`xtc`'),
                  'malmsten': ('distillation', '`distill`'),

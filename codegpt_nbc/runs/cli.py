@@ -31,6 +31,7 @@ Code = Annotated[str, typer.Option(help="a folder of Python files or in CodeXGLU
                                         'by default the frozen corpus')]
 Force = Annotated[bool, typer.Option('--force', help='replace an earlier output, when the new one is whole; nothing else is ever replaced')]
 
+# %% ../../nbs/runs/73_cli.ipynb #98835e6b
 @app.command()
 def complete(
     prompt: Annotated[str, typer.Argument(help="source up to the cursor, raw or in CodeXGLUE's words; file.py:LINE:COLUMN, both from 1; "
@@ -54,6 +55,7 @@ def complete(
     print()
     for warning in warned: print(f'codegpt-nbc: {warning.message}', file=sys.stderr)
 
+# %% ../../nbs/runs/73_cli.ipynb #8670508e
 def _around_cursor(prompt: str, at: str) -> tuple: # (before, after or None, text or None)
     "The source around the cursor that the arguments of `complete` name."
     place = re.fullmatch(r'(\d+):(\d+)', at)
@@ -76,6 +78,7 @@ def _names_file(prompt: str) -> bool:
     if colon: raise ValueError(f'{prompt} names no place in {name}: give {name}:LINE:COLUMN, both from 1, for instance {name}:12:8.')
     return True
 
+# %% ../../nbs/runs/73_cli.ipynb #8eb9cdc3
 @app.command()
 def evaluate(
     model: ModelName,
@@ -108,6 +111,7 @@ def compress(
     print(f'{small.recipe}: {small.folder}')
     print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {shlex.quote(str(small.folder))}')
 
+# %% ../../nbs/runs/73_cli.ipynb #06541482
 @app.command()
 def search(
     model: Annotated[str, typer.Argument(help='as for compress')] = 'codegpt-nano',
@@ -134,6 +138,7 @@ def search(
     print(f'the model is in {os.path.relpath(folder)}')
     print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {shlex.quote(os.path.relpath(folder))}')
 
+# %% ../../nbs/runs/73_cli.ipynb #4f4b88de
 def _show_found(found: dict, of: str, notebook):
     import pandas as pd
     print(pd.DataFrame(found['before_after']).round(2).to_string())

@@ -417,6 +417,7 @@ def _mean(values) -> float | None:
     known = [v for v in values if v]
     return sum(known)/len(known) if known else None
 
+# %% ../../nbs/runs/70_grid.ipynb #79de913d
 class Progress:
     "How far a grid is. How long the rest will take is read from the results of earlier runs, scaled by the pace of this grid."
     def __init__(self, profile: str, runs: dict):
@@ -456,6 +457,7 @@ class Progress:
         left = self.left(due, made) if len(made) < len(due) else None
         yield (len(made), running), f'{len(made)} of {len(due)} runs{f", {spell_time(left)} left" if left else ""}{doing}'
 
+# %% ../../nbs/runs/70_grid.ipynb #e8aca8eb
 @contextmanager
 def _watched(progress: Progress, every: float = 2.):
     "Within the block, say on each change which run is going on, and how long the rest will take."
@@ -473,7 +475,6 @@ def _watched(progress: Progress, every: float = 2.):
     finally:
         done.set()
         thread.join()
-
 
 # %% ../../nbs/runs/70_grid.ipynb #d12b58a9
 def reproduce(

@@ -1,6 +1,7 @@
 """The embedded model writes the same lines, whatever engine runs it; weights of any size."""
 import os, shutil, subprocess, sys
-import numpy as np, pytest, torch
+from pathlib import Path
+import numpy as np, onnx, pytest, torch
 from codegpt_nbc.core import paths
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
 from codegpt_nbc.data.samples import load_samples
@@ -44,6 +45,7 @@ def test_int8_changes_few_texts(dense, tmp_path):
 # Weights that do not fit into one file
 
 LLAMA = Shape(512, 64, 64, 16, (2,)*12, (96,)*12, 'llama', queries=2, tied=False)
+LARGE = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
 
 
@@ -72,6 +74,30 @@ def test_a_file_of_weights_changes_nothing(precision, model, tmp_path, monkeypat
     assert written[0] == written[1]
     moved = shutil.copytree(two, tmp_path/'elsewhere')
     assert greedy(OrtEngine(moved, threads=1), IDS, 12, 5) == written[0]
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_a_layer_has_one_product_for_queries_keys_and_values(precision, tmp_path):
+    graph = onnx.load(export_onnx(save_model(Decoder(LLAMA).init_weights(), tmp_path/'m'), tmp_path/'onnx', precision)/'model.onnx').graph
+    products = [n for n in graph.node if n.op_type in ('MatMul', 'MatMulIntegerToFloat', 'MatMulNBits', 'Gemm')]
+    assert len(products) == 5*len(LLAMA.heads) + 1   # qkv, proj, gate, up and down, and the head
+    assert all(a.f == 1 for n in graph.node if n.op_type == 'GroupQueryAttention' for a in n.attribute if a.name == 'scale')
+
+
+def in_large_pages() -> int:
+    "kB of this process."
+    try: lines = Path('/proc/self/smaps_rollup').read_text().splitlines()
+    except OSError: return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages'))
+
+
+@pytest.mark.skipif(not LARGE.is_file() or '[never]' in LARGE.read_text(), reason='this system has no large pages')
+def test_the_weights_of_a_session_lie_in_large_pages(tmp_path):
+    folder = export_onnx(save_model(Decoder(Shape(512, 64, 512, 64, (8,)*8, (2048,)*8)).init_weights(), tmp_path/'m'), tmp_path/'onnx', 'int8')
+    before = in_large_pages()
+    engine = OrtEngine(folder, threads=1)
+    assert in_large_pages() - before > 8*1024   # of 25 MB
+    assert engine.vocab == 512
 
 
 @pytest.mark.parametrize('damage', ['missing', 'short'])

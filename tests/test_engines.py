@@ -93,7 +93,8 @@ def in_large_pages() -> int:
 
 @pytest.mark.skipif(not LARGE.is_file() or '[never]' in LARGE.read_text(), reason='this system has no large pages')
 def test_the_weights_of_a_session_lie_in_large_pages(tmp_path):
-    folder = export_onnx(save_model(Decoder(Shape(512, 64, 512, 64, (8,)*8, (2048,)*8)).init_weights(), tmp_path/'m'), tmp_path/'onnx', 'int8')
+    model = Decoder(Shape(512, 64, 512, 64, (8,)*8, (2048,)*8)).init_weights()
+    folder = export_onnx(save_model(model, tmp_path/'m'), tmp_path/'onnx', 'int8')
     before = in_large_pages()
     engine = OrtEngine(folder, threads=1)
     assert in_large_pages() - before > 8*1024   # of 25 MB

@@ -140,7 +140,7 @@ def open_study(
     with warnings.catch_warnings(action='ignore', category=optuna.exceptions.ExperimentalWarning), explorer.ledger.alone('study'):
         about = dict(study_name=name, directions=['minimize']*3, load_if_exists=True)
         study = optuna.create_study(storage=storage_of(storage), **about)
-        if not study.user_attrs.get('begun'): _begin(study, explorer)
+        if not study.user_attrs.get('seeds'): _begin(study, explorer)
         study.sampler = sampler_of(sampler, seed, len(explorer.choices), study.user_attrs['seeds'])
     return study
 
@@ -149,8 +149,7 @@ def _begin(study, explorer: Explorer):
     seeds = explorer.seeds()
     for point in seeds: study.enqueue_trial(params_of(point, explorer.choices), skip_if_exists=True)
     study.set_metric_names(['divergence', 'ms', 'mb'])
-    study.set_user_attr('seeds', len(seeds))
-    study.set_user_attr('begun', True)        # from here on, all allocations are there
+    study.set_user_attr('seeds', len(seeds))  # from here on, all of them are there
 
 # %% ../../nbs/runs/78_explore.ipynb #0fbebaf2
 def explore(

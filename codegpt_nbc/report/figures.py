@@ -607,7 +607,8 @@ def budget_fronts(ax, results: list):
     marked = {}
     for result, color in zip(results, SERIES):
         line = np.array(result.details['front'])                            # (points, 3): ms, MB, nats
-        ax.plot(line[:, 0], line[:, 2], 'o-', ms=3, lw=1.1, c=color, label=result.details['budget'])
+        over_time = result.config['budget'].get('ms') or not result.config['budget'].get('mb')   # else its front is one of sizes
+        ax.plot(line[:, 0], line[:, 2], 'o-' if over_time else 'o', ms=3, lw=1.1, c=color, label=result.details['budget'])
         marked |= result.details['fixed_points']
     for name, (ms, _, nats) in marked.items():
         ax.plot(ms, nats, 's', ms=5, c=COLORS['quantize'])

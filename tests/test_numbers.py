@@ -61,6 +61,7 @@ def groups(columns, rows):
 def test_milliseconds_and_ratios_of_a_table_agree(columns, rows, ms, ratio):
     for group in groups(columns, rows):
         timed = [(r, printed(r[columns.index(ms)]), printed(r[columns.index(ratio)])) for r in group]
+        if not any(time or factor for _, time, factor in timed): continue   # a profile that times other rows
         assert timed[0][2] == (1, .5), 'the baseline comes first, and its ratio is 1'
         base, base_half = timed[0][1]
         for row, time, factor in timed[1:]:

@@ -137,7 +137,7 @@ def test_an_interrupted_command_ends_quietly_and_leaves_nothing_half_written(hom
     (('run', 'notes.txt', 'x.ipynb'), 'notes.txt is not a notebook'),
     (('run', 'mine', 'x.ipynb'), 'there is no template mine'),
     (('run', 'notes.txt', 'x.ipynb', '--params', '[]'), 'write an object'),
-    (('reproduce', '../configs/quick'), "there is no profile '../configs/quick': configs/ has budget, codegpt,"),
+    (('reproduce', '../configs/quick'), "there is no profile '../configs/quick': configs/ has budget,"),
     (('search', 'nowhere'), "there is no model 'nowhere'"),
 ])
 def test_what_cannot_end_well_is_said_before_the_work(home, args, sentence, monkeypatch, capsys):

@@ -11,6 +11,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast'
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from torch import nn
 from ..core.paths import models_dir, new_folder, read_json, write_json
@@ -97,6 +98,11 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
 # %% ../../nbs/model/24_train.ipynb #74db39e5
+@lru_cache(maxsize=2)
+def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray: # (n,) indices
+    "The order of an epoch, made once and not for each of its batches."
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
 @dataclass(frozen=True)
 class Samples:
     "A fixed set of rows in a new random order each epoch: batch number → (ids, targets)."
@@ -116,8 +122,7 @@ class Samples:
     def order(self, step: int) -> np.ndarray: # (B,) indices into `rows`
         "The rows of a batch."
         epoch, i = divmod(step, self.per_epoch)
-        shuffled = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
-        return shuffled[i*self.batch:(i+1)*self.batch]
+        return _shuffled(len(self.rows), self.seed, epoch)[i*self.batch:(i+1)*self.batch]
 
     def __call__(self, step: int) -> tuple: # two int64 tensors (B, S), padded with 0 and −100
         rows = [torch.from_numpy(np.asarray(self.rows[j][:self.length+1], np.int64)) for j in self.order(step)]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from ..core.config import Strict
 from ..core.paths import BASE_MODEL, atomic_path, models_dir, read_json, write_json
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, with_layers
@@ -483,7 +483,7 @@ def distill_step(
                'loss_weights': loss.model_dump(), **trained_details(r)}
     folder = _save_student(student, c, r, loss, out)
     if not keep_work: shutil.rmtree(work, ignore_errors=True)
-    return StepResult(folder, Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details)
+    return StepResult(folder, r.record, details)
 
 # %% ../../nbs/methods/37_distill.ipynb #cf5ff45f
 def _save_student(student: Decoder, c: DistillConfig, r: TrainResult, loss: DistillLoss, out) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 from ..core.paths import models_dir, new_folder, read_json, write_json
 from ..core.progress import progress_bar
-from ..core.record import cpu_model
+from ..core.record import Train, cpu_model
 from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
@@ -258,6 +258,11 @@ class TrainResult:
     curve: list     # [tokens, mean loss since the last point]
     step: int       # steps done
     processor: str = '' # that did them
+
+    @property
+    def record(self) -> Train:
+        "The same, for a step's result."
+        return Train(tokens=self.tokens, seconds=self.seconds, curve=self.curve, processor=self.processor)
 
 def next_token_loss(
     model,

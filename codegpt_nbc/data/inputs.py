@@ -14,13 +14,13 @@ from pkgutil import resolve_name
 from typing import ClassVar
 from pydantic import Field
 from ..core.config import Strict
-from ..core.paths import BASE_MODEL, CORPUS, NAME, models_dir, runs_dir
+from ..core.paths import BASE_MODEL, CORPUS, EMBEDDED, NAME, models_dir, runs_dir
 from .hub import find, gguf_of, is_gguf
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
 def resolve_model(name: str, profile: str) -> Path:
-    "The folder of the embedded model, of a GGUF file, of a run of this profile, or else what `find` finds. Raises `ValueError` if none."
-    if name == BASE_MODEL.name: return BASE_MODEL
+    "The folder of an embedded model, of a GGUF file, of a run of this profile, or else what `find` finds. Raises `ValueError` if none."
+    if name in EMBEDDED: return EMBEDDED[name]
     if is_gguf(name): return resolve_name('codegpt_nbc.model.gguf_import:imported_gguf')(gguf_of(name))   # named: of a later wing
     run = models_dir(profile)/name
     folder = run if (run/'config.json').is_file() else find(name)

@@ -98,8 +98,8 @@ def effort(row) -> str:
     "What it took to make a model."
     if row.name == 'baseline': return '–'
     if not row.train_minutes: return 'no training'
-    elsewhere = f' on an {row.trained_on}' if row.trained_on not in ('', row.result.provenance.cpu) else ''
-    return f'{row.train_minutes:.0f} min of training{elsewhere}'
+    here = row.trained_on in ('', row.result.provenance.cpu)
+    return f'{row.train_minutes:.0f} min ' + ('of training' if here else f'on one {row.trained_on}')
 
 def gain_cells(fr: pd.DataFrame, run: str) -> dict: # column → text
     "One row of `tab_gain`."

@@ -12,6 +12,7 @@ import ctypes, os, tempfile, numpy as np
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from fastcore.basics import patch
 from ..core.paths import check_memory, cores, export_settings, read_json
 from .generate import row_pieces
@@ -188,15 +189,18 @@ def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live
     options.add_external_initializers([*tensors], values)
     return proto.SerializeToString(), values
 
+_OPENS = Lock()   # held while a session is opened, as threads share one environment
+
 @contextmanager
 def _without_flash_attention():
-    "The runtime chooses a form of attention when it opens a session, and listens to the environment alone."
+    "The runtime chooses a form of attention when it opens a session, and listens to the environment alone. One thread at a time."
     name = 'ORT_GQA_DISABLE_FLASH_ATTENTION'
-    before = os.environ.get(name)
-    os.environ[name] = before or '1'
-    try: yield
-    finally:
-        if before is None: del os.environ[name]
+    with _OPENS:
+        before = os.environ.get(name)
+        os.environ[name] = before or '1'
+        try: yield
+        finally:
+            if before is None: del os.environ[name]
 
 def open_session(
     path,                       # model.onnx

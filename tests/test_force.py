@@ -43,7 +43,8 @@ def shell(*args, **how):
 def test_an_existing_folder_is_replaced_by_force_alone(home):
     small()
     before = contents('small')
-    with pytest.raises(FileExistsError, match='small exists: choose another folder or remove it; --force replaces'): small(OTHER)
+    with pytest.raises(FileExistsError, match='small exists: choose another folder or remove it; force=True replaces'): small(OTHER)
+    assert shell('compress', 'mine', '-o', 'small').stderr.endswith('remove it; --force replaces an earlier output.\n')
     assert contents('small') == before
     assert recipe_of(small(OTHER, force=True).folder)[-1]['granularity'] == 'tensor'
     small(ONNX, force=True)                     # of another format, but a model too
@@ -195,7 +196,8 @@ def test_an_executed_notebook_is_replaced_by_force_alone_and_nothing_else_is(hom
     whole = template.read_bytes()
     run_notebook(template, 'out.ipynb', {}, bar=False)
     refused = shell('run', template, 'out.ipynb')
-    assert refused.returncode == 1 and refused.stderr.startswith('codegpt-nbc: out.ipynb exists: choose another name'), refused.stderr
+    assert refused.returncode == 1 and refused.stderr == ('codegpt-nbc: out.ipynb exists: choose another name or remove it; '
+                                                              '--force replaces an earlier output.\n')
     run_notebook(template, 'out.ipynb', {}, bar=False, force=True)
     (home/'thesis.txt').write_text('years')
     for out in ('thesis.txt', 'template.ipynb', 'home', 'thesis.txt/out.ipynb'):

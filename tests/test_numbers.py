@@ -84,20 +84,22 @@ def test_some_tables_have_both_columns(): assert len(list(timed_tables())) >= 6
 def result(run, profile='full'): return json.loads((ROOT/'papermill_runs'/profile/f'{run}.json').read_text(encoding='utf-8'))
 
 
-GAIN = ['baseline', 'onnx-dense-int8', 'recipe-int4', 'recipe-half', 'recipe-pruned', 'recipe-half-pruned']   # of the profile `gain`
+SHOWN = {'gain': ['baseline', 'onnx-dense-int8', 'recipe-int4', 'recipe-half', 'recipe-pruned', 'recipe-half-pruned'],
+         'students': ['baseline', 'dense-int8', 'half-int8', 'half-pruned-int8', 'three-wide-int8', 'four-narrow-int8', 'three-small-int8']}
 
 
 @pytest.fixture(scope='module')
-def gain():
-    "The first table of README: one dict a row."
-    columns, rows = next(tables((ROOT/'README.md').read_text(encoding='utf-8')))
-    return [dict(zip(columns, row)) for row in rows]
+def firsts():
+    "The first tables of README, of the profiles of `SHOWN`: one list of rows each, one dict a row."
+    found = tables((ROOT/'README.md').read_text(encoding='utf-8'))
+    return {profile: [dict(zip(columns, row)) for row in rows] for profile, (columns, rows) in zip(SHOWN, found)}
 
 
-@pytest.mark.parametrize('n', range(len(GAIN)))
-def test_gain_table_says_what_the_results_say(gain, n):
-    row, run, speed = gain[n], result(GAIN[n], 'gain'), result(f'measure-{GAIN[n]}', 'gain')
-    base = result('measure-baseline', 'gain')
+@pytest.mark.parametrize('profile, n', [(profile, n) for profile, runs in SHOWN.items() for n in range(len(runs))])
+def test_gain_tables_say_what_the_results_say(firsts, profile, n):
+    name, row = SHOWN[profile][n], firsts[profile][n]
+    assert len(firsts[profile]) == len(SHOWN[profile])
+    run, speed, base = result(name, profile), result(f'measure-{name}', profile), result('measure-baseline', profile)
     ratio = 1. if n == 0 else speed['speed']['ratio_to_baseline']
     accuracy = run['metrics']['codexglue']
     expected = {'file MB': run['size']['raw_bytes']/1e6, 'peak MB': speed['memory']['peak_rss_bytes']/1e6, '× faster': ratio,
@@ -129,8 +131,10 @@ def check(where, cell, value):
     assert abs(shown - value) <= half + 1e-9, f'{where}: {cell} is shown, {value} was found'
 
 
-@pytest.mark.parametrize('n', range(1, len(GAIN)))
-def test_difference_from_the_dense_model(gain, n): check(GAIN[n], gain[n]['Δ ES'], difference(GAIN[n], profile='gain'))
+@pytest.mark.parametrize('profile, n', [(profile, n) for profile, runs in SHOWN.items() for n in range(1, len(runs))])
+def test_difference_from_the_dense_model(firsts, profile, n):
+    name = SHOWN[profile][n]
+    check(name, firsts[profile][n]['Δ ES'], difference(name, profile=profile))
 
 
 # The tables of the results page: heading → (profile, the run of each row), as far as those have results
@@ -270,6 +274,15 @@ def test_placeholder_without_a_result_is_an_error(full, tmp_path):
     with pytest.raises(MissingResult) as e: render('page.md', full, folder=tmp_path)
     assert str(e.value) == ("page.md: {{ run('prune-structured-0.65') }} has no result, because the profile 'full' has no result of the "
                             "run 'prune-structured-0.65': call make reproduce PROFILE=full.")
+
+
+def test_wide_layers_beat_narrow_ones_and_pruning_saves_bytes():
+    "As the results page says."
+    fr = frame('students')
+    assert versus(fr, 'three-wide-int8', 'four-narrow-int8')['es']['ci'][0] > 0
+    low, high = versus(fr, 'three-wide-int8', 'half-pruned-int8')['es']['ci']
+    assert low < 0 < high and fr.ratio['three-wide-int8'] > fr.ratio['half-pruned-int8']
+    assert fr.raw_mb['three-wide-int8'] > fr.raw_mb['half-pruned-int8']
 
 
 def test_bits_alone_make_no_difference_that_the_samples_show():

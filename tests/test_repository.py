@@ -73,6 +73,16 @@ def test_committed_results_are_valid_and_readable():
             assert not any(o['output_type'] == 'error' for c in cells(book) for o in c.get('outputs', []))
 
 
+def test_every_folder_of_imports_can_be_forgotten():
+    "What is imported is kept for each state of the files: without a way to remove it, `build/` grows for ever."
+    source = '\n'.join(p.read_text() for p in (ROOT/'codegpt_nbc').rglob('*.py'))
+    folders = {f'build/{name}' for name in re.findall(r"project_root\(\)/'build'/'(\w+)'", source)}
+    removed = subprocess.run(['make', '-n', 'forget'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert len(folders) > 1 and removed[:2] == ['rm', '-rf'] and set(removed[2:]) == folders
+    about = (ROOT/'CONTRIBUTING.md').read_text()
+    assert all(f'`{folder}`' in about for folder in folders)
+
+
 def test_nothing_names_a_machine():
     tracked = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
     if tracked.returncode: pytest.skip('not a git checkout')

@@ -438,7 +438,7 @@ def test_the_command_serves_until_it_is_ended(folder):
 @needs_server
 def test_other_machines_need_a_token(folder):
     process = command(str(folder), '--host', '0.0.0.0', '--port', '0')
-    assert process.communicate()[1] == ('codegpt-nbc: others can reach 0.0.0.0: give --token, which requests must then bear, '
+    assert process.communicate()[1] == ('codegpt-nbc: others can reach 0.0.0.0: give --token TOKEN, which requests must then bear, '
                                         'or stay at 127.0.0.1.\n') and process.returncode == 1
 
 

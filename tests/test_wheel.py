@@ -2,20 +2,12 @@
 import json, os, shutil, subprocess, sys, sysconfig
 from pathlib import Path
 import pytest
+sys.path.insert(0, str(Path(__file__).parent))
+from profiles import short_search, write_profile
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = '<s> def read ( path ) : <EOL> with open ('
 LOCKED = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && exec "$@"'
-SEARCH = """
-about: a search of seconds
-set: {seed: 42, codexglue: 4, thesis: 0}
-runs:
-  - method: search
-    id: search-size
-    set:
-      {objective: size, es_drop: 100.0, prompt_tokens: 64, recipes: [int8], rungs: [{samples: 4, rounds: 1, budgets: {onnx: {compare: 2}}}]}
-  - {method: baseline, id: dense}
-"""
 
 
 def locking(folder) -> list: # the beginning of a command
@@ -94,7 +86,8 @@ def test_it_searches_and_runs_grids_where_one_stands(installed):
     run, here, site = installed
     before = listed(site)
     (here/'configs').mkdir()
-    (here/'configs'/'search.yaml').write_text(SEARCH, encoding='utf-8')
+    rung = {'samples': 4, 'rounds': 1, 'budgets': {'onnx': {'compare': 2}}}
+    write_profile(here/'configs'/'search.yaml', short_search(prompt_tokens=64, recipes=['int8'], rungs=[rung]))
     search = run('search', '--recipes', '--objective', 'size', '--budget', 'es_drop=100')
     said = ok(search).splitlines()
     assert said[-1] == 'next: codegpt-nbc compress codegpt-nano -o small --recipe best'
@@ -104,8 +97,7 @@ def test_it_searches_and_runs_grids_where_one_stands(installed):
     assert notebook.is_file() and json.loads(notebook.with_suffix('.json').read_text())['details']['chosen'] == 'int8'
     ok(run('compress', 'codegpt-nano', '-o', 'best', '--recipe', 'best', '--n', '0'))
     assert (here/'best'/'model.onnx').is_file()
-    (here/'configs'/'mine.yaml').write_text(SEARCH.split('  - method')[0]
-                                            + '  - {method: baseline, id: dense}\n', encoding='utf-8')
+    write_profile(here/'configs'/'mine.yaml', {'method': 'baseline', 'id': 'dense'})
     assert 'executed notebooks and results: papermill_runs/mine' in ok(run('reproduce', 'mine'))
     assert (here/'papermill_runs'/'mine'/'dense.json').is_file() and (here/'build'/'mine'/'dense'/'model.safetensors').is_file()
     assert listed(site) == before

@@ -58,6 +58,7 @@ class Train(Strict):
     tokens: int
     seconds: float
     curve: list[tuple[float, float]] = []   # (tokens, loss)
+    processor: str = ''                     # that trained, as far as it was noted
 
 # %% ../../nbs/core/02_record.ipynb #c348a22e
 class Speed(Strict):

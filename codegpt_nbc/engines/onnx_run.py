@@ -12,6 +12,7 @@ import ctypes, os, tempfile, numpy as np
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from fastcore.basics import patch
 from ..core.paths import check_memory, cores, export_settings, read_json
 from .generate import row_pieces
@@ -188,16 +189,32 @@ def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live
     options.add_external_initializers([*tensors], values)
     return proto.SerializeToString(), values
 
+_OPENS = Lock()   # held while a session is opened, as threads share one environment
+
 @contextmanager
 def _without_flash_attention():
-    "The runtime chooses a form of attention when it opens a session, and listens to the environment alone."
+    "The runtime chooses a form of attention when it opens a session, and listens to the environment alone. One thread at a time."
     name = 'ORT_GQA_DISABLE_FLASH_ATTENTION'
-    before = os.environ.get(name)
-    os.environ[name] = before or '1'
-    try: yield
-    finally:
-        if before is None: del os.environ[name]
+    with _OPENS:
+        before = os.environ.get(name)
+        os.environ[name] = before or '1'
+        try: yield
+        finally:
+            if before is None: del os.environ[name]
 
+def _options(threads: int | None, spin: bool, profile: str): # onnxruntime.SessionOptions
+    "See `open_session`."
+    import onnxruntime as ort
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
+    options.intra_op_num_threads = threads or cores()
+    options.log_severity_level = 4       # errors are raised, and need not be logged too
+    if profile: options.enable_profiling, options.profile_file_prefix = True, profile
+    if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
+    return options
+
+# %% ../../nbs/engines/53_onnx_run.ipynb #48daf967
 def open_session(
     path,                       # model.onnx
     threads: int | None = None, # Cores to use; None: `paths.cores`
@@ -209,13 +226,7 @@ def open_session(
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.enable_mem_pattern = False   # a plan per input shape: prompts have a new one nearly every time
-    options.intra_op_num_threads = threads or cores()
-    options.log_severity_level = 4       # errors are raised, and need not be logged too
-    if profile: options.enable_profiling, options.profile_file_prefix = True, profile
-    if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
+    options = _options(threads, spin, profile)
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
     try:
         with _without_flash_attention(), large_pages():
@@ -362,82 +373,97 @@ class OrtEngine:
         prompts = open_session(path, threads, rewrite, spin=False, profile=profile)
         return [open_session(path, threads, spin=False, profile=profile), prompts]
 
-    def start(self, batch, capacity):
-        "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
-        self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}   # (B, H, capacity, d)
-        self.lengths, self.capacity = np.zeros(batch, np.int64), capacity   # (B,) positions filled, and those that there is room for
-        self._bind()
+# %% ../../nbs/engines/53_onnx_run.ipynb #8494346d
+@patch
+def start(self: OrtEngine, batch, capacity):
+    "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
+    self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}   # (B, H, capacity, d)
+    self.lengths, self.capacity = np.zeros(batch, np.int64), capacity   # (B,) positions filled, and those that there is room for
+    self._bind()
 
-    def _reserve(self, positions: int): # per row
-        "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
-        if positions <= self.capacity: return
-        room = max(positions, min(positions + positions//2, self.context))
-        def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, room - self.capacity), (0, 0)))   # (B, H, room, d)
-        self.cache, self.capacity = {name: grown(a) for name, a in self.cache.items()}, room
-        self._bind()
+@patch
+def _reserve(self: OrtEngine, positions: int): # per row
+    "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
+    if positions <= self.capacity: return
+    room = max(positions, min(positions + positions//2, self.context))
+    def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, room - self.capacity), (0, 0)))   # (B, H, room, d)
+    self.cache, self.capacity = {name: grown(a) for name, a in self.cache.items()}, room
+    self._bind()
 
-    def _bound_to(self, rows: slice) -> list: # of `_Bound`, one a session
-        return [_Bound(s, {name: a[rows] for name, a in self.cache.items()}, self.vocab) for s in self.sessions]
+@patch
+def _bound_to(self: OrtEngine, rows: slice) -> list: # of `_Bound`, one a session
+    return [_Bound(s, {name: a[rows] for name, a in self.cache.items()}, self.vocab) for s in self.sessions]
 
-    def _bind(self):
-        self.bound = self._bound_to(slice(None))
-        self.each = _pairs(np.arange(len(self.lengths)), 0)   # (B, 2) the logits that a step asks for
+@patch
+def _bind(self: OrtEngine):
+    self.bound = self._bound_to(slice(None))
+    self.each = _pairs(np.arange(len(self.lengths)), 0)   # (B, 2) the logits that a step asks for
 
-    @staticmethod
-    def _append(bound, ids, filled, asked): # (b, S), (b,) and (logits, 2) → (logits, vocab)
-        "Append `ids` to rows in which so many positions are filled, and compute logits where asked."
-        new = ids.shape[1]
-        return bound[-1 if new >= PROMPT else 0].run(
-            input_ids=ids, position_ids=filled[:, None] + np.arange(new), asked=asked,
-            seqlens_k=filled + (new - 1), total_sequence_length=filled.max(keepdims=True) + new)
+@patch
+def cache_bytes(self: OrtEngine) -> int:
+    "Memory of the cache."
+    return sum(a.nbytes for a in self.cache.values())
 
-    def _append_row(self, bound, tokens, filled: int, last: int): # (n,) → (last, vocab)
-        "Append tokens to a single row, a piece at a time; the logits after each of the last ones."
-        for piece in np.split(tokens, range(PIECE, len(tokens) - last + 1, PIECE)):
-            n = len(piece)
-            logits = self._append(bound, piece[None], np.array([filled]), _pairs(0, np.arange(max(0, n - last), n)))
-            filled += n
-        return logits
+@patch
+def rewind(self: OrtEngine, length):
+    "Forget the positions of the only row from `length` on."
+    self.lengths = np.array([length])
 
-    def prefill(self, ids, lengths): # (B, S) and (B,) → (B, vocab)
-        "Logits after each right-padded prompt."
-        self._reserve(ids.shape[1])
-        logits = [self._read(ids[rows], lengths[rows], rows) for rows in row_pieces(lengths, PIECE)]
-        self.lengths = lengths.copy()
-        return np.concatenate(logits)
+@patch
+def keep(self: OrtEngine, rows):
+    "Go on with these rows only."
+    self.cache, self.lengths = {name: a[rows] for name, a in self.cache.items()}, self.lengths[rows]
+    self._bind()
 
-    def _read(self, ids, lengths, rows): # (b, S) and (b,) → (b, vocab)
-        "Read some rows' prompts; the logits after each."
-        bound, n = self.bound if len(lengths) == len(self.lengths) else self._bound_to(rows), len(lengths)
-        if n == 1: return self._append_row(bound, ids[0, :lengths[0]], 0, 1)
-        return self._append(bound, ids[:, :lengths.max()], np.zeros(n, np.int64), _pairs(np.arange(n), lengths - 1))
+# %% ../../nbs/engines/53_onnx_run.ipynb #bbec12d1
+@patch
+def _append(self: OrtEngine, bound, ids, filled, asked): # (b, S), (b,) and (logits, 2) → (logits, vocab)
+    "Append `ids` to rows in which so many positions are filled, and compute logits where asked."
+    new = ids.shape[1]
+    return bound[-1 if new >= PROMPT else 0].run(
+        input_ids=ids, position_ids=filled[:, None] + np.arange(new), asked=asked,
+        seqlens_k=filled + (new - 1), total_sequence_length=filled.max(keepdims=True) + new)
 
-    def step(self, tokens): # (B,) → (B, vocab)
-        "Append one token to each row; the logits after it."
-        self._reserve(int(self.lengths.max()) + 1)
-        logits = self._append(self.bound, tokens[:, None], self.lengths, self.each)
-        self.lengths = self.lengths + 1
-        return logits
+@patch
+def _append_row(self: OrtEngine, bound, tokens, filled: int, last: int): # (n,) → (last, vocab)
+    "Append tokens to a single row, a piece at a time; the logits after each of the last ones."
+    for piece in np.split(tokens, range(PIECE, len(tokens) - last + 1, PIECE)):
+        n = len(piece)
+        logits = self._append(bound, piece[None], np.array([filled]), _pairs(0, np.arange(max(0, n - last), n)))
+        filled += n
+    return logits
 
-    def extend(self, tokens, last=1): # (n,) → (last, vocab)
-        "Append tokens to the only row; the logits after each of the last ones."
-        self._reserve(int(self.lengths[0]) + len(tokens))
-        logits = self._append_row(self.bound, tokens, int(self.lengths[0]), last)
-        self.lengths = self.lengths + len(tokens)
-        return logits
+@patch
+def _read(self: OrtEngine, ids, lengths, rows): # (b, S) and (b,) → (b, vocab)
+    "Read some rows' prompts; the logits after each."
+    bound, n = self.bound if len(lengths) == len(self.lengths) else self._bound_to(rows), len(lengths)
+    if n == 1: return self._append_row(bound, ids[0, :lengths[0]], 0, 1)
+    return self._append(bound, ids[:, :lengths.max()], np.zeros(n, np.int64), _pairs(np.arange(n), lengths - 1))
 
-    def cache_bytes(self) -> int:
-        "Memory of the cache."
-        return sum(a.nbytes for a in self.cache.values())
+# %% ../../nbs/engines/53_onnx_run.ipynb #ee2eb93e
+@patch
+def prefill(self: OrtEngine, ids, lengths): # (B, S) and (B,) → (B, vocab)
+    "Logits after each right-padded prompt."
+    self._reserve(ids.shape[1])
+    logits = [self._read(ids[rows], lengths[rows], rows) for rows in row_pieces(lengths, PIECE)]
+    self.lengths = lengths.copy()
+    return np.concatenate(logits)
 
-    def rewind(self, length):
-        "Forget the positions of the only row from `length` on."
-        self.lengths = np.array([length])
+@patch
+def step(self: OrtEngine, tokens): # (B,) → (B, vocab)
+    "Append one token to each row; the logits after it."
+    self._reserve(int(self.lengths.max()) + 1)
+    logits = self._append(self.bound, tokens[:, None], self.lengths, self.each)
+    self.lengths = self.lengths + 1
+    return logits
 
-    def keep(self, rows):
-        "Go on with these rows only."
-        self.cache, self.lengths = {name: a[rows] for name, a in self.cache.items()}, self.lengths[rows]
-        self._bind()
+@patch
+def extend(self: OrtEngine, tokens, last=1): # (n,) → (last, vocab)
+    "Append tokens to the only row; the logits after each of the last ones."
+    self._reserve(int(self.lengths[0]) + len(tokens))
+    logits = self._append_row(self.bound, tokens, int(self.lengths[0]), last)
+    self.lengths = self.lengths + len(tokens)
+    return logits
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #7643709a
 def _calls(session) -> list: # of dicts operator → ms, in order

@@ -280,65 +280,77 @@ class OpenvinoEngine:
             raise ValueError(f'{path} cannot be read by OpenVINO {ov.__version__} ({str(e).strip().splitlines()[-1]}): '
                              'export it again.') from None
 
-    def start(self, batch, capacity):
-        "Begin with an empty cache, which grows by itself."
-        self.request = self.compiled.create_infer_request()   # it owns the cache, so that a copy of the engine has its own
-        self.lengths = np.zeros(batch, np.int64)              # (B,) positions filled
-        self.rows = np.arange(batch, dtype=np.int32)          # (B,) rows of the cache to go on with
-        self.seen = np.zeros((batch, 0), bool)                # (B, columns)
+# %% ../../nbs/engines/54_openvino.ipynb #63c5b2f3
+@patch
+def start(self: OpenvinoEngine, batch, capacity):
+    "Begin with an empty cache, which grows by itself."
+    self.request = self.compiled.create_infer_request()   # it owns the cache, so that a copy of the engine has its own
+    self.lengths = np.zeros(batch, np.int64)              # (B,) positions filled
+    self.rows = np.arange(batch, dtype=np.int32)          # (B,) rows of the cache to go on with
+    self.seen = np.zeros((batch, 0), bool)                # (B, columns)
 
-    def _mask(self, new: int) -> np.ndarray: # (B, 1, S, columns + S)
-        "0 where a new token may attend, −∞ elsewhere."
-        b, old = self.seen.shape
-        mask = np.zeros((b, 1, new, old + new), np.float32)
-        hidden = np.broadcast_to(~self.seen[:, None, None], (b, 1, new, old))
-        mask[..., :old][hidden] = -np.inf
-        if new > 1: mask[..., old:] = np.triu(np.full((new, new), -np.inf, np.float32), 1)
-        return mask
+@patch
+def cache_bytes(self: OpenvinoEngine) -> int:
+    "Memory of the cache."
+    return sum(state.state.byte_size for state in self.request.query_state())
 
-    def _run(self, ids, asked, real): # (B, S), (logits, 2) and (B, S) → (logits, vocab)
-        "Append `ids`, of which `real` count, and compute logits where asked. The caller advances the lengths."
-        b, new = ids.shape
-        positions = self.lengths[:, None] + np.arange(new)
-        inputs = dict(input_ids=ids, position_ids=positions, mask=self._mask(new), rows=self.rows, asked=asked)
-        self.seen, self.rows = np.concatenate([self.seen, real], 1), np.arange(b, dtype=np.int32)
-        return self.request.infer(inputs, share_inputs=True, share_outputs=True)['logits'].copy()
+@patch
+def rewind(self: OpenvinoEngine, length):
+    "Forget the positions of the only row from `length` on."
+    if length == self.lengths[0]: return
+    for s in self.request.query_state(): s.state = openvino().Tensor(np.ascontiguousarray(s.state.data[:, :length]))
+    self.lengths, self.seen = np.array([length]), self.seen[:, :length]
 
-    def prefill(self, ids, lengths): # (B, S) and (B,) → (B, vocab)
-        "Logits after each right-padded prompt."
-        asked = np.stack([np.arange(len(ids)), lengths - 1], 1)
-        logits = self._run(ids, asked, np.arange(ids.shape[1]) < lengths[:, None])
-        self.lengths = lengths.copy()
-        return logits
+@patch
+def keep(self: OpenvinoEngine, rows):
+    "Go on with these rows only."
+    self.rows, self.lengths, self.seen = self.rows[rows], self.lengths[rows], self.seen[rows]
 
-    def step(self, tokens): # (B,) → (B, vocab)
-        "Append one token to each row; the logits after it."
-        asked = np.stack([np.arange(len(tokens)), 0*tokens], 1)
-        logits = self._run(tokens[:, None], asked, np.ones((len(tokens), 1), bool))
-        self.lengths = self.lengths + 1
-        return logits
+# %% ../../nbs/engines/54_openvino.ipynb #b0ba2f58
+@patch
+def _mask(self: OpenvinoEngine, new: int) -> np.ndarray: # (B, 1, S, columns + S)
+    "0 where a new token may attend, −∞ elsewhere."
+    b, old = self.seen.shape
+    mask = np.zeros((b, 1, new, old + new), np.float32)
+    hidden = np.broadcast_to(~self.seen[:, None, None], (b, 1, new, old))
+    mask[..., :old][hidden] = -np.inf
+    if new > 1: mask[..., old:] = np.triu(np.full((new, new), -np.inf, np.float32), 1)
+    return mask
 
-    def extend(self, tokens, last=1): # (n,) → (last, vocab)
-        "Append tokens to the only row; the logits after each of the last ones."
-        n = len(tokens)
-        asked = np.stack([np.zeros(last, np.int64), np.arange(n - last, n)], 1)
-        logits = self._run(tokens[None], asked, np.ones((1, n), bool))
-        self.lengths = self.lengths + n
-        return logits
+@patch
+def _run(self: OpenvinoEngine, ids, asked, real): # (B, S), (logits, 2) and (B, S) → (logits, vocab)
+    "Append `ids`, of which `real` count, and compute logits where asked. The caller advances the lengths."
+    b, new = ids.shape
+    positions = self.lengths[:, None] + np.arange(new)
+    inputs = dict(input_ids=ids, position_ids=positions, mask=self._mask(new), rows=self.rows, asked=asked)
+    self.seen, self.rows = np.concatenate([self.seen, real], 1), np.arange(b, dtype=np.int32)
+    return self.request.infer(inputs, share_inputs=True, share_outputs=True)['logits'].copy()
 
-    def cache_bytes(self) -> int:
-        "Memory of the cache."
-        return sum(state.state.byte_size for state in self.request.query_state())
+# %% ../../nbs/engines/54_openvino.ipynb #bedd0412
+@patch
+def prefill(self: OpenvinoEngine, ids, lengths): # (B, S) and (B,) → (B, vocab)
+    "Logits after each right-padded prompt."
+    asked = np.stack([np.arange(len(ids)), lengths - 1], 1)
+    logits = self._run(ids, asked, np.arange(ids.shape[1]) < lengths[:, None])
+    self.lengths = lengths.copy()
+    return logits
 
-    def rewind(self, length):
-        "Forget the positions of the only row from `length` on."
-        if length == self.lengths[0]: return
-        for s in self.request.query_state(): s.state = openvino().Tensor(np.ascontiguousarray(s.state.data[:, :length]))
-        self.lengths, self.seen = np.array([length]), self.seen[:, :length]
+@patch
+def step(self: OpenvinoEngine, tokens): # (B,) → (B, vocab)
+    "Append one token to each row; the logits after it."
+    asked = np.stack([np.arange(len(tokens)), 0*tokens], 1)
+    logits = self._run(tokens[:, None], asked, np.ones((len(tokens), 1), bool))
+    self.lengths = self.lengths + 1
+    return logits
 
-    def keep(self, rows):
-        "Go on with these rows only."
-        self.rows, self.lengths, self.seen = self.rows[rows], self.lengths[rows], self.seen[rows]
+@patch
+def extend(self: OpenvinoEngine, tokens, last=1): # (n,) → (last, vocab)
+    "Append tokens to the only row; the logits after each of the last ones."
+    n = len(tokens)
+    asked = np.stack([np.zeros(last, np.int64), np.arange(n - last, n)], 1)
+    logits = self._run(tokens[None], asked, np.ones((1, n), bool))
+    self.lengths = self.lengths + n
+    return logits
 
 # %% ../../nbs/engines/54_openvino.ipynb #ee5cbf02
 class OpenvinoConfig(RunConfig):

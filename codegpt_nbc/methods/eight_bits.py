@@ -24,9 +24,11 @@ class Divergence:
         windows,           # (samples, length) ids
     ):
         self.model, self.windows = model.eval(), windows
-        self.streams = [model.embed(windows, torch.arange(windows.shape[1]))]               # before each layer, (samples, length, D)
+        first = model.embed(windows, torch.arange(windows.shape[1]))   # (samples, length, D)
+        self.streams = [first]                                         # before each layer
         for block in model.blocks: self.streams.append(block(self.streams[-1], turn=self._turn(model)))
-        self.reference = [model.logits(x).float().log_softmax(-1) for x in self.streams[-1].split(self.BATCH)]   # (BATCH, length, vocab)
+        last = self.streams[-1].split(self.BATCH)
+        self.reference = [model.logits(x).float().log_softmax(-1) for x in last]   # (BATCH, length, vocab)
 
     def _turn(self, model): return model.turn(torch.arange(self.windows.shape[1]))
 
@@ -37,7 +39,7 @@ class Divergence:
         for block in model.blocks[first:]: x = block(x, turn=self._turn(model))
         total = 0.
         for part, reference in zip(x.split(self.BATCH), self.reference):
-            q = model.logits(part).float().log_softmax(-1)                                  # (BATCH, length, vocab)
+            q = model.logits(part).float().log_softmax(-1)   # (BATCH, length, vocab)
             total += float(F.kl_div(q, reference, reduction='sum', log_target=True))
         return total/self.windows.numel()
 

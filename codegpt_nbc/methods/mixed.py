@@ -9,7 +9,7 @@ __all__ = ['mixed_schemes', 'rounds_with_gptq', 'round_mixed', 'MixedConfig', 't
 import shutil
 from typing import ClassVar
 from pydantic import Field, field_validator
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.folder import load_model, save_model
@@ -90,7 +90,7 @@ def mixed_step(
     if c.tokens:
         c.check_pair()
         r = train_mixed(model, load_model(c.teacher_folder), c.rows(tok), c, work)
-        train, details = Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details | trained_details(r)
+        train, details = r.record, details | trained_details(r)
         quantized = round_mixed(model, c.bits)           # the rounding that it was trained for
     else:
         rows = encode_batch(tok, c.training_texts(6*c.calibration)) if rounds_with_gptq(c.bits) else None

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn.utils import parametrize
 from ..core.config import Backend
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
@@ -281,7 +281,7 @@ def quantize_step(
         samples = _finetuning_samples(c, dense.shape)
         training = TrainConfig(steps=samples.per_epoch, lr=c.lr, seed=c.seed)
         quantized, result = finetune_quantized(dense, c.scheme, samples, training)
-        train = Train(tokens=result.tokens, seconds=result.seconds, curve=result.curve)
+        train = result.record
     else: quantized = quantize(dense, c.scheme)
     folder = save_model(quantized, out or c.out_folder, parent=c.model_folder, step=c.lineage)
     return StepResult(folder, train)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from ..core.config import Strict
 from ..core.paths import read_json, write_json
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
@@ -317,7 +317,7 @@ def xtc_step(
                **trained_details(r), 'loss_before': before,
                'loss_after': validation_loss(compressed, held), 'bits_per_parameter': round(8*sum(by_part.values())/params, 3)}
     if not keep_work: shutil.rmtree(work, ignore_errors=True)
-    return StepResult(folder, Train(tokens=r.tokens, seconds=r.seconds, curve=r.curve), details)
+    return StepResult(folder, r.record, details)
 
 # %% ../../nbs/methods/38_xtc.ipynb #9fd262db
 def _check_file(folder, model: Decoder):

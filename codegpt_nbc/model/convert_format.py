@@ -15,7 +15,7 @@ from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
 from ..core.paths import CORPUS, read_json, write_json
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.hub import gguf_of
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, load_texts
@@ -172,4 +172,4 @@ def adopt_step(
     step = {'method': 'adopt', 'origin': c.origin or c.model, 'layers': c.layers, 'tokens': trained.tokens, 'context': model.shape.context}
     folder = save_adopted(model, tok, out or c.out_folder, step, None if c.origin else c.model_folder)
     details = dict(loss_before=round(before, 4), loss_after=round(after, 4), tokens_per_s=round(trained.tokens/trained.seconds, 1))
-    return StepResult(folder, Train(tokens=trained.tokens, seconds=trained.seconds, curve=trained.curve), details)
+    return StepResult(folder, trained.record, details)

@@ -130,7 +130,7 @@ def train_of(results: list) -> Train: # of `TrainResult`, one a stage
     for r in results:
         curve += [(tokens + seen, loss) for seen, loss in r.curve]
         tokens += r.tokens
-    return Train(tokens=tokens, seconds=sum(r.seconds for r in results), curve=curve)
+    return Train(tokens=tokens, seconds=sum(r.seconds for r in results), curve=curve, processor=results[-1].processor)
 
 # %% ../../nbs/model/26_pretrain.ipynb #6e3bfd0b
 CARD = """# codegpt-nano

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import nn
 from ..core.paths import models_dir, new_folder, read_json, write_json
 from ..core.progress import progress_bar
-from ..core.record import cpu_model
+from ..core.record import Train, cpu_model
 from ..data.tokenizer import encode_batch
 
 # %% ../../nbs/model/24_train.ipynb #3939e7fa
@@ -259,6 +259,11 @@ class TrainResult:
     step: int       # steps done
     processor: str = '' # that did them
 
+    @property
+    def record(self) -> Train:
+        "The same, for a step's result."
+        return Train(tokens=self.tokens, seconds=self.seconds, curve=self.curve, processor=self.processor)
+
 def next_token_loss(
     model,
     batch, # (ids, targets), each (B, S)
@@ -310,6 +315,30 @@ def _add_to_curve(r: TrainResult, recent: list, c: TrainConfig, bar):
     recent.clear()
     bar.set_postfix(loss=r.curve[-1][1], tokens=f'{r.tokens/1e6:.2f}M', refresh=False)
 
+# %% ../../nbs/model/24_train.ipynb #5d50a55d
+def _bar(c: TrainConfig, step: int, desc: str | None):
+    "The progress bar; a hidden one without a name."
+    hidden = {'disable': True} if desc is None else {}   # not False, which would overrule TQDM_DISABLE
+    return progress_bar(total=c.steps, initial=step, desc=desc, mininterval=2, **hidden)
+
+def _set_rate(optimizers: list, lr: float):
+    for o in optimizers:
+        for group in o.param_groups: group['lr'] = lr
+
+def _descend(acc, model, optimizers: list, l, clip: float, before_step):
+    "One step down the gradient of the loss `l`."
+    acc.backward(l)
+    if before_step: before_step(model)
+    if clip: acc.clip_grad_norm_(model.parameters(), clip)
+    for o in optimizers: o.step()
+    for o in optimizers: o.zero_grad(set_to_none=True)
+
+def _seconds_of(f, *args) -> float:
+    "How long a call takes."
+    begun = time.time()
+    f(*args)
+    return time.time() - begun
+
 # %% ../../nbs/model/24_train.ipynb #7716b31b
 def fit(
     model: nn.Module,
@@ -333,23 +362,19 @@ def fit(
     r.processor = r.processor or processor()
     wrapped, *optimizers = acc.prepare(model.train(), *optimizers)
     if c.compile: loss = torch.compile(loss, dynamic=False)
-    hidden = {'disable': True} if desc is None or not main else {}   # not False, which would overrule TQDM_DISABLE
-    bar = progress_bar(total=c.steps, initial=r.step, desc=desc, mininterval=2, **hidden)
+    def keep():
+        if checkpoint and main: save_checkpoint(checkpoint, model, optimizers, asdict(r))
+    bar = _bar(c, r.step, desc if main else None)
     begun = saved = time.time()
     before, recent, late = r.seconds, [], stop_s <= 0
     while r.step < c.steps and not late:
         lr = c.lr*lr_factor(r.step, c)
-        for o in optimizers:
-            for group in o.param_groups: group['lr'] = lr
+        _set_rate(optimizers, lr)
         batch = batches(r.step)
         l = _own_loss(acc, wrapped, loss, batch, c.precision)
         value, late = _agreed(acc, l, time.time() - begun >= stop_s)
         _check_finite(value, r.step, lr)
-        acc.backward(l)
-        if before_step: before_step(model)
-        if c.clip: acc.clip_grad_norm_(model.parameters(), c.clip)
-        for o in optimizers: o.step()
-        for o in optimizers: o.zero_grad(set_to_none=True)
+        _descend(acc, model, optimizers, l, c.clip, before_step)
         if after_step: after_step(model, lr)
         r.step += 1
         r.tokens += int((batch[1] != -100).sum())
@@ -357,15 +382,12 @@ def fit(
         recent.append(value)
         bar.update()
         _add_to_curve(r, recent, c, bar)
-        if observe and main:
-            paused = time.time()
-            observe(r)
-            begun += time.time() - paused
+        if observe and main: begun += _seconds_of(observe, r)
         if checkpoint and time.time() - saved > checkpoint_s:
-            if main: save_checkpoint(checkpoint, model, optimizers, asdict(r))
+            keep()
             saved = time.time()
     bar.close()
-    if checkpoint and main: save_checkpoint(checkpoint, model, optimizers, asdict(r))
+    keep()
     acc.wait_for_everyone()
     model.eval()
     return r

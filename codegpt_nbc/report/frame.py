@@ -88,7 +88,7 @@ COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS,
            'prefill_ms', 'decode_ms_per_token',
            'engine', 'prompt_tokens', 'new_tokens', 'baseline_samples_per_s', 'peak_mb', 'peak_ratio',
            'baseline_peak_mb', 'libraries_mb',
-           *HELD_OUT, 'train_tokens_m', 'train_minutes', 'result', 'measured']
+           *HELD_OUT, 'train_tokens_m', 'train_minutes', 'trained_on', 'result', 'measured']
 
 def planned_runs(profile: str) -> dict: # run id → `grid.Run`
     "The runs of a profile; none where it is not one of `configs/`."
@@ -116,7 +116,8 @@ def row_of(
     if measured: row |= cost_columns(measured)
     chain = chain_of(r, results)
     trained = [s.train for s in chain if s.train]
-    row |= dict(train_tokens_m=sum(t.tokens for t in trained)/1e6, train_minutes=sum(t.seconds for t in trained)/60)
+    row |= dict(train_tokens_m=sum(t.tokens for t in trained)/1e6, train_minutes=sum(t.seconds for t in trained)/60,
+                trained_on=next((t.processor for t in trained if t.processor), ''))
     return row | dict(method=r.method, label=run_label(r, results), family=family_of(chain), result=r,
                       measured=measured,
                       backend=r.config.get('backend', 'codegpt_nbc'))

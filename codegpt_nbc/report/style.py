@@ -14,7 +14,9 @@ __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACH
 import re
 from functools import wraps
 from math import isnan
+from types import SimpleNamespace
 from typing import NamedTuple
+from ..core.paths import BASE_MODEL
 from ..core.record import Result
 
 # %% ../../nbs/report/80_style.ipynb #3d551a7c
@@ -144,13 +146,15 @@ def distill_variant(c) -> str:
     "What sets a distillation apart from the study's standard one; '' for the standard one."
     said, student = [], c.get('student', 'reduced')
     if c.get('fresh_teacher'): said.append('teacher from random weights')
-    if c.get('teacher') and student != 'model': said.append(TEACHERS.get(c['teacher'], f"teacher {c['teacher']}"))
+    taught = c.get('teacher') not in (None, BASE_MODEL.name)     # by another model than the embedded one
+    if taught and student != 'model': said.append(TEACHERS.get(c['teacher'], f"teacher {c['teacher']}"))
     if c.get('alpha_ce', .33) > 1: said.append('altered weights')
     if c.get('shortest', 1) < 1: said.append(f"{c.get('epochs')} epochs on the shortest files")
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
-    if student == 'random' and c.get('optimizer') == 'muon': said.append('Muon')
-    if student == 'random' and c.get('frozen') is True: said.append('teacher trained before')
-    if c.get('corpus'): said.append(f"text: {c['corpus']}")
+    as_studied = student == 'random' and not c.get('shape')
+    if as_studied and c.get('optimizer') == 'muon': said.append('Muon')
+    if as_studied and c.get('frozen') is True: said.append('teacher trained before')
+    if c.get('corpus'): said.append('text: ' + c['corpus'].rpartition('/')[2])
     if c.get('data') and student == 'model': said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
     return ''.join(f', {s}' for s in said)
 
@@ -166,6 +170,7 @@ def label_distill(c) -> str:
     control = student == 'model' and c.get('model') and c.get('teacher') == c['model']
     if control: return 'control: dense, distilled from itself' + distill_variant(c)
     if student == 'model': return 'distilled back' + distill_variant(c)
+    if shape := c.get('shape'): return f"{shape['layers']} layers of {shape['d_model']} × {shape['inner']}, distilled" + distill_variant(c)
     origin = ' from random weights' if student == 'random' else ''
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)
 
@@ -210,6 +215,7 @@ def run_label(
     own = label(result.config) if label else result.run_id
     if '-seed-' in result.run_id and not is_chain_step(result.run_id): own += f", seed {result.config['seed']}"
     base = results.get(result.config.get('model'))
+    if base is None and '/' in (result.config.get('model') or ''): own = result.config['model'].rpartition('/')[2] + f' → {own}'
     if base is None or base is result or base.method in DENSE: return own
     if result.method in DENSE: return f'{run_label(base, results)}, judged'
     return f'{run_label(base, results)} → {own}'
@@ -228,14 +234,15 @@ def compressor(result: Result): # a key of `METHOD_STYLES`, or None
     "What one run compressed by, if at all."
     c, method = result.config, result.method
     if method in DENSE: return None
-    if method == 'prune': return c.get('pattern') if c.get('sparsity') else 'control'
+    if method == 'prune': return c.get('pattern') if c.get('sparsity', 1) else 'control'   # a step of a folder does not say how much
     if method == 'distill': return None if c.get('student') == 'model' else 'distill'
     if method == 'onnx': return {'int8': 'quantize', 'int4': 'int4'}.get(c.get('precision'))
     return method
 
 def family_of(chain: list) -> str: # a key of `METHOD_STYLES`
     "What compressed a model; `chain` is that of `chain_of`. Rounding to the nearest names a model where nothing else does."
-    found = [f for f in dict.fromkeys(map(compressor, chain)) if f]
+    before = [SimpleNamespace(method=step['method'], config=step) for step in chain[0].chain[:-1]]   # made outside this profile
+    found = [f for f in dict.fromkeys(map(compressor, [*before, *chain])) if f]
     strong = [f for f in found if f not in ('quantize', 'int4', 'control')]
     if len(strong) > 1: return 'chain'
     return (strong or found or ['baseline'])[0]

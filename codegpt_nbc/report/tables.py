@@ -87,13 +87,21 @@ def printed_cells(p) -> dict: # column → text
 
 # %% ../../nbs/report/82_tables.ipynb #3c359b01
 GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'onnx-int8': 'recipe `int8`',
+             'dense-int8': 'recipe `int8`', 'half-int8': '`codegpt-nano-half`, six of its layers',
+             'half-pruned-int8': 'six of its layers, pruned too',
+                          'three-wide-int8': 'three wide layers', 'four-narrow-int8': 'four narrow layers',
+             'three-small-int8': '`codegpt-nano-fast`, three wide layers, fewer heads and neurons',
+             'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the weights in eight bits',
              'recipe-int4': 'recipe `int4`', 'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'half the layers, pruned too'}
 
 def effort(row) -> str:
     "What it took to make a model."
     if row.name == 'baseline': return '–'
-    return f'{row.train_minutes:.0f} min of training' if row.train_minutes else 'no training'
+    if not row.train_minutes: return 'no training'
+    here = row.trained_on in ('', row.result.provenance.cpu)
+    where = re.sub(r' \d+GB.*', '', row.trained_on)      # a GPU's name goes on with its memory
+    return f'{row.train_minutes:.0f} min ' + ('of training' if here else f'on one {where}')
 
 def gain_cells(fr: pd.DataFrame, run: str) -> dict: # column → text
     "One row of `tab_gain`."

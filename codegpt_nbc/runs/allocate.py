@@ -46,18 +46,18 @@ def read_budget(text: str) -> Budget:
     for part in filter(None, (p.strip() for p in text.split(','))):
         key, sign, value = (x.strip() for x in part.partition('='))
         if key not in Budget.model_fields or not sign:
-            raise ValueError(f'--budget has {part!r}: give {", ".join(Budget.model_fields)} as KEY=NUMBER, {EXAMPLE}.')
-        if key in found: raise ValueError(f'--budget gives {key} twice, as {found[key]:g} and {value}: decide for one.')
+            raise ValueError(f'the budget has {part!r}: give {", ".join(Budget.model_fields)} as KEY=NUMBER, {EXAMPLE}.')
+        if key in found: raise ValueError(f'the budget gives {key} twice, as {found[key]:g} and {value}: decide for one.')
         found[key] = _number(key, value)
-    if not found: raise ValueError(f'--budget is empty: say what the model may cost, {EXAMPLE}.')
+    if not found: raise ValueError(f'the budget is empty: say what the model may cost, {EXAMPLE}.')
     return Budget(**found)
 
 def _number(key: str, value: str) -> float:
     try: number = float(value)
-    except ValueError: raise ValueError(f'--budget gives {key} as {value!r}, which is no number: {EXAMPLE}.') from None
+    except ValueError: raise ValueError(f'the budget gives {key} as {value!r}, which is no number: {EXAMPLE}.') from None
     may_be_none = key in ('es_drop', 'hours')
     if np.isfinite(number) and (number > 0 or may_be_none and number == 0): return number
-    raise ValueError(f'--budget gives {key} as {value}: give {"0 or " if may_be_none else ""}a number above 0, {EXAMPLE}.')
+    raise ValueError(f'the budget gives {key} as {value}: give {"0 or " if may_be_none else ""}a number above 0, {EXAMPLE}.')
 
 # %% ../../nbs/runs/77_allocate.ipynb #b6b372cc
 @dataclass(frozen=True)

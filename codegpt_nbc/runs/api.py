@@ -6,20 +6,52 @@
 __all__ = ['text_of_prompt', 'Model', 'load', 'check_infill', 'complete', 'Compressed', 'compress', 'Scores', 'evaluate']
 
 # %% ../../nbs/runs/74_api.ipynb #89b653c8
-import copy
+import copy, os
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from fastcore.basics import patch
+from ..core.config import check_argument
 from ..core.paths import BASE_MODEL
 from ..core.record import Accuracy
+
+# %% ../../nbs/runs/74_api.ipynb #816b6286
+_PATH, _SWITCH = (str, os.PathLike), 'say True or False'
+# Argument → the types that it may have, and the remedy where it has another one
+_ARGUMENTS = {
+    'folder': (_PATH, 'give a model folder'),
+    'prompt': (str, 'give the source up to the cursor, as a string'),
+    'suffix': ((str, type(None)), 'give the source after the cursor, as a string, or leave it out'),
+    'max_new': (Integral, 'ask for at least one token'),
+    'stop': (str, 'say line, statement or end'),
+    'out': (_PATH, 'name the folder to write'),
+    'data': (_PATH, 'give a folder of code, owner/name@revision on the hub, or nothing for the frozen corpus'),
+    'budgets': ((str, dict), 'name a profile, for instance full, or give the parameters of each method'),
+    'n': (Integral, 'ask for at least one sample'),
+    'protocol': ((str, type(None)), 'name how samples are cut, or leave it out'),
+    'memory': (Integral, 'give the bytes that caches may take'),
+    'progress': (bool, _SWITCH), 'force': (bool, _SWITCH), 'drafts': (bool, _SWITCH),
+}
+_MAY_BE_EMPTY = {'prompt', 'suffix', 'data'}
+
+def _fits(name: str, value) -> bool:
+    "May an argument have this value? Numbers are counts, and True is none."
+    kinds, _ = _ARGUMENTS[name]
+    if isinstance(value, bool) or not isinstance(value, kinds): return isinstance(value, bool) and kinds is bool
+    if isinstance(value, Integral): return value > 0
+    return name in _MAY_BE_EMPTY or value != ''
+
+def _check(**given):
+    "Raise `ValueError` for the first argument that is of a wrong type, empty, or no count."
+    for name, value in given.items(): check_argument(name, value, _fits(name, value), _ARGUMENTS[name][1])
 
 # %% ../../nbs/runs/74_api.ipynb #87178338
 def _folder_of(model) -> Path:
     "The folder of a model: of a `Model`, a path, a name on the hub, or the embedded model. Raises `ValueError` if there is none."
     from codegpt_nbc.data.inputs import resolve_model
     if isinstance(model, (Model, Compressed)): return model.folder
-    return resolve_model(str(model), 'try')
+    return resolve_model(model, 'try')
 
 def text_of_prompt(
     prompt: str,
@@ -29,6 +61,7 @@ def text_of_prompt(
     "What a prompt is written in. Raises `ValueError` for CodeXGLUE's words where the model reads raw source."
     from codegpt_nbc.data.text_format import raw_sign, words_sign
     from codegpt_nbc.data.tokenizer import TEXTS
+    _check(prompt=prompt)
     if text not in (None, *TEXTS): raise ValueError(f'text is {text!r}: choose one of {", ".join(TEXTS)}, or leave it out.')
     if reads == 'codexglue': return text or ('raw' if raw_sign(prompt) else 'codexglue')
     sign = '' if text else words_sign(prompt)
@@ -37,12 +70,14 @@ def text_of_prompt(
         raise ValueError(f"the prompt is in CodeXGLUE's words{holds}, but the model reads raw source: give source as people write it.")
     return 'raw'
 
+# %% ../../nbs/runs/74_api.ipynb #253d864b
 class Model:
     "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads."
     block = 1   # tokens left out at once where source is too long, see `complete_raw`
     def __init__(self, folder, choice: str | None = None): # `choice`: see `open_engine`
         from codegpt_nbc.data.tokenizer import text_of
         from codegpt_nbc.engines.generate import open_engine
+        _check(folder=folder)
         self.folder = Path(folder)
         self.engine, self.tokenizer = open_engine(folder, choice)
         self.reads = text_of(folder, self.tokenizer)
@@ -62,6 +97,7 @@ class Model:
 
         A text that is too long loses a quarter at once."""
         from codegpt_nbc.engines.session import Prefixes, PromptLookup
+        _check(memory=memory, drafts=drafts)
         other = copy.copy(self)
         other.engine, other.block = Prefixes(self.engine, memory, PromptLookup() if drafts else None, check), None
         return other
@@ -82,6 +118,7 @@ def stream(self: Model,
 
     Warns (`Truncated`) if the prompt is too long. Raises `ValueError` for a prompt in a text that the model neither reads nor can be given.
     """
+    _check(prompt=prompt, suffix=suffix, max_new=max_new, stop=stop)
     text = text_of_prompt(prompt, self.reads, text)
     if self.reads == 'raw':
         from codegpt_nbc.engines.completion import stream_raw
@@ -148,6 +185,7 @@ def complete(
 
     A prompt of raw source is completed in raw source, whatever the model reads.
     """
+    _check(prompt=prompt, suffix=suffix)
     if suffix is not None and not isinstance(model, Model): check_infill(model)
     opened = model if isinstance(model, Model) else load(model)
     return opened.complete(prompt, suffix=suffix, **how)
@@ -171,6 +209,7 @@ class Compressed:
     ): # DataFrame: a row a measure, columns before and after
         "What the compression cost and gained: accuracy with its paired interval, size, and speed in turn."
         from codegpt_nbc.runs.steps import before_after
+        _check(n=n)
         return before_after(self.source, self.folder, n, data=self.data, **how)
 
 # %% ../../nbs/runs/74_api.ipynb #5429cab9
@@ -178,7 +217,7 @@ def compress(
     model,                 # As for `load`
     recipe='int8',         # A name of `configs/recipes.yaml`, `best` (what the last search chose), or a `grid.Recipe`
     out='small',           # Folder of the compressed model; must not exist, see `force`
-    data: str = '',        # Code to train on: Python files, or CodeXGLUE's layout: a folder, or a name on the hub; '': the frozen corpus
+    data='',               # Code to train on: Python files, or CodeXGLUE's layout: a folder, or a name on the hub; '': the frozen corpus
     budgets='full',        # What each method may spend: a profile's name, or method → parameters
     progress: bool = True, # Say which step runs and how long all will take
     force: bool = False,   # Replace an earlier model in `out`, when the new one is whole
@@ -194,8 +233,12 @@ def compress(
     """
     from codegpt_nbc.data.inputs import resolve_data
     from codegpt_nbc.core.paths import check_out
+    from codegpt_nbc.runs.grid import Recipe
     from codegpt_nbc.runs.search import best_recipe
     from codegpt_nbc.runs.steps import apply_recipe, budgets_of, recipe_named
+    _check(out=out, data=data, budgets=budgets, progress=progress, force=force)
+    check_argument('recipe', recipe, isinstance(recipe, (str, Recipe)), 'name one of configs/recipes.yaml, or give a Recipe')
+    data = str(data)
     chosen = best_recipe() if recipe == 'best' else recipe
     name = chosen if isinstance(chosen, str) else chosen.about
     if isinstance(chosen, str): chosen = recipe_named(chosen)
@@ -220,7 +263,7 @@ def evaluate(
     model,                        # As for `load`
     n: int = 200,                 # Samples
     protocol: str | None = None,  # Of `data.samples.PROTOCOLS`: how samples are cut; None: codexglue, or line for raw source
-    data: str = '',               # Code to be judged by, as for `compress`: of a folder of Python files, those that are never trained on
+    data='',                      # Code to be judged by, as for `compress`: of a folder of Python files, those that are never trained on
 ) -> Scores:
     """Score a model on held-out samples, with 95 % intervals.
 
@@ -232,10 +275,11 @@ def evaluate(
     from codegpt_nbc.data.inputs import RunConfig
     from codegpt_nbc.data.samples import PROTOCOLS, protocol_named, protocols_of
     from codegpt_nbc.data.tokenizer import text_of
+    _check(n=n, protocol=protocol, data=data)
     folder = _folder_of(model)
     protocol = protocol or protocols_of(text_of(folder))[0]
     protocol_named(protocol)
-    config = RunConfig(run_id='evaluate', model=str(folder), data=data, **dict.fromkeys(PROTOCOLS, 0) | {protocol: n})
+    config = RunConfig(run_id='evaluate', model=str(folder), data=str(data), **dict.fromkeys(PROTOCOLS, 0) | {protocol: n})
     config.check()
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     opened = model if isinstance(model, Model) else load(config.model_folder)

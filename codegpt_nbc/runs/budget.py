@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from ..core.ledger import Ledger
 from ..core.paths import check_out, models_dir, new_folder, runs_dir, write_json
-from ..data.inputs import RunConfig
+from ..data.inputs import RunConfig, named_model
 from ..data.samples import protocols_of
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..evidence.cost_table import Workload, machine, measured_costs, measured_point, timed_folder
@@ -163,6 +163,7 @@ def problem(self: Search) -> Problem:
         return Problem(self.space, costs, losses)
     return _kept(self, 'problem', made)
 
+# %% ../../nbs/runs/79_budget.ipynb #ae4c8dba
 @patch
 def random_points(self: Search, n: int, stay: float) -> list: # of `Point`
     "Points at random, the same each time."
@@ -239,6 +240,7 @@ def fitting(self: Search,
 
 TRIED = 3      # points that may exceed the limits, for each that is wanted
 
+# %% ../../nbs/runs/79_budget.ipynb #f17c8288
 def by_width(found: list) -> list: # of `Found`
     "The best point of each width first, then the others."
     best = {}
@@ -453,7 +455,7 @@ def config_of(
     **own,               # fields of `BudgetConfig` that differ
 ) -> BudgetConfig:
     "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text."
-    named = {} if model is None else {'model': str(Path(model).resolve()) if Path(model).exists() else str(model)}
+    named = {} if model is None else {'model': named_model(model)}
     slug = str(asked).replace('=', '').replace(',', '-').replace('.', '_')
     base = dict(run_id=f'budget-{slug}', profile='search', budget=asked, goal=goal, codexglue=0, thesis=0) | named
     protocol = protocols_of(BudgetConfig(**base).text)[0]

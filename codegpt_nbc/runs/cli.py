@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Version', 'ModelName', 'Code', 'Force', 'MENDABLE', 'complete', 'evaluate', 'compress', 'search', 'reproduce',
-           'run', 'export', 'serve', 'main']
+           'run', 'export', 'serve', 'in_shell_words', 'main']
 
 # %% ../../nbs/runs/73_cli.ipynb #dbf3d8a0
 import json, os, re, shlex, signal, sys, typer
@@ -225,6 +225,18 @@ def serve(
 # %% ../../nbs/runs/73_cli.ipynb #34119c2c
 MENDABLE = (ValueError, OSError, RuntimeError, ImportError, ArithmeticError)   # whose message is a sentence with a remedy
 
+def in_shell_words(
+    said: str,    # What an error of the library says, such as `force=True replaces it`
+    command: str, # of `app`; of any other name nothing is changed
+) -> str:
+    "The same with this command's options, such as `--force replaces it`: the library names its arguments, as Python writes them."
+    known = typer.main.get_command(app).commands
+    options = {p.name: p.opts[0] for p in (known[command].params if command in known else ()) if p.opts[0].startswith('--')}
+    def option(m):
+        name, value = m.groups()
+        return m[0] if name not in options else options[name] if value == 'True' else f'{options[name]} {value}'
+    return re.sub(r'\b([a-z_]+)=(True|[A-Z]+)\b', option, said)
+
 def main():
     "Entry point: errors are one sentence, not a traceback."
     for stream in (sys.stdout, sys.stderr):   # a shell's encoding may lack characters of ours
@@ -236,7 +248,7 @@ def main():
         raise
     except Exception as e:
         if os.environ.get('CODEGPT_NBC_TRACEBACK'): raise
-        said = ' '.join(str(e).split()) or type(e).__name__
+        said = in_shell_words(' '.join(str(e).split()) or type(e).__name__, next(iter(sys.argv[1:]), ''))
         if not isinstance(e, MENDABLE):
             said = f'a fault of the program ({type(e).__name__}: {said}): set CODEGPT_NBC_TRACEBACK=1 to see where, and report it.'
         print(f'codegpt-nbc: {said}', file=sys.stderr)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
-from ..core.paths import (BASE_MODEL, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
+from ..core.paths import (BASE_MODEL, EMBEDDED, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
                                     figures_dir, models_dir, project_root, read_json, runs_dir, shared)
 from .warm import as_client, warmed
 
@@ -59,7 +59,7 @@ class Run:
     def needs(self) -> list: # run ids, in the order of `READS`
         "The runs whose models this one reads."
         names = [self.params.get(key) for key in READS]
-        return list(dict.fromkeys(n for n in names if isinstance(n, str) and n not in ('', BASE_MODEL.name, self.id)))
+        return list(dict.fromkeys(n for n in names if isinstance(n, str) and n not in ('', *EMBEDDED, self.id)))
 
 WITHOUT_MODEL = {'measure', 'report', 'audit', 'session', 'cost', 'peers', 'no_model', 'evaluate'}   # methods that leave no model folder
 CORPORA = {'freeze_corpus'}      # methods whose folder is a corpus
@@ -302,7 +302,7 @@ def _from_here(params: dict, profile: str) -> dict:
 
 def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) -> str:
     def one(part: str) -> str:
-        if part == BASE_MODEL.name or (models_dir(profile)/part/'config.json').is_file(): return part
+        if part in EMBEDDED or (models_dir(profile)/part/'config.json').is_file(): return part
         if (here/part).exists(): return str(here/part)
         if (root/part).exists():
             raise ValueError(f'parameter {name!r} is {part!r}, which is not here but in {root}: give its whole path if you mean that one.')

@@ -14,7 +14,7 @@ from typing import Literal
 from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
-from ..data.inputs import RunConfig, resolve_data
+from ..data.inputs import RunConfig, named_model, resolve_data
 from ..data.samples import PROTOCOLS, protocols_of
 from ..data.tokenizer import text_of
 from .grid import Recipe, read_profile, read_recipes, run_notebook, spell_time, template_of
@@ -185,7 +185,7 @@ def _search_config(model, es_drop: float, objective: str): # `SearchConfig`
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
     own = dict(run_id=f'search-{objective}-{es_drop:g}', es_drop=es_drop)
-    if model: own['model'] = str(Path(model).resolve()) if Path(model).exists() else str(model)
+    if model is not None: own['model'] = named_model(model)
     config = SearchConfig(**runs[0].params | own)
     first, n = protocols_of(config.text)[0], max(getattr(config, p) for p in PROTOCOLS)
     config = config.model_copy(update=dict.fromkeys(PROTOCOLS, 0) | {first: n})     # as many, in the text of one's own model

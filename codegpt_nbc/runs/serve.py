@@ -132,7 +132,7 @@ class Ask:
 EARLY = {   # why → status and message
     'gone': (499, 'the client has gone.'),
     'superseded': (409, 'a later request of the same session has taken the place of this one.'),
-    'timeout': (504, 'the completion took too long: ask for less, or start the server with a longer --timeout.'),
+    'timeout': (504, 'the completion took too long: ask for less, or start the server with a longer timeout.'),
     'closing': (503, 'the server is closing: ask again when it is back.'),
 }
 
@@ -404,7 +404,7 @@ class Server:
         "One completion, within what the model can do. Raises `Refused`."
         if suffix is None: prompt, suffix = split_gap(prompt, self.infill)
         if suffix and not self.infill and not self.settings.ignore_suffix:
-            message = f'{self.name} cannot fill in: leave out the suffix, or start the server with --ignore-suffix.'
+            message = f'{self.name} cannot fill in: leave out the suffix, or start the server with the option ignore-suffix.'
             raise Refused(400, 'suffix_unsupported', message)
         most, stops = max(1, self.model.engine.context//2), [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
         seed = None if asked.seed == -1 else asked.seed
@@ -649,13 +649,14 @@ def create_app(worker: Worker, settings: Settings = Settings()) -> FastAPI:
 def check_address(host: str, token: str):
     "Raises `ValueError` for an address that others reach without a token."
     if not token and not _is_loopback(host):
-        raise ValueError(f'others can reach {host}: give --token, which requests must then bear, or stay at 127.0.0.1.')
+        raise ValueError(f'others can reach {host or "this machine"}: give token=TOKEN, which requests must then bear, '
+                         'or stay at 127.0.0.1.')
 
 def bound_socket(host: str, port: int) -> socket.socket:
     "A listening socket. Raises `OSError` with a sentence where the address is taken, `ValueError` for a number that is no port's."
     if not 0 <= port < 2**16: raise ValueError(f'port is {port}: choose one from 1 to 65535, or 0 for any that is free.')
     try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
-    except OSError as e: raise OSError(f'the server cannot have {host}:{port} ({e.strerror}): choose another --port or --host.') from None
+    except OSError as e: raise OSError(f'the server cannot have {host}:{port} ({e.strerror}): choose another port or host.') from None
 
 def address_of(listening: socket.socket) -> str:
     "The address that clients are given."

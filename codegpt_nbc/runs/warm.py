@@ -85,7 +85,7 @@ def _die_with_parent(parent: int, number: int):
 
 # %% ../../nbs/runs/69_warm.ipynb #1442b7e3
 def _become(module: str, arguments: list, folder: str, environment: dict, files: list):
-    "In a child: take the client's files, folder, environment and number of threads, and be its program."
+    "In a child: take the client's files, folder, environment and number of threads, a random state of its own, and be its program."
     import signal
     os.setsid()
     for to, file in enumerate(files):
@@ -102,6 +102,8 @@ def _become(module: str, arguments: list, folder: str, environment: dict, files:
     if 'torch' in sys.modules:
         from codegpt_nbc.core.paths import cores
         sys.modules['torch'].set_num_threads(cores())
+        sys.modules['torch'].seed()   # drawn from the system, as in a process of its own; Python's `random` does so after a fork
+    if 'numpy' in sys.modules: sys.modules['numpy'].random.seed()
     _run(module, arguments)
 
 # %% ../../nbs/runs/69_warm.ipynb #c9f2d51c

@@ -3,7 +3,7 @@ import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from codegpt_nbc.runs.grid import NOT_PROFILES, check_parameters, read_profile, template_of
-from codegpt_nbc.core.paths import ASSETS, BASE_MODEL, CORPUS, verify_checksums
+from codegpt_nbc.core.paths import ASSETS, CORPUS, EMBEDDED, verify_checksums
 from codegpt_nbc.core.record import load_results
 from codegpt_nbc.runs.notebooks import is_stale, notebooks
 
@@ -60,13 +60,14 @@ def test_package_is_what_the_notebooks_export(tmp_path):
 
 
 def test_assets_are_whole():
-    for folder in (BASE_MODEL, CORPUS): verify_checksums(folder)
-    assert (BASE_MODEL/'model.safetensors').stat().st_size <= 25_000_000
+    for folder in (*EMBEDDED.values(), CORPUS): verify_checksums(folder)
+    sizes = [(folder/'model.safetensors').stat().st_size for folder in EMBEDDED.values()]
+    assert max(sizes) <= 25_000_000 and sum(sizes) <= 52_000_000
     assert not [p for p in ASSETS.rglob('*') if p.suffix in ('.bin', '.pt', '.pkl', '.pickle')], 'no pickle is shipped'
 
 
 def test_committed_results_are_valid_and_readable():
-    for profile in ('full', 'pretrain'):
+    for profile in ('full', 'pretrain', 'students'):
         for name in load_results(profile):
             book = ROOT/'papermill_runs'/profile/f'{name}.ipynb'
             assert book.is_file() and book.stat().st_size < 300_000

@@ -9,7 +9,7 @@ __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIO
            'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained', 'gains',
            'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking', 'published_systems', 'split_time',
            'pareto_front', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone',
-           'corpus_facts', 'hours_of']
+           'fastest_engine', 'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -19,6 +19,7 @@ from ..core.paths import ASSETS, CORPUS, read_json
 from ..core.record import Accuracy, Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.metrics import holm
+from ..evidence.other_engines import PEERS
 from .style import chain_of, family_of, run_label
 from ..runs.grid import SCORED, WITHOUT_MODEL, is_step, read_profile
 
@@ -381,6 +382,17 @@ def benchmarks() -> dict: # run id → details of each stored benchmark, with `t
 def benchmark_alone(geometry: str) -> dict: # {} if not measured
     "The benchmark of one prompt at a time; `geometry` is 'codegpt' or 'embedded'."
     return next((d for d in benchmarks().values() if d['geometry'] == geometry and d['batch'] == 1), {})
+
+# %% ../../nbs/report/81_frame.ipynb #2ff43567
+def fastest_engine(
+    details: dict,   # of a run of `experiments/peers`
+    precision: str,
+    ours: bool,
+) -> str | None: # engine; None where none was timed
+    "The fastest engine of one precision, of this repository's or of the others."
+    ms = engine_frame(details).ms
+    fits = [e for e in ms.index if precision_of(e) == precision and (e not in PEERS) == ours]
+    return ms[fits].idxmin() if fits else None
 
 # %% ../../nbs/report/81_frame.ipynb #a1c330c3
 def corpus_facts() -> dict: # files, projects

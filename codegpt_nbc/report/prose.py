@@ -12,9 +12,8 @@ from functools import cached_property
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, pass_context
 from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
-from ..evidence.other_engines import PEERS
-from .frame import (benchmark_alone, corpus_facts, engine_frame, frame, gains, hours_of,
-                                      matching, measured_ms, precision_of,
+from .frame import (benchmark_alone, corpus_facts, engine_frame, fastest_engine, frame, gains, hours_of,
+                                      matching, measured_ms,
                                       published, ranking, retained, uncommitted, versus)
 from .style import change_interval, number, times_text
 from .tables import TABLES, as_markdown
@@ -246,14 +245,12 @@ class Placeholders(Quotations):
                whose: str) -> dict: # name, ms, reading, writing, peak_mb, floor_ms
         "The fastest engine of one precision; `whose` is 'ours' or 'other'."
         d = self.benchmark(context, geometry)
-        engines = engine_frame(d)
-        fits = [precision_of(e) == precision and (e in PEERS) == (whose == 'other') for e in engines.index]
-        if not any(fits):
+        best = fastest_engine(d, precision, whose == 'ours')
+        if best is None:
             raise MissingResult(context.name, f"engine('{geometry}', '{precision}', '{whose}')",
                                 'no such engine was timed', 'peers', geometry)
-        best = engines[fits].ms.idxmin()
         floor = d['floor'].get(precision)
-        return dict(name=best, **engines.loc[best], floor_ms=measured_ms(floor, d) if floor else None)
+        return dict(name=best, **engine_frame(d).loc[best], floor_ms=measured_ms(floor, d) if floor else None)
 
     def corpus(self) -> dict: # files, projects
         "How large the shipped corpus is."

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
-from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, gains, headline,
+from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine, gains, headline,
                                       measured_ms, paired_test, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
                                       systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
@@ -465,14 +465,12 @@ def tab_peers(fr=None) -> pd.DataFrame:
               for d in stored.values()]
     return pd.concat(tables or [pd.DataFrame({'engine': []})], ignore_index=True).fillna('–')
 
-def tab_size(
-    fr=None,
-    engines=('transformers fp32', 'OpenVINO int8', 'onnx int8', 'onnx int4'),
-) -> pd.DataFrame:
-    "What a model of CodeGPT's size takes, by engine: speed only, its weights are random."
+def tab_size(fr=None, precisions=('int8', 'int4')) -> pd.DataFrame:
+    "What a model of CodeGPT's size takes in the fastest engines of each precision, others and ours: speed only, its weights are random."
     d = benchmark_alone('codegpt')
     if not d: return pd.DataFrame({'engine': []})
-    rows = engine_frame(d).reindex([e for e in engines if e in d['engines']])
+    best = [fastest_engine(d, p, ours) for p in precisions for ours in (False, True)]
+    rows = engine_frame(d).loc[[next(iter(d['engines'])), *filter(None, best)]]
     return as_table([{'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}',
                       '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
                      for e, r in rows.iterrows()])

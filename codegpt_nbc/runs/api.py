@@ -149,7 +149,7 @@ def complete(self: Model,
 
 # %% ../../nbs/runs/74_api.ipynb #961dff0c
 def load(
-    model=BASE_MODEL.name, # A folder, `owner/name@revision` on the hub, or the embedded model
+    model=BASE_MODEL.name, # A folder, `owner/name@revision` on the hub, or an embedded model
     choice: str | None = None, # 'fastest': of the engines installed, measured once; None: the one that the folder is for
 ) -> Model:
     """Open a model for completing. The files in its folder decide which engine runs it.

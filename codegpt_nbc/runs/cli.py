@@ -26,7 +26,7 @@ Version = Annotated[bool, typer.Option('--version', callback=_say_version, is_ea
 @app.callback()
 def _options(version: Version = False): pass
 
-ModelName = Annotated[str, typer.Argument(help='a model folder, codegpt-nano, or owner/name@revision on the hub')]
+ModelName = Annotated[str, typer.Argument(help='a model folder, codegpt-nano (also -half, -fast), or owner/name@revision on the hub')]
 Code = Annotated[str, typer.Option(help="a folder of Python files or in CodeXGLUE's layout, or owner/name@revision; "
                                         'by default the frozen corpus')]
 Force = Annotated[bool, typer.Option('--force', help='replace an earlier output, when the new one is whole; nothing else is ever replaced')]

@@ -153,8 +153,8 @@ def test_what_cannot_end_well_is_said_before_the_work(home, args, sentence, monk
 
 def test_a_fault_of_the_program_is_a_sentence_too(monkeypatch, capsys):
     from codegpt_nbc.runs import cli
-    def fails(): raise KeyError('a\nb')
-    monkeypatch.setattr(cli, 'app', fails)
+    def fails(*_, **__): raise KeyError('a\nb')
+    monkeypatch.setattr(type(cli.app), '__call__', fails)
     with pytest.raises(SystemExit): cli.main()
     said = capsys.readouterr().err
     assert said.startswith('codegpt-nbc: a fault of the program (KeyError: ') and said.count('\n') == 1

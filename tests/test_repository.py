@@ -78,7 +78,8 @@ def test_every_folder_of_imports_can_be_forgotten():
     "What is imported is kept for each state of the files: without a way to remove it, `build/` grows for ever."
     source = '\n'.join(p.read_text() for p in (ROOT/'codegpt_nbc').rglob('*.py'))
     folders = {f'build/{name}' for name in re.findall(r"project_root\(\)/'build'/'(\w+)'", source)}
-    removed = subprocess.run(['make', '-n', 'forget'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    said = subprocess.run(['make', '-n', '--no-print-directory', 'forget'], cwd=ROOT, capture_output=True, text=True, check=True)
+    removed = said.stdout.split()
     assert len(folders) > 1 and removed[:2] == ['rm', '-rf'] and set(removed[2:]) == folders
     about = (ROOT/'CONTRIBUTING.md').read_text()
     assert all(f'`{folder}`' in about for folder in folders)

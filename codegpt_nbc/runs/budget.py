@@ -252,10 +252,10 @@ def along(
     found: list, n: int,
     key: str = 'ms', # or mb
 ) -> list: # of `Found`
-    "Points of the front, at even steps of its logarithmic cost."
+    "Points of the front, at even steps of its logarithmic cost, from the one that loses least: what may lose little must be among them."
     line = front(found, key)
     most, least = (math.log(getattr(f, key)) for f in (line[-1], line[0]))
-    wanted = [math.exp(most - (i + .5)/n*(most - least)) for i in range(n)]
+    wanted = [math.exp(most - i/n*(most - least)) for i in range(n)]
     near = [min(line, key=lambda f, w=w: abs(math.log(getattr(f, key)/w))) for w in wanted]
     return list({f.point.model_dump_json(): f for f in near}.values())
 

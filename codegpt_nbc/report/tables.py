@@ -89,7 +89,7 @@ def printed_cells(p) -> dict: # column → text
 GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `int8`', 'onnx-int8': 'recipe `int8`',
              'dense-int8': 'recipe `int8`', 'half-int8': '`codegpt-nano-half`, six of its layers',
              'half-pruned-int8': 'six of its layers, pruned too',
-                          'three-wide-int8': 'three wide layers', 'four-narrow-int8': 'four narrow layers',
+             'three-wide-int8': 'three wide layers', 'four-narrow-int8': 'four narrow layers',
              'three-small-int8': '`codegpt-nano-fast`, three wide layers, fewer heads and neurons',
              'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the weights in eight bits',
              'recipe-int4': 'recipe `int4`', 'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',

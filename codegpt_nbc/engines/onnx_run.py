@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FUSED', 'DOMAIN', 'DATA_FILE', 'SMALL', 'LARGE_PAGE', 'PROMPT', 'INPUTS', 'PIECE', 'Graph', 'stored_tensors',
-           'external_tensor', 'own_memory', 'without', 'large_pages', 'open_session', 'nibbles', 'prompt_graph',
-           'OrtEngine', 'operator_times']
+           'external_tensor', 'own_memory', 'without', 'large_pages', 'return_memory', 'open_session', 'nibbles',
+           'prompt_graph', 'OrtEngine', 'operator_times']
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #bff4586d
 import ctypes, os, tempfile, numpy as np
@@ -179,8 +179,8 @@ def large_pages():
 
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #4cdfcaf2
-def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live as long as the session)
-    "A graph made from the one in `path`. The runtime reads its tensors in place: `options` only point to them."
+def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live until the session is there: it copies them)
+    "A graph made from the one in `path`, whose tensors are given to `options`."
     import onnx, onnxruntime as ort
     from google.protobuf.message import DecodeError
     try: proto, tensors = rewrite(onnx.load(path, load_external_data=False), folder=Path(path).parent)
@@ -190,6 +190,11 @@ def _rewritten(path, rewrite, options) -> tuple: # (bytes, arrays that must live
     return proto.SerializeToString(), values
 
 _OPENS = Lock()   # held while a session is opened, as threads share one environment
+
+def return_memory():
+    """Give what was freed back to the system, where its C library can do that: a session packs its weights, and the room of what
+    they were packed from would stay with this process."""
+    if os.name == 'posix': getattr(ctypes.CDLL(None), 'malloc_trim', lambda keep: None)(0)
 
 @contextmanager
 def _without_flash_attention():
@@ -231,13 +236,14 @@ def open_session(
     try:
         with _without_flash_attention(), large_pages():
             session = ort.InferenceSession(model, options, providers=['CPUExecutionProvider'], enable_fallback=0)
+            del model, tensors
+            return_memory()
     except (errors.InvalidProtobuf, errors.InvalidArgument) as e:
         raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
     except (errors.Fail, errors.NotImplemented, errors.InvalidGraph) as e:
         raise RuntimeError(f'ONNX Runtime {ort.__version__} cannot run {path} on this machine ({e}): '
                            'install the version in requirements.txt, '
                            'or run the model folder it was exported from.') from None
-    session.tensors = tensors
     return session
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #0867b14f

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'PrecisionName', 'ENGINES', 'ATTENTION_MAPS', 'LEARNING_RATE', 'scheme_of', 'LayerPoint', 'Point',
-           'map_names', 'whole_point', 'Space', 'space_of']
+           'map_names', 'rate_for', 'whole_point', 'Space', 'space_of']
 
 # %% ../../nbs/methods/41_space.ipynb #46b2aecd
+from dataclasses import replace
 from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field, field_validator, model_validator
 from ..core.config import Strict
-from ..model.decoder import halves
+from ..model.decoder import count_of, halves
 from ..model.layers import Shape
 from .prune import _needs_a_unit
 from .ranges import TERNARY, Affine, Binary, Granularity, MeanMagnitude, Quantizer, Symmetric, Ternary, WideSymmetric
@@ -126,21 +127,33 @@ def _check_layer(l: LayerPoint, s: Shape):
         if lacks: raise ValueError(f'layer {l.layer} of the point names no precision for {lacks[0]}: give one of {known}.')
 
 # %% ../../nbs/methods/41_space.ipynb #c6a29fa7
-LEARNING_RATE = 6e-4   # of a distillation from the model itself, whose student is a part of its teacher
+LEARNING_RATE = 6e-4   # of a distillation from the model itself, whose student is half of its teacher or less
+
+def rate_for(cut: float) -> float: # learning rate; 0 for a student that is still its teacher
+    "For a student that lacks this share of its teacher: what has lost little has little to learn, and a high rate spoils it."
+    return LEARNING_RATE*min(1., 2*cut)
+
+@patch
+def cut(self: Point,
+    s: Shape, # of the model that is compressed
+) -> float: # 0 to 1
+    "The share of parameters that go with channels, heads and neurons."
+    heads, neurons = (self.units(kind, s.n_layer) for kind in ('heads', 'neurons'))
+    return 1 - count_of(replace(s, d_model=self.channels, heads=heads, inner=neurons))/count_of(s)
 
 @patch
 def steps(self: Point,
     s: Shape,            # of the model that is compressed
     trained: tuple = (), # tokens of each distillation from the model itself, one after another
 ) -> list: # of dicts, as in `configs/recipes.yaml`
-    "The recipe that makes this point. Raises `ValueError` for a point that the model cannot become."
+    "The recipe that makes this point; a whole model is not trained. Raises `ValueError` for a point that the model cannot become."
     self.check(s)
     heads, neurons = (list(self.units(kind, s.n_layer)) for kind in ('heads', 'neurons'))
     out = []
     if (self.channels, heads, neurons) != (s.d_model, list(s.heads), list(s.inner)):
         out.append({'method': 'reshape', 'channels': self.channels, 'heads': heads, 'neurons': neurons})
-    taught = {'method': 'distill', 'student': 'model', 'teacher': 'start', 'lr': LEARNING_RATE}
-    out += [taught | {'tokens': tokens} for tokens in trained if tokens]
+        taught = {'method': 'distill', 'student': 'model', 'teacher': 'start', 'lr': rate_for(self.cut(s))}
+        out += [taught | {'tokens': tokens} for tokens in trained if tokens]
     out.append({'method': 'mixed', 'bits': self.module_bits()})
     if self.vocab < s.vocab: out.append({'method': 'trim_vocabulary', 'size': self.vocab})
     few = any(p != '8' for p in self.module_bits().values())

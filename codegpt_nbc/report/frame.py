@@ -118,7 +118,7 @@ def row_of(
     chain = chain_of(r, results)
     trained = [s.train for s in chain if s.train]
     row |= dict(train_tokens_m=sum(t.tokens for t in trained)/1e6, train_minutes=sum(t.seconds for t in trained)/60,
-                trained_on=next((t.processor for t in trained if t.processor), ''))
+                trained_on=tuple(dict.fromkeys(s.train.processor or s.provenance.cpu for s in chain if s.train)))
     return row | dict(method=r.method, label=run_label(r, results), family=family_of(chain), result=r,
                       measured=measured,
                       backend=r.config.get('backend', 'codegpt_nbc'))

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER', 'SESSION_COLUMNS', 'COMPARED', 'STUDY_METHODS',
            'SUBJECTS', 'PROFILE_TABLES', 'OTHER_TABLES', 'TABLES', 'score_headings', 'as_table', 'as_markdown',
-           'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells', 'effort',
-           'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems', 'tab_runs', 'tab_pruning',
-           'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of',
-           'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed', 'compared_ours',
-           'tab_comparison', 'tab_studies', 'tab_elsewhere', 'engine_name', 'benchmark_title', 'engine_cells',
-           'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search',
-           'tab_cost']
+           'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells',
+           'trained_elsewhere', 'effort', 'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems',
+           'tab_runs', 'tab_pruning', 'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc',
+           'tab_static', 'spread_of', 'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed',
+           'compared_ours', 'tab_comparison', 'tab_studies', 'tab_elsewhere', 'engine_name', 'benchmark_title',
+           'engine_cells', 'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row',
+           'tab_search', 'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
@@ -95,13 +95,18 @@ GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `
              'recipe-int4': 'recipe `int4`', 'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'half the layers, pruned too'}
 
+def trained_elsewhere(row) -> list: # of processors' names
+    "Where a model and those before it were trained, other than on the processor that evaluated it."
+    return [p for p in row.trained_on if p != row.result.provenance.cpu]
+
 def effort(row) -> str:
     "What it took to make a model."
     if row.name == 'baseline': return '–'
     if not row.train_minutes: return 'no training'
-    here = row.trained_on in ('', row.result.provenance.cpu)
-    where = re.sub(r' \d+GB.*', '', row.trained_on)      # a GPU's name goes on with its memory
-    return f'{row.train_minutes:.0f} min ' + ('of training' if here else f'on one {where}')
+    elsewhere = trained_elsewhere(row)
+    if not elsewhere: return f'{row.train_minutes:.0f} min of training'
+    where = re.sub(r' \d+GB.*', '', elsewhere[0])       # a GPU's name goes on with its memory
+    return f'{row.train_minutes:.0f} min, ' + ('in part ' if len(elsewhere) < len(row.trained_on) else '') + f'on one {where}'
 
 def gain_cells(fr: pd.DataFrame, run: str) -> dict: # column → text
     "One row of `tab_gain`."
@@ -319,10 +324,11 @@ def tab_seeds(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows, fr)
 
 # %% ../../nbs/report/82_tables.ipynb #32eb86de
-def making_joules(row) -> float: # NaN where no power is stated
+def making_joules(row) -> float: # NaN where no power is stated, or that of another processor would be needed
     "Energy of a run's training and of those before it: a run takes one core, and a core its share of the stated power."
+    if not row.train_minutes: return 0.
     watts = row.measured.config.get('watts') or np.nan
-    return 60*row.train_minutes*watts/row.measured.speed.threads if row.train_minutes else 0.
+    return np.nan if trained_elsewhere(row) else 60*row.train_minutes*watts/row.measured.speed.threads
 
 def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
     """Energy of a completion, counted by the processor (RAPL) or time × stated power, and of the training. A model that trained has saved

@@ -327,17 +327,19 @@ def order_of(budget: Budget, dense_es: float, goal: str = 'ms'): # function of a
 
 @patch
 def recovered(self: Search, shapes: list, dense_es: float) -> list: # of lists of `Candidate`, one a rung, best first
-    "Distil finalists, the better half of them for longer, within the hours of the budget."
+    "Judge finalists as they are, then distil those that lack anything, the better half of them for longer, within the hours of the budget."
     hours, order = self.budget.hours or 0., order_of(self.budget, dense_es, self.c.goal)
-    alive = {f'shape {i + 1}': f.point for i, f in enumerate(shapes)}
-    if not hours: return [sorted((self.made(n, self.steps_of(p, ()), p) for n, p in alive.items()), key=order)]
+    alive, trained = {f'shape {i + 1}': f.point for i, f in enumerate(shapes)}, {}
+    def rung(): return sorted((self.made(n, self.steps_of(p, trained.get(n, ())), p) for n, p in alive.items()), key=order)
+    rungs = [rung()]
+    alive = {n: p for n, p in alive.items() if hours and p.cut(self.shape)}
     rates = {n: self.rate(p) for n, p in alive.items()}
-    count = math.ceil(math.log2(len(alive))) + 1
-    rungs, trained = [], dict.fromkeys(rates, (WARM,))
+    count = math.ceil(math.log2(len(alive))) + 1 if alive else 0
+    trained = dict.fromkeys(rates, (WARM,))
     for _ in range(count):
         seconds = 3600*hours/count/len(alive)
         for n in alive: trained[n] += (int(rates[n]*seconds)//1024*1024,)
-        rungs.append(sorted((self.made(n, self.steps_of(p, trained[n]), p) for n, p in alive.items()), key=order))
+        rungs.append(rung())
         going = rungs[-1][:math.ceil(len(alive)/2)]
         alive = {c.name: alive[c.name] for c in going}
     return rungs
@@ -371,7 +373,7 @@ def run(s: Search) -> Outcome:
     explorer, found = s.explorer, s.found()
     dense = s.made('dense', [])
     rungs = s.recovered(s.finalists(found), dense.es)
-    best = rungs[-1][0]
+    best = min(itertools.chain(*rungs), key=order_of(s.budget, dense.es, s.c.goal))   # an early one, where training did not pay
     check_drop(s.budget, best, dense.es)
     spend = {m: {'tokens': max(1024, best.tokens), 'length': s.c.rows, 'batch': s.c.batch} for m in ('distill', 'xtc')}
     spend |= {'gptq': {'calibration': 4*s.c.windows, 'length': 2*s.c.window}, 'onnx': {'compare': 2}}

@@ -129,7 +129,7 @@ def search(
     from codegpt_nbc.runs.search import OBJECTIVES, search_report
     if objective not in OBJECTIVES: raise ValueError(f'--objective is {objective!r}: choose one of {", ".join(OBJECTIVES)}.')
     asked = read_budget(budget)
-    if recipes: return _search_recipes(model, asked, objective)
+    if recipes: return _search_recipes(model, asked, objective, data, out)
     from codegpt_nbc.runs.budget import run_budget
     goal = {'latency': 'ms', 'size': 'mb'}[objective]
     notebook, folder = run_budget(model, budget, out, goal, force, trials=trials, data=data)
@@ -144,15 +144,17 @@ def _show_found(found: dict, of: str, notebook):
     print(pd.DataFrame(found['before_after']).round(2).to_string())
     print(f'chosen: {found["chosen"]}, of {of}; the picture is in {os.path.relpath(notebook)}')
 
-def _search_recipes(model: str, budget, objective: str):
+def _search_recipes(model: str, budget, objective: str, data: str, out):
     "Try all fixed recipes, cheaply first; the executed notebook holds the front and the choice."
     from codegpt_nbc.runs.search import run_search, search_report
     if budget.es_drop is None or budget.limits or budget.hours is not None:
         raise ValueError(f'--recipes with --budget {budget}: fixed recipes are searched within es_drop=POINTS alone.')
-    notebook = run_search(model, budget.es_drop, objective)
+    if out:
+        raise ValueError('--recipes with --out: no model is written; leave --out away, then call codegpt-nbc compress --recipe best.')
+    notebook = run_search(model, budget.es_drop, objective, data)
     found = search_report(notebook)
     _show_found(found, f"{len(found['candidates'])} candidates of the last rung", notebook)
-    print(f'next: codegpt-nbc compress {shlex.quote(model)} -o small --recipe best')
+    print(f'next: codegpt-nbc compress {shlex.quote(model)} -o small --recipe best' + (f' --data {shlex.quote(data)}' if data else ''))
 
 # %% ../../nbs/runs/73_cli.ipynb #229bf19f
 @app.command()

@@ -180,12 +180,13 @@ def search(
     return choose(found, objective, es_drop), found
 
 # %% ../../nbs/runs/72_search.ipynb #5b823dee
-def _search_config(model, es_drop: float, objective: str): # `SearchConfig`
-    "The settings of the profile `search`, with one's own model and goal."
+def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
+    "The settings of the profile `search`, with one's own model, goal and code."
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
     own = dict(run_id=f'search-{objective}-{es_drop:g}', es_drop=es_drop)
     if model is not None: own['model'] = named_model(model)
+    if data: own['data'] = data
     config = SearchConfig(**runs[0].params | own)
     first, n = protocols_of(config.text)[0], max(getattr(config, p) for p in PROTOCOLS)
     config = config.model_copy(update=dict.fromkeys(PROTOCOLS, 0) | {first: n})     # as many, in the text of one's own model
@@ -196,9 +197,10 @@ def run_search(
     model=None,                # A model folder, or a name as for `load`; None: the embedded model
     es_drop: float = 1.,       # Points of edit similarity that may be lost
     objective: str = 'latency', # or size
+    data: str = '',            # Code to train on and be judged by, as for `compress`; '': that of the profile
 ) -> Path: # the executed notebook
     "Search as the profile `search` says, then write it as a notebook. A search that was killed goes on where it stopped."
-    c = _search_config(model, es_drop, objective)
+    c = _search_config(model, es_drop, objective, data)
     rungs = [Rung(**r) for r in c.rungs]
     search(c.model_folder, rungs, c.es_drop, c.objective, c.chosen_recipes(), c.profile, c.prompt_tokens, c.data, progress=True)
     print('writing the notebook: the front, and the chosen recipe beside the dense model', file=sys.stderr, flush=True)

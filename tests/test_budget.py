@@ -202,6 +202,29 @@ def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, 
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.skipif(not os.environ.get('CODEGPT_NBC_LARGE'), reason='takes 10 minutes and 6 GB: set CODEGPT_NBC_LARGE=1')
+def test_times_of_half_a_billion_parameters_add_up(tmp_path):
+    "The shape of Qwen2.5-Coder-0.5B: what it costs after some cuts, without its weights. 512 tokens read, 16 written."
+    import numpy as np
+    from codegpt_nbc.core.ledger import Ledger
+    from codegpt_nbc.evidence.cost_table import Workload, measured_costs, measured_point
+    from codegpt_nbc.methods.space import space_of, whole_point
+    from codegpt_nbc.model.layers import Shape
+    shape = Shape(151_936, 2048, 896, 64, (2,)*24, (4864,)*24, 'qwen2', queries=7)
+    space = space_of(shape, False, channels=(896,), neurons=(0, 2432, 4864), precisions=('8', '4-32'), tokens=('8',))
+    work, rng = Workload(512, 16, 2, 0.), np.random.default_rng(0)
+    costs = measured_costs(space, shape, Ledger(tmp_path/'costs.sqlite'), work)
+    points = {f'whole, {p}': whole_point(shape, p) for p in space.precisions}
+    points |= {f'cut {i}': space.random_point(shape, rng) for i in range(3)}
+    off = []
+    for name, point in points.items():
+        predicted, real = costs.of(point), measured_point(point, shape, work)
+        off.append(predicted['ms']/real['ms'] - 1)
+        print(name, *(f'{k}: {predicted[k]:.0f} predicted, {real[k]:.0f} measured' for k in ('ms', 'mb')), sep=', ')
+        assert abs(predicted['mb']/real['mb'] - 1) < .02
+    assert np.mean(np.abs(off)) < .1, off
+
+
 def test_the_solver_prints_nothing(capfd):
     "Compiled code prints past Python, into executed notebooks."
     import ctypes

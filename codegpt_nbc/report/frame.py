@@ -235,10 +235,12 @@ def paired_test(a: Accuracy, b: Accuracy) -> dict: # 'es' and 'em' → `metrics.
 def versus(
     fr: pd.DataFrame,
     run: str, base: str,          # run ids
+    code: str = '',               # '': the frozen corpus; or a key of `fr.attrs['elsewhere']`
 ) -> dict | None: # 'es' and 'em' → `metrics.paired`; None where they were not asked the same
     "Paired difference of two runs on the same samples, under the protocol that they are judged by."
-    if run == base or not {run, base} <= set(fr.index): return None
-    a, b = (fr.result[i].metrics.get(fr.attrs['protocol']) for i in (run, base))
+    results = fr.attrs['elsewhere'].get(code, {}) if code else fr.result
+    if run == base or not {run, base} <= set(results.keys()): return None
+    a, b = (results[i].metrics.get(fr.attrs['protocol']) for i in (run, base))
     shared = a and b and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
     return paired_test(a, b) if shared else None
 

@@ -155,11 +155,11 @@ class RunNumbers(PageContext):
         return f'{times_text(r.ratio_low)} to {times_text(r.ratio_high)}'
 
     @pass_context
-    def change(self, context, id: str, base: str = 'baseline', profile: str = '', measure: str = 'es') -> dict: # of `metrics.paired`
-        "Paired difference of a score from that of `base`: `change('onnx-dense-int8').difference`, `.ci`, `.p`."
+    def change(self, context, id: str, base: str = 'baseline', profile: str = '', measure: str = 'es', code: str = '') -> dict:
+        "Paired difference of a score from that of `base`, as `metrics.paired`, for code as in `frame.versus`: `change('onnx-int8').ci`."
         p = self._profile(profile)
         for run in (id, base): getattr(p.view(context.name, run, f'change({id!r})'), measure)
-        if not (d := versus(p.frame, id, base)):
+        if not (d := versus(p.frame, id, base, code)):
             raise MissingResult(context.name, f'change({id!r})', f'{id!r} and {base!r} were asked different samples', p.name, id)
         return d[measure]
 

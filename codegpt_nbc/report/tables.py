@@ -20,7 +20,7 @@ from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
 from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine, gains, headline,
-                                      measured_ms, paired_test, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
+                                      measured_ms, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
                                       systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
@@ -410,10 +410,10 @@ def tab_elsewhere(fr: pd.DataFrame) -> pd.DataFrame:
         cells = {'model': fr.label[i], 'ES %': with_interval(fr.loc[i], 'es'),
                  'Δ ES': change_interval((versus(fr, i, 'baseline') or {}).get('es'))}
         for code, results in found.items():
-            there, dense = (results[x].metrics.get(protocol) if x in results else None for x in (i, 'baseline'))
+            there = results[i].metrics.get(protocol) if i in results else None
             if not there: continue
             cells[f'ES, {code} %'] = f'{there.es:.1f} [{there.es_ci[0]:.1f}, {there.es_ci[1]:.1f}]'
-            cells[f'Δ ES, {code}'] = change_interval(paired_test(there, dense)['es'] if dense and i != 'baseline' else None)
+            cells[f'Δ ES, {code}'] = change_interval((versus(fr, i, 'baseline', code) or {}).get('es'))
         rows.append(cells)
     return as_table(rows, fr)
 

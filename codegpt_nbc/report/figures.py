@@ -624,7 +624,8 @@ def budget_models(ax, results: list):
     "Edit similarity and measured time of the models that were made."
     for result, color in zip(results, SERIES):
         made = [c for c in result.details['candidates'] if c['name'].startswith('shape ')]
-        best = max((c for c in made if c['name'] == result.details['chosen']), key=lambda c: c['tokens'])
+        took = result.details['unseen']['ms'][result.details['chosen']]     # of a shape, each rung is a model
+        best = max((c for c in made if c['ms'] == took), key=lambda c: c['tokens'])
         ax.plot([c['ms'] for c in made], [c['es'] for c in made], 'o', ms=3.5, c=color)
         ax.plot(best['ms'], best['es'], 'o', ms=9, mfc='none', mec=color, label=f"{result.details['budget']}")
         if limit := result.config['budget'].get('ms'): ax.axvline(limit, c=color, ls='--', lw=.8)

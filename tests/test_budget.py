@@ -194,6 +194,18 @@ def test_a_drop_alone_gives_the_fastest_model_within_it(tiny, tmp_path_factory, 
     assert len(made) > 1 and outcome.best.ms == min(c.ms for c in made)
 
 
+def test_a_shape_that_training_spoils_is_handed_over_as_it_was(tiny, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))
+    from codegpt_nbc.runs.budget import BudgetConfig, Candidate, Search, run
+    def made(self, name, steps, point=None, budgets=None):
+        tokens = sum(s.get('tokens', 0) for s in steps if s['method'] == 'distill')
+        return Candidate(name, Path(name), 10. if tokens else 50., 1., 1., tokens, steps, point)
+    monkeypatch.setattr(Search, 'made', made)
+    monkeypatch.setattr(Search, 'rate', lambda self, point: 1e4)
+    outcome = run(Search(BudgetConfig(**config(tiny, budget=dict(es_drop=1, hours=.001), finalists=3))))
+    assert outcome.best.tokens == 0 and outcome.rungs[-1][0].tokens > 4096
+
+
 @pytest.mark.parametrize('budget', [dict(mb=1e-5), dict(ms=1e-6, mb=3), dict(ms=1e-6)])
 def test_what_nothing_can_meet_is_said_with_the_nearest(tiny, tmp_path_factory, monkeypatch, budget):
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path_factory.getbasetemp()/'shared'))   # the parts are measured once

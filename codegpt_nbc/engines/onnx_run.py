@@ -194,7 +194,9 @@ _OPENS = Lock()   # held while a session is opened, as threads share one environ
 def return_memory():
     """Give what was freed back to the system, where its C library can do that: a session packs its weights, and the room of what
     they were packed from would stay with this process."""
-    if os.name == 'posix': getattr(ctypes.CDLL(None), 'malloc_trim', lambda keep: None)(0)
+    try: trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError): return   # another C library than GNU's, or another system than Linux
+    trim(0)
 
 @contextmanager
 def _without_flash_attention():

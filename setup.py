@@ -32,8 +32,9 @@ class WheelForAnyPython(bdist_wheel):
     def get_tag(self): return ('py3', 'none', super().get_tag()[2])
 
 
-KERNELS = setuptools.Extension(   # optional: without a compiler the package works, and trains more slowly
-    'codegpt_nbc._kernels', ['codegpt_nbc/csrc/causal_gradients.cpp'], optional=True, language='c++',
+KERNELS = setuptools.Extension(   # optional: without a compiler the package works, and is slower
+    'codegpt_nbc._kernels', [f'codegpt_nbc/csrc/{name}.cpp' for name in ('causal_gradients', 'causal_attention')],
+    depends=[f'codegpt_nbc/csrc/{name}.h' for name in ('tiles', 'onnxruntime_abi')], optional=True, language='c++',
     extra_compile_args=['-O3', '-fopenmp', '-w'], extra_link_args=['-fopenmp'])
 
 cfg = ConfigParser(delimiters=['='])

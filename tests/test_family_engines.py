@@ -33,7 +33,7 @@ SHAPES = {name: replace(DEEP, family=name, **OWN.get(name, {})) for name in FAMI
     'gpt_neox, halves in turn': replace(DEEP, family='gpt_neox', tied=False, turned=6, d_head=20, parallel=False),
 }
 IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
-CLOSE = {'fp32': 1e-5, 'int8': .1, 'int4': .1}   # relative error of the logits, to the same codes in PyTorch
+CLOSE = {'fp32': 1e-5, 'int8': .12, 'int4': .12}   # relative error of the logits, to the same codes in PyTorch
 
 
 def random_model(shape):
@@ -77,6 +77,7 @@ def test_onnx_computes_what_pytorch_computes(made, precision, tmp_path):
     right = TorchEngine(in_precision(model, precision))
     onnx = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision), threads=1)
     assert error(onnx, right) < CLOSE[precision]
+    assert error(OrtEngine(tmp_path/'onnx', threads=1, tiles=False), right) < CLOSE[precision]
     assert count_onnx_parameters(tmp_path/'onnx'/'model.onnx')[0] == count_parameters(model)[0]
     if precision == 'fp32': assert greedy(onnx, IDS, 24, 5) == greedy(right, IDS, 24, 5)
 

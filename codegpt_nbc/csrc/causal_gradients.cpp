@@ -1,82 +1,14 @@
 // The gradient of causal attention on the tiles of AMX: bfloat16 in and out, float32 within.
 // nbs/model/28_kernels.ipynb has the formulas and the figures. Elsewhere `ready` says no, and PyTorch computes.
-#include <cstdint>
-
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <immintrin.h>
+#include "tiles.h"
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t u16;
-typedef uint32_t u32;
-typedef int64_t i64;
-
 namespace {
 
-const float LOG2E = 1.44269504f;
-alignas(64) u16 EVENS_AND_ODDS[32], LOW_PAIRS[32], HIGH_PAIRS[32];   // permutations, filled by `ready`
-
-// All eight tiles: 16 rows of 64 bytes.
-void configure_tiles() {
-  alignas(64) uint8_t c[64] = {0};
-  c[0] = 1;
-  for (int t = 0; t < 8; t++) {
-    u16 bytes = 64;
-    memcpy(c + 16 + 2*t, &bytes, 2);
-    c[48 + t] = 16;
-  }
-  _tile_loadconfig(c);
-}
-
-// 2^t, relative error 4e-6
-inline __m512 exp2v(__m512 t) {
-  t = _mm512_max_ps(t, _mm512_set1_ps(-200.f));
-  __m512 n = _mm512_roundscale_ps(t, 8), f = _mm512_sub_ps(t, n);
-  __m512 p = _mm512_set1_ps(0.00965292f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.05550487f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.24022651f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.69314718f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-  return _mm512_scalef_ps(p, n);
-}
-
-inline __m512 to_float(__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); }
-inline __m512 load(const u16* x) { return to_float(_mm256_loadu_si256((const __m256i*)x)); }
-inline void store(u16* out, __m512 x) { _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-// dword i: bf16(low[i]) | bf16(high[i]) << 16
-inline __m512i interleave(__m512 low, __m512 high) {
-  return _mm512_permutexvar_epi16(_mm512_load_si512(EVENS_AND_ODDS), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-}
-
-// Byte offsets of 16 rows that lie `ld` elements apart
-inline __m512i rows_at(i64 ld) {
-  __m512i i = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_mullo_epi32(i, _mm512_set1_epi32((int)(ld*2)));
-}
-
-// (T, 32) rows → right operands of products over channels: [T/16][16 pairs of channels][16 rows] of dwords
-void pack_channels(const u16* x, i64 ld, int T, u32* out) {
-  __m512i at = rows_at(ld);
-  for (int t = 0; t < T; t += 16)
-    for (int r = 0; r < 16; r++)
-      _mm512_store_si512(out + t*16 + r*16, _mm512_i32gather_epi32(at, (const int*)(x + t*ld + 2*r), 1));
-}
-
-// (T, 32) rows → left operand of products over rows: (32, T)
-void transpose(const u16* x, i64 ld, int T, u16* out) {
-  __m512i at = rows_at(ld);
-  for (int t = 0; t < T; t += 16)
-    for (int r = 0; r < 16; r++) {
-      __m512i v = _mm512_i32gather_epi32(at, (const int*)(x + t*ld + 2*r), 1);
-      _mm256_storeu_si256((__m256i*)(out + (2*r)*T + t), _mm512_cvtepi32_epi16(v));
-      _mm256_storeu_si256((__m256i*)(out + (2*r + 1)*T + t), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
-    }
-}
+alignas(64) u16 LOW_PAIRS[32], HIGH_PAIRS[32];   // permutations, filled by `ready`
 
 // (T, 32) rows → right operands of products over rows: [T/2][32 channels] of dwords, two rows each
 void pack_rows(const u16* x, i64 ld, int T, u32* out) {
@@ -88,46 +20,16 @@ void pack_rows(const u16* x, i64 ld, int T, u32* out) {
   }
 }
 
-// Tiles 0 to 3, which are 32 × 32 floats whose rows lie `ld` apart: from memory, and back
-inline void load_square(const float* x, i64 ld) {
-  _tile_loadd(0, x, ld*4);
-  _tile_loadd(1, x + 16, ld*4);
-  _tile_loadd(2, x + 16*ld, ld*4);
-  _tile_loadd(3, x + 16*ld + 16, ld*4);
-}
-inline void store_square(float* x, i64 ld) {
-  _tile_stored(0, x, ld*4);
-  _tile_stored(1, x + 16, ld*4);
-  _tile_stored(2, x + 16*ld, ld*4);
-  _tile_stored(3, x + 16*ld + 16, ld*4);
-}
-inline void zero_square() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-// … += a (32 rows of 32 bf16, `lda` apart) × b (16 rows of 32 dwords, `ldb` apart)
-inline void add_product(const u16* a, i64 lda, const u32* b, i64 ldb) {
-  _tile_loadd(4, a, lda*2);
-  _tile_loadd(5, a + 16*lda, lda*2);
-  _tile_loadd(6, b, ldb*4);
-  _tile_loadd(7, b + 16, ldb*4);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
 // (32 channels, `ld` apart) × 32 columns of floats, times scale → 32 rows of 32 channels
 void store_transposed(const float* x, int ld, float scale, u16* out, i64 ld_out) {
-  __m512i at = rows_at(ld_out);
   __m512 s = _mm512_set1_ps(scale);
-  for (int j = 0; j < 2; j++)
-    for (int r = 0; r < 16; r++) {
-      __m512 a = _mm512_mul_ps(_mm512_loadu_ps(x + (i64)(2*r)*ld + 16*j), s), b = _mm512_mul_ps(_mm512_loadu_ps(x + (i64)(2*r + 1)*ld + 16*j), s);
-      _mm512_i32scatter_epi32((int*)(out + 16*j*ld_out + 2*r), at, interleave(a, b), 1);
-    }
+  __m512i pairs[16];
+  for (int j = 0; j < 32; j += 16) {
+    for (int r = 0; r < 16; r++)
+      pairs[r] = interleave(_mm512_mul_ps(_mm512_loadu_ps(x + (i64)(2*r)*ld + j), s), _mm512_mul_ps(_mm512_loadu_ps(x + (i64)(2*r + 1)*ld + j), s));
+    transpose(pairs);
+    for (int i = 0; i < 16; i++) _mm512_storeu_si512(out + (j + i)*ld_out, pairs[i]);
+  }
 }
 
 void store_rows(const float* x, float scale, u16* out, i64 ld) {   // (32, 32)
@@ -143,8 +45,6 @@ struct View {   // of a tensor (B, H, T, channels) whose channels lie together
   i64 batch, head, row;
   u16* at(int b, int h) const { return x + b*batch + h*head; }
 };
-
-template <typename T> T* buffer(i64 n) { return (T*)aligned_alloc(64, (n*sizeof(T) + 63)/64*64); }
 
 // Memory of one thread. C: blocks of 32 channels
 template <int C> struct Work {
@@ -199,7 +99,7 @@ template <int C> void one_head(Work<C>& w, const u16* q, i64 ldq, const u16* k, 
   for (int c = 0; c < C; c++) {
     pack_channels(q + 32*c, ldq, T, w.q_channels + c*T*16), pack_channels(g + 32*c, ldg, T, w.g_channels + c*T*16);
     pack_rows(q + 32*c, ldq, T, w.q_rows + c*T*16), pack_rows(g + 32*c, ldg, T, w.g_rows + c*T*16);
-    transpose(k + 32*c, ldk, T, w.k_transposed + c*T*32);
+    transpose(k + 32*c, ldk, T, w.k_transposed + c*T*32, T);
   }
   row_products<C>(g, ldg, o, ldo, T, w.delta);
   memset(w.dq, 0, (size_t)T*32*C*4);
@@ -266,7 +166,6 @@ template <int C> void all_heads(const View* in, const float* lse, const View* ou
 extern "C" int ready() {
   if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return 1;
   for (int i = 0; i < 16; i++) {
-    EVENS_AND_ODDS[2*i] = i, EVENS_AND_ODDS[2*i + 1] = 16 + i;
     LOW_PAIRS[2*i] = i, LOW_PAIRS[2*i + 1] = 32 + i;
     HIGH_PAIRS[2*i] = 16 + i, HIGH_PAIRS[2*i + 1] = 48 + i;
   }

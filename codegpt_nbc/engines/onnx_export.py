@@ -24,6 +24,7 @@ from ..model.families import FAMILIES
 from ..model.folder import check_finite, describe, load_model, read_config, shape_of_config
 from ..model.layers import GatedFeedForward
 from ..methods.quantize import PRECISIONS, in_precision
+from .attention import MOST_CHANNELS
 from .onnx_run import DATA_FILE, DOMAIN, SMALL, Graph, external_tensor, nibbles, stored_tensors
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #b81d2e47
@@ -449,6 +450,7 @@ def export_onnx(
     del found   # and the pages of its file
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
            'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
+    if precision != 'fp32' and accuracy_level == 4 and head_layout(model.shape).width <= MOST_CHANNELS: how['attention'] = 'bfloat16'
     with new_folder(out, 'model', [folder]) as tmp:
         size = write_graph(model, tmp/'model.onnx', accuracy_level)
         if size: how['data_bytes'] = size

@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 from fastcore.basics import patch
 from ..core.paths import check_memory, cores, export_settings, read_json
+from .attention import use_tiles
 from .generate import row_pieces
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
@@ -228,12 +229,14 @@ def open_session(
     rewrite=None,               # Function of the file's onnx.ModelProto and `folder`, such as `prompt_graph`, whose graph is run instead
     spin: bool = True,          # Threads wait for the next call by spinning
     profile: str = '',          # Prefix of a file for the time of each operator, written when `end_profiling` is called
+    tiles: bool = False,        # see `use_tiles`
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
     options = _options(threads, spin, profile)
+    if tiles: use_tiles(options)
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
     try:
         with _without_flash_attention(), large_pages():
@@ -356,6 +359,7 @@ class OrtEngine:
         folder,                     # With model.onnx and config.json
         threads: int | None = None, # Cores to use; None: `paths.cores`
         profile: str = '',          # see `open_session`
+        tiles: bool = True,         # Attention in bfloat16, where the export allows it and the processor has AMX
     ):
         path = Path(folder)/'model.onnx'
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
@@ -367,19 +371,19 @@ class OrtEngine:
         if size and not (data.is_file() and data.stat().st_size == size):
             raise ValueError(f'{data} is missing or truncated: copy the whole folder, or export it again.')
         check_memory((path.stat().st_size + size)*(3 if how.get('int8_prompts') else 1), f'opening {folder}')
-        self.sessions = self._open(path, threads, how, profile)
+        self.sessions = self._open(path, threads, how, profile=profile, tiles=tiles and how.get('attention') == 'bfloat16')
         inputs = self.sessions[0].get_inputs()
         self.caches = [i for i in inputs if i.name.startswith('past_key_values')]
         if {i.name for i in inputs} - {c.name for c in self.caches} != set(INPUTS): raise other
         self.context, self.vocab = how['context'], self.sessions[0].get_outputs()[0].shape[1]
 
     @staticmethod
-    def _open(path, threads, how: dict, profile: str) -> list: # of sessions: for tokens, and for prompts where that is another
-        if not how.get('int8_prompts', False): return [open_session(path, threads, profile=profile)]
+    def _open(path, threads, how: dict, **kind) -> list: # of sessions: for tokens, and for prompts where that is another
+        if not how.get('int8_prompts', False): return [open_session(path, threads, **kind)]
         rewrite = partial(prompt_graph, by_row=how.get('by_row', False))
         # the one for prompts first, while nothing else is in memory: making it takes the most
-        prompts = open_session(path, threads, rewrite, spin=False, profile=profile)
-        return [open_session(path, threads, spin=False, profile=profile), prompts]
+        prompts = open_session(path, threads, rewrite, spin=False, **kind)
+        return [open_session(path, threads, spin=False, **kind), prompts]
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #8494346d
 @patch

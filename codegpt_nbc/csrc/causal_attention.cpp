@@ -1,5 +1,6 @@
 // Causal attention for ONNX Runtime on the tiles of AMX: it takes the place of `GroupQueryAttention` of com.microsoft, as far as
-// nbs/engines/52_onnx_export.ipynb writes it. Prompts are multiplied in bfloat16 and summed in float32, tokens all in float32.
+// nbs/engines/52_onnx_export.ipynb writes it. Products are of bfloat16 and summed in float32. The cache is declared as
+// float32 by the graph and holds bfloat16: two positions in the room of one, so that it is half as large and read in half the time.
 // nbs/engines/53_onnx_run.ipynb has the formulas and the figures. Elsewhere `RegisterCustomOps` registers nothing.
 #include "onnxruntime_abi.h"
 
@@ -34,11 +35,13 @@ struct Call {   // one layer, one call
   const float *q, *k, *v, *cosines, *sines;   // (batch, length, …); (context, turned)
   i64 ldq, ldk;                               // from one position to the next
   const int32_t* last;                        // (batch,) last position of each row
-  float *keys, *values, *out;                 // (batch, groups, capacity, d); (batch, length, heads·d)
+  u16 *keys, *values;                         // (batch, groups, capacity, d)
+  float* out;                                 // (batch, length, heads·d)
   int wide, longest;                          // d and the most positions of a row, rounded up to `BLOCK`
   u16 *packed_keys, *packed_values;           // (batch·groups, longest, wide) and (batch·groups, wide, longest)
 
   int past(int b) const { return last[b] + 1 - length; }
+  i64 cache(int b, int g) const { return ((i64)b*groups + g)*capacity*d; }
 };
 
 // A head at a position, with its two halves turned
@@ -54,33 +57,40 @@ inline void turn(const Call& c, const float* x, int position, float* out) {
 
 inline __mmask16 first_lanes(int n) { return n >= 16 ? 0xFFFF : n > 0 ? (__mmask16)((1u << n) - 1) : 0; }
 
-inline void round_row(const float* x, int d, int wide, u16* out) {   // to bfloat16, with zeros behind
-  for (int i = 0; i < wide; i += 16) store(out + i, _mm512_maskz_loadu_ps(first_lanes(d - i), x + i));
+inline void round_row(const float* x, int d, int wide, u16* out) {   // to bfloat16, with zeros behind up to `wide`
+  for (int i = 0; i < wide; i += 16)
+    _mm256_mask_storeu_epi16(out + i, first_lanes(wide - i), (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first_lanes(d - i), x + i)));
 }
 
 // Append the new keys and values of one row and group to its cache
 void append(const Call& c, int b, int g) {
   const int past = c.past(b);
-  const i64 at = ((i64)b*c.groups + g)*c.capacity*c.d;
+  const i64 at = c.cache(b, g);
+  float turned[MOST_CHANNELS];
   for (int t = 0; t < c.length; t++) {
     const i64 from = ((i64)b*c.length + t)*c.ldk + (i64)g*c.d, to = at + (i64)(past + t)*c.d;
-    if (c.turned) turn(c, c.k + from, past + t, c.keys + to);
-    else memcpy(c.keys + to, c.k + from, c.d*sizeof(float));
-    memcpy(c.values + to, c.v + from, c.d*sizeof(float));
+    const float* k = c.k + from;
+    if (c.turned) turn(c, k, past + t, turned), k = turned;
+    round_row(k, c.d, c.d, c.keys + to);
+    round_row(c.v + from, c.d, c.d, c.values + to);
   }
 }
 
-// All keys of one row and group in bfloat16, and its values with positions side by side
+// All keys of one row and group, with zeros behind; and its values with positions side by side
 void pack(const Call& c, int b, int g) {
-  const i64 unit = (i64)b*c.groups + g, at = unit*c.capacity*c.d;
+  const i64 unit = (i64)b*c.groups + g, at = c.cache(b, g);
   const int total = c.past(b) + c.length;
   u16 *keys = c.packed_keys + unit*c.longest*c.wide, *values = c.packed_values + unit*c.longest*c.wide;
   alignas(64) u16 rows[BLOCK*MOST_CHANNELS];
-  for (int t0 = 0; t0 < total; t0 += BLOCK) {
-    for (int t = t0; t < t0 + BLOCK; t++) {
-      const bool there = t < total;
-      round_row(c.keys + at + (i64)t*c.d, there ? c.d : 0, c.wide, keys + (i64)t*c.wide);
-      round_row(c.values + at + (i64)t*c.d, there ? c.d : 0, c.wide, rows + (t - t0)*c.wide);
+  memset(rows, 0, sizeof rows);
+  for (int t0 = 0; t0 < c.longest; t0 += BLOCK) {
+    const int there = std::max(0, std::min(BLOCK, total - t0));
+    if (there < BLOCK || c.wide > c.d) memset(keys + (i64)t0*c.wide, 0, (size_t)BLOCK*c.wide*sizeof(u16));
+    if (there < BLOCK) memset(rows, 0, sizeof rows);
+    for (int t = 0; t < there; t++) {
+      const i64 from = at + (i64)(t0 + t)*c.d;
+      memcpy(keys + (i64)(t0 + t)*c.wide, c.keys + from, c.d*sizeof(u16));
+      memcpy(rows + t*c.wide, c.values + from, c.d*sizeof(u16));
     }
     for (int i = 0; i < c.wide; i += 32) transpose(rows + i, c.wide, BLOCK, values + (i64)i*c.longest + t0, c.longest);
   }
@@ -152,39 +162,61 @@ void attend_block(const Call& c, int b, int h, int q0) {
   }
 }
 
-// One query of one head, in float32. parts: registers that hold a head
+// One query of one head. parts: registers of 32 channels
 template <int parts> void attend_query(const Call& c, int b, int h, int t) {
   const int keys = c.past(b) + t + 1, d = c.d;
-  const i64 at = ((i64)b*c.groups + h/(c.heads/c.groups))*c.capacity*d;
-  const float *q = c.q + ((i64)b*c.length + t)*c.ldq + (i64)h*d, *k = c.keys + at, *v = c.values + at;
-  const __mmask16 rest = first_lanes(d - 16*(parts - 1));   // channels in the last register
-  auto part = [=](const float* x, int i) { return i < parts - 1 ? _mm512_loadu_ps(x + 16*i) : _mm512_maskz_loadu_ps(rest, x + 16*i); };
+  const i64 at = c.cache(b, h/(c.heads/c.groups));
+  const float* q = c.q + ((i64)b*c.length + t)*c.ldq + (i64)h*d;
+  const __mmask32 rest = 0xFFFFFFFF >> (32*parts - d);   // channels in the last register
+  auto part = [=](const u16* x, int i) { return i < parts - 1 ? _mm512_loadu_si512(x + 32*i) : _mm512_maskz_loadu_epi16(rest, x + 32*i); };
   alignas(64) float turned[MOST_CHANNELS];
+  alignas(64) u16 rounded[32*parts];
   if (c.turned) turn(c, q, keys - 1, turned), q = turned;
+  round_row(q, d, 32*parts, rounded);
+  __m512i x[parts];
+  for (int i = 0; i < parts; i++) x[i] = _mm512_load_si512(rounded + 32*i);
   float* scores = ROOM.scores.of((i64)c.longest*BLOCK);
-  float top = -INFINITY;
-  for (int j = 0; j < keys; j++) {
-    __m512 s = _mm512_mul_ps(part(q, 0), part(k + (i64)j*d, 0));
-    for (int i = 1; i < parts; i++) s = _mm512_fmadd_ps(part(q, i), part(k + (i64)j*d, i), s);
-    top = std::max(top, scores[j] = _mm512_reduce_add_ps(s));
+  __m512 top = _mm512_set1_ps(-INFINITY);
+  for (int j = 0; j < keys; j += 16) {       // 16 sums of products, whose lanes are then added together
+    __m512i sums[16];
+    for (int n = 0; n < 16; n++) {
+      const u16* k = c.keys + at + (i64)std::min(j + n, keys - 1)*d;
+      __m512 s = _mm512_setzero_ps();
+      for (int i = 0; i < parts; i++) s = _mm512_dpbf16_ps(s, (__m512bh)x[i], (__m512bh)part(k, i));
+      sums[n] = (__m512i)s;
+    }
+    transpose(sums);
+    for (int n = 8; n; n /= 2)
+      for (int i = 0; i < n; i++) sums[i] = (__m512i)_mm512_add_ps((__m512)sums[i], (__m512)sums[i + n]);
+    _mm512_store_ps(scores + j, (__m512)sums[0]);
+    top = _mm512_max_ps(top, (__m512)sums[0]);
   }
-  const __m512 bits = _mm512_set1_ps(c.scale*LOG2E), shift = _mm512_set1_ps(top);
+  const __m512 bits = _mm512_set1_ps(c.scale*LOG2E), shift = _mm512_set1_ps(_mm512_reduce_max_ps(top));
   __m512 sum = _mm512_setzero_ps();
   for (int j = 0; j < keys; j += 16) {
-    const __mmask16 there = first_lanes(keys - j);
-    const __m512 p = _mm512_maskz_mov_ps(there, exp2v(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + j), shift), bits)));
+    const __m512 p = _mm512_maskz_mov_ps(first_lanes(keys - j), exp2v(_mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(scores + j), shift), bits)));
     _mm512_store_ps(scores + j, p);
     sum = _mm512_add_ps(sum, p);
   }
-  __m512 y[2][parts];   // of even and odd keys, since one sum would wait for itself
-  for (int i = 0; i < parts; i++) y[0][i] = y[1][i] = _mm512_setzero_ps();
+  __m512 even[2][parts], odd[2][parts];      // channels; of even and odd keys, since one sum would wait for itself
+  for (int i = 0; i < parts; i++) even[0][i] = even[1][i] = odd[0][i] = odd[1][i] = _mm512_setzero_ps();
   for (int j = 0; j < keys; j += 2)
-    for (int o = 0; o < 2 && j + o < keys; o++)
-      for (int i = 0; i < parts; i++) y[o][i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[j + o]), part(v + (i64)(j + o)*d, i), y[o][i]);
+    for (int o = 0; o < 2 && j + o < keys; o++) {
+      const __m512 p = _mm512_set1_ps(scores[j + o]);
+      for (int i = 0; i < parts; i++) {
+        const __m512i v = part(c.values + at + (i64)(j + o)*d, i);
+        even[o][i] = _mm512_fmadd_ps(p, (__m512)_mm512_slli_epi32(v, 16), even[o][i]);
+        odd[o][i] = _mm512_fmadd_ps(p, (__m512)_mm512_and_si512(v, _mm512_set1_epi32(0xFFFF0000)), odd[o][i]);
+      }
+    }
   const __m512 inverse = _mm512_set1_ps(1.f/_mm512_reduce_add_ps(sum));
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   float* out = c.out + (((i64)b*c.length + t)*c.heads + h)*d;
-  for (int i = 0; i < parts; i++)
-    _mm512_mask_storeu_ps(out + 16*i, i < parts - 1 ? 0xFFFF : rest, _mm512_mul_ps(_mm512_add_ps(y[0][i], y[1][i]), inverse));
+  for (int i = 0; i < parts; i++) {
+    const __m512 e = _mm512_mul_ps(_mm512_add_ps(even[0][i], even[1][i]), inverse), o = _mm512_mul_ps(_mm512_add_ps(odd[0][i], odd[1][i]), inverse);
+    _mm512_mask_storeu_ps(out + 32*i, first_lanes(d - 32*i), _mm512_permutex2var_ps(e, first, o));
+    _mm512_mask_storeu_ps(out + 32*i + 16, first_lanes(d - 32*i - 16), _mm512_permutex2var_ps(e, second, o));
+  }
 }
 
 typedef void AttendQuery(const Call&, int b, int h, int t);
@@ -209,7 +241,7 @@ void attend(void* call, size_t i) {
     _tile_release();
   } else {
     const int b = (int)i/c.heads, h = (int)i % c.heads;
-    AttendQuery* one = for_parts((c.d + 15)/16, std::make_integer_sequence<int, MOST_CHANNELS/16>());
+    AttendQuery* one = for_parts((c.d + 31)/32, std::make_integer_sequence<int, MOST_CHANNELS/32>());
     for (int t = 0; t < c.length; t++) one(c, b, h, t);
   }
 }
@@ -259,14 +291,14 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   }
   Call c;
   c.batch = (int)in[0].shape[0], c.length = (int)in[0].shape[1], c.heads = (int)k.heads, c.groups = (int)k.groups;
-  c.capacity = (int)in[3].shape[2], c.d = (int)in[3].shape[3], c.scale = k.scale;
+  c.capacity = 2*(int)in[3].shape[2], c.d = (int)in[3].shape[3], c.scale = k.scale;
   if (c.d > MOST_CHANNELS) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, "CausalAttention takes heads of at most 256 channels");
   const i64 shape[3] = {c.batch, c.length, (i64)c.heads*c.d};
   for (int i = 0; i < 3; i++) {
     OrtValue* value = nullptr;
     if (OrtStatus* wrong = CALL(api, KernelContext_GetOutput)(context, i, i ? in[3].shape : shape, i ? 4 : 3, &value)) return wrong;
     if (OrtStatus* wrong = read(api, value, out[i])) return wrong;
-    if (i && out[i].x != in[2 + i].x) memcpy(out[i].x, in[2 + i].x, (size_t)c.batch*c.groups*c.capacity*c.d*sizeof(float));
+    if (i && out[i].x != in[2 + i].x) memcpy(out[i].x, in[2 + i].x, (size_t)c.batch*c.groups*c.capacity*c.d*sizeof(u16));
   }
   c.q = (const float*)in[0].x, c.ldq = in[0].shape[2];
   const bool packed = !in[1].x;   // queries, keys and values side by side
@@ -274,7 +306,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   c.ldk = packed ? c.ldq : in[1].shape[2];
   c.last = (const int32_t*)in[5].x;
   c.cosines = (const float*)in[7].x, c.sines = (const float*)in[8].x, c.turned = c.cosines ? (int)in[7].shape[1] : 0;
-  c.out = (float*)out[0].x, c.keys = (float*)out[1].x, c.values = (float*)out[2].x;
+  c.out = (float*)out[0].x, c.keys = (u16*)out[1].x, c.values = (u16*)out[2].x;
   const int most = *std::max_element(c.last, c.last + c.batch) + 1;
   for (int b = 0; b < c.batch; b++)
     if (c.past(b) < 0 || most > c.capacity) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, "CausalAttention: positions beyond the cache");

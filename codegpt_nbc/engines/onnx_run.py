@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from fastcore.basics import patch
+from ..core.native import library
 from ..core.paths import check_memory, cores, export_settings, read_json
 from .attention import use_tiles
 from .generate import row_pieces
@@ -371,7 +372,8 @@ class OrtEngine:
         if size and not (data.is_file() and data.stat().st_size == size):
             raise ValueError(f'{data} is missing or truncated: copy the whole folder, or export it again.')
         check_memory((path.stat().st_size + size)*(3 if how.get('int8_prompts') else 1), f'opening {folder}')
-        self.sessions = self._open(path, threads, how, profile=profile, tiles=tiles and how.get('attention') == 'bfloat16')
+        tiles = tiles and how.get('attention') == 'bfloat16' and library() is not None
+        self.sessions, self.shared = self._open(path, threads, how, profile=profile, tiles=tiles), 2 if tiles else 1
         inputs = self.sessions[0].get_inputs()
         self.caches = [i for i in inputs if i.name.startswith('past_key_values')]
         if {i.name for i in inputs} - {c.name for c in self.caches} != set(INPUTS): raise other
@@ -387,9 +389,15 @@ class OrtEngine:
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #8494346d
 @patch
+def _room(self: OrtEngine, positions: int) -> int:
+    "Rows of the cache for so many positions: on tiles, two share a row."
+    return -(-positions//self.shared)
+
+@patch
 def start(self: OrtEngine, batch, capacity):
     "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
-    self.cache = {i.name: np.zeros((batch, i.shape[1], capacity, i.shape[3]), np.float32) for i in self.caches}   # (B, H, capacity, d)
+    def empty(i): return np.zeros((batch, i.shape[1], self._room(capacity), i.shape[3]), np.float32)   # (B, H, room, d)
+    self.cache = {i.name: empty(i) for i in self.caches}
     self.lengths, self.capacity = np.zeros(batch, np.int64), capacity   # (B,) positions filled, and those that there is room for
     self._bind()
 
@@ -398,7 +406,7 @@ def _reserve(self: OrtEngine, positions: int): # per row
     "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
     if positions <= self.capacity: return
     room = max(positions, min(positions + positions//2, self.context))
-    def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, room - self.capacity), (0, 0)))   # (B, H, room, d)
+    def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, self._room(room) - a.shape[2]), (0, 0)))
     self.cache, self.capacity = {name: grown(a) for name, a in self.cache.items()}, room
     self._bind()
 

@@ -51,9 +51,9 @@ def models_dir(profile: str) -> Path:
 def shared(
     name: str, # Relative to a checkout, such as 'configs/recipes.yaml'
 ) -> Path:
-    "A recipe, profile or template: the project's own, or else the one that came with the installed package."
-    own = project_root()/name
-    return own if own.exists() else PACKAGE/'share'/name
+    "A recipe, profile or template: the project's own, or else that of the checkout, or the one that came with the installed package."
+    checkout = [PACKAGE.parent] if (PACKAGE.parent/'settings.ini').is_file() else []
+    return next((d/name for d in (project_root(), *checkout) if (d/name).exists()), PACKAGE/'share'/name)
 
 # %% ../../nbs/core/00_paths.ipynb #a85da191
 def cores() -> int:

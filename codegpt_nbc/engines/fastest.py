@@ -13,6 +13,7 @@ from pkgutil import resolve_name
 from time import perf_counter
 from ..core.ledger import Ledger
 from ..core.paths import cores, models_dir
+from ..core.native import library
 from ..core.record import cpu_model, versions
 from .generate import Engine, engine_of, runtime_of
 from ..model.folder import digest
@@ -22,9 +23,9 @@ from ..model.folder import digest
 EXPORTS = {'onnx': ('onnxruntime', 'engines.onnx_export.export_onnx'), 'openvino': ('openvino', 'engines.openvino.export_openvino')}
 
 def _identity(folder: Path) -> str:
-    "A name for the model, the processor, its cores in use, and the versions of all libraries."
+    "A name for the model, the processor, its cores in use, the compiled code, and the versions of all libraries."
     config = (folder/'config.json').read_text(encoding='utf-8')
-    return digest(folder, config, cpu_model(), cores(), versions())
+    return digest(folder, config, cpu_model(), cores(), library() is not None, versions())
 
 def _precision(folder) -> str: # 'fp32', 'int8' or 'int4'
     "The precision of an export that keeps what the folder stores."

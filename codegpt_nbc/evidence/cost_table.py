@@ -14,6 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.ledger import Ledger
 from ..core.paths import BASE_MODEL, cores
+from ..core.native import library
 from ..core.record import cpu_model, versions
 from ..engines.generate import engine_of
 from ..engines.onnx_export import export_onnx
@@ -170,9 +171,9 @@ def probes_of(
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #c39591f3
 def machine() -> str:
-    "All that a time depends on besides the model: processor, threads, versions of the libraries that compute."
+    "All that a time depends on besides the model: processor, threads, compiled code, versions of the libraries that compute."
     used = {k: v for k, v in versions().items() if k in ('codegpt_nbc', 'torch', 'onnxruntime')}
-    return hashlib.sha256(repr((cpu_model(), cores(), sorted(used.items()))).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((cpu_model(), cores(), library() is not None, sorted(used.items()))).encode()).hexdigest()[:12]
 
 def _key(probe: Probe, s: Shape, work: Workload) -> str:
     constants = replace(s, vocab=0, d_model=0, heads=(), inner=())

@@ -1,7 +1,7 @@
 // Causal attention for ONNX Runtime on the tiles of AMX: it takes the place of `GroupQueryAttention` of com.microsoft, as far as
 // nbs/engines/52_onnx_export.ipynb writes it. Products are of bfloat16 and summed in float32. The cache is declared as
 // float32 by the graph and holds bfloat16: two positions in the room of one, so that it is half as large and read in half the time.
-// nbs/engines/53_onnx_run.ipynb has the formulas and the figures. Elsewhere `RegisterCustomOps` registers nothing.
+// nbs/engines/53_attention.ipynb has the formulas and the figures. Elsewhere `RegisterCustomOps` registers nothing.
 #include "onnxruntime_abi.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11

@@ -47,8 +47,8 @@ inline void store(u16* out, __m512 x) { _mm256_storeu_si256((__m256i*)out, (__m2
 
 // dword i: bf16(low[i]) | bf16(high[i]) << 16
 inline __m512i interleave(__m512 low, __m512 high) {
-  const __m512i ones = _mm512_set1_epi32(0x00100000), first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i evens_and_odds = _mm512_add_epi32(ones, _mm512_or_si512(first, _mm512_slli_epi32(first, 16)));   // i | (16 + i) << 16
+  const __m512i sixteen = _mm512_set1_epi32(16 << 16), first = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i evens_and_odds = _mm512_add_epi32(sixteen, _mm512_or_si512(first, _mm512_slli_epi32(first, 16)));   // i | (16 + i) << 16
   return _mm512_permutexvar_epi16(evens_and_odds, (__m512i)_mm512_cvtne2ps_pbh(high, low));
 }
 

@@ -221,6 +221,7 @@ def _options(threads: int | None, spin: bool, profile: str): # onnxruntime.Sessi
     options.log_severity_level = 4       # errors are raised, and need not be logged too
     if profile: options.enable_profiling, options.profile_file_prefix = True, profile
     if not spin: options.add_session_config_entry('session.force_spinning_stop', '1')
+    options.add_session_config_entry('session.x64quantprecision', '1')   # without VNNI, weights become unsigned, so that no sum saturates
     return options
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #48daf967

@@ -376,16 +376,15 @@ def choose(
     sparsity: float,    # Over all parameters
     loss,               # Function: model → float, by which candidates are compared
 ) -> tuple: # (kept indices, dict channels → loss)
-    "The allocation of least loss that reaches `sparsity` to within 1 %. Raises `ValueError` where no model is so small."
-    candidates, losses = {}, {}
-    for d in widths(model.shape.d_model):
-        keep = keep_at_width(model.shape, groups, scores, sparsity, d)
-        if keep is None: continue
-        left = count_of(sliced_shape(model.shape, groups, keep))/count_of(model.shape)
-        if candidates and (1 - sparsity) - left > .01: break       # narrower ones would give away more than was asked
-        candidates[d], losses[d] = keep, loss(slice_model(model, groups, keep))
-    if not candidates: raise ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
-    return candidates[min(losses, key=losses.get)], losses
+    """The allocation of least loss that reaches `sparsity` to within 1 %, or that comes closest where heads are too large for that.
+    Raises `ValueError` where no model is so small."""
+    found = {d: keep_at_width(model.shape, groups, scores, sparsity, d) for d in widths(model.shape.d_model)}
+    found = {d: keep for d, keep in found.items() if keep is not None}
+    if not found: raise ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
+    shares = {d: count_of(sliced_shape(model.shape, groups, keep))/count_of(model.shape) for d, keep in found.items()}
+    enough = min(1 - sparsity - .01, max(shares.values()))         # the share that a candidate leaves, at least
+    losses = {d: loss(slice_model(model, groups, keep)) for d, keep in found.items() if shares[d] >= enough}
+    return found[min(losses, key=losses.get)], losses
 
 # %% ../../nbs/methods/30_prune.ipynb #68f2b651
 class Structured:

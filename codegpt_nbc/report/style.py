@@ -141,7 +141,7 @@ def label_trim(c) -> str:
 
 # %% ../../nbs/report/80_style.ipynb #6aa5a594
 TEACHERS = {'teacher-brief': 'teacher that has seen little', 'base-brief': 'teacher trained on less'} # run id → what it is
-TEXTS = {'freeze_corpus': 'pretraining text', 'wide': 'wider text'}   # run id of a corpus → what it is
+TEXTS = {'pretrain/freeze_corpus': 'pretraining text', 'wide': 'wider text'}   # end of a corpus' path → what it is
 
 def distill_variant(c) -> str:
     "What sets a distillation apart from the study's standard one; '' for the standard one."
@@ -155,7 +155,8 @@ def distill_variant(c) -> str:
     as_studied = student == 'random' and not c.get('shape')
     if as_studied and c.get('optimizer') == 'muon': said.append('Muon')
     if as_studied and c.get('frozen') is True: said.append('teacher trained before')
-    if text := (c.get('corpus') or '').rpartition('/')[2]: said.append(TEXTS.get(text, f'text: {text}'))
+    if text := c.get('corpus'):
+        said.append(next((words for end, words in TEXTS.items() if f'/{text}'.endswith(f'/{end}')), 'text: ' + text.rpartition('/')[2]))
     if c.get('data') and student == 'model': said.append(f"text: {c['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]}")
     return ''.join(f', {s}' for s in said)
 

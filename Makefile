@@ -25,7 +25,7 @@ reproduce: $(VENV)/ready  ## Run every configuration of PROFILE (quick, full, â€
 	@codegpt-nbc reproduce $(PROFILE)
 
 test: $(VENV)/ready lint  ## Run the linter, every notebook and the repository's own tests
-	OMP_NUM_THREADS=1 nbdev_test --n_workers 2
+	OMP_NUM_THREADS=1 python -c "from codegpt_nbc.runs.notebooks import check; check()"
 	OMP_NUM_THREADS=1 pytest -q -n 3 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(VENV)/ready  ## Check notebooks, package and tests with ruff

@@ -590,7 +590,7 @@ def fig_peers(fr=None):
     "Latency of other engines and ours, prefill and decode apart, and the floor."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
-    stored = [d for d in benchmarks().values() if d['batch'] == 1]
+    stored = [d for d in benchmarks() if d['batch'] == 1]
     fig = plt.figure(figsize=(WIDTH, 1.2 + sum(1.2 + .24*len(d['engines']) for d in stored)))
     parts = fig.subfigures(max(1, len(stored)), 1, squeeze=False,
                            height_ratios=[1.2 + .24*len(d['engines']) for d in stored] or [1])[:, 0]

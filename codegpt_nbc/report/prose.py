@@ -233,22 +233,22 @@ class Placeholders(Quotations):
                 for case in list(d['edits'])[:1]]
 
     @pass_context
-    def benchmark(self, context, geometry: str) -> dict: # details of the run of `experiments/peers`
+    def benchmark(self, context, geometry: str, profile: str = 'peers') -> dict: # details of the run of `experiments/peers`
         "The benchmark against other engines, one prompt at a time: 'codegpt' or 'embedded'."
-        if not (d := benchmark_alone(geometry)):
-            raise MissingResult(context.name, f"benchmark('{geometry}')",
-                                f'the profile peers has no benchmark of {geometry!r}', 'peers', geometry)
+        if not (d := benchmark_alone(geometry, profile)):
+            raise MissingResult(context.name, f"benchmark('{geometry}', '{profile}')",
+                                f'the profile {profile} has no benchmark of {geometry!r}', profile, geometry)
         return d
 
     @pass_context
-    def engine(self, context, geometry: str, precision: str,
-               whose: str) -> dict: # name, ms, reading, writing, peak_mb, floor_ms
+    def engine(self, context, geometry: str, precision: str, whose: str,
+               profile: str = 'peers') -> dict: # name, ms, reading, writing, peak_mb, floor_ms
         "The fastest engine of one precision; `whose` is 'ours' or 'other'."
-        d = self.benchmark(context, geometry)
+        d = self.benchmark(context, geometry, profile)
         best = fastest_engine(d, precision, whose == 'ours')
         if best is None:
-            raise MissingResult(context.name, f"engine('{geometry}', '{precision}', '{whose}')",
-                                'no such engine was timed', 'peers', geometry)
+            raise MissingResult(context.name, f"engine('{geometry}', '{precision}', '{whose}', '{profile}')",
+                                'no such engine was timed', profile, geometry)
         floor = d['floor'].get(precision)
         return dict(name=best, **engine_frame(d).loc[best], floor_ms=measured_ms(floor, d) if floor else None)
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
-from .frame import (SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine, gains, headline,
-                                      measured_ms, percent_of_dense, printed_pruning, published, retained, seeds_of, studies,
-                                      systems, versus, without_steps)
+from .frame import (PEERS_PROFILES, SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine,
+                                      gains, headline, measured_ms, percent_of_dense, printed_pruning, published, retained, seeds_of,
+                                      studies, systems, versus, without_steps)
 from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
@@ -427,7 +427,8 @@ def engine_name(engine: str) -> str:
 def benchmark_title(d: dict) -> str:
     "What a benchmark did; `d`: its details."
     subject = SUBJECTS.get(d['geometry']) or f'the model {Path(d["geometry"]).name}'
-    return f'{subject}, {d["prompt_tokens"]} tokens read, {d["new_tokens"]} written, batch {d["batch"]}'
+    did = f'{subject}, {d["prompt_tokens"]} tokens read, {d["new_tokens"]} written, batch {d["batch"]}'
+    return f'{did}; {d["processor"]}' if 'processor' in d else did
 
 def engine_cells(r, d: dict) -> dict: # column → text
     "One row of `engine_table`; `r`: of `engine_frame`. Random weights have no accuracy worth a column."
@@ -468,18 +469,19 @@ def tab_peers(fr=None) -> pd.DataFrame:
     "Other engines and ours, side by side, in turn in one run for each model."
     stored = benchmarks()
     tables = [engine_table(d) if len(stored) == 1 else engine_table(d).assign(run=benchmark_title(d))
-              for d in stored.values()]
+              for d in stored]
     return pd.concat(tables or [pd.DataFrame({'engine': []})], ignore_index=True).fillna('–')
 
 def tab_size(fr=None, precisions=('int8', 'int4')) -> pd.DataFrame:
     "What a model of CodeGPT's size takes in the fastest engines of each precision, others and ours: speed only, its weights are random."
-    d = benchmark_alone('codegpt')
-    if not d: return pd.DataFrame({'engine': []})
-    best = [fastest_engine(d, p, ours) for p in precisions for ours in (False, True)]
-    rows = engine_frame(d).loc[[next(iter(d['engines'])), *filter(None, best)]]
-    return as_table([{'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}',
-                      '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
-                     for e, r in rows.iterrows()])
+    rows = []
+    for profile in PEERS_PROFILES:
+        if not (d := benchmark_alone('codegpt', profile)): continue
+        best = [fastest_engine(d, p, ours) for p in precisions for ours in (False, True)]
+        rows += [{'processor': d['processor'], 'engine': engine_name(e), 'disk MB': f'{r.disk_mb:.0f}', 'ms a completion': f'{r.ms:.0f}',
+                  '× faster': speedup(r), 'peak MB': f'{r.peak_mb:.0f}'}
+                 for e, r in engine_frame(d).loc[[next(iter(d['engines'])), *filter(None, best)]].iterrows()]
+    return as_table(rows)
 
 # %% ../../nbs/report/82_tables.ipynb #4aed5a37
 def search_row(r) -> dict: # column → text; r: `Result`

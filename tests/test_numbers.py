@@ -2,7 +2,7 @@
 import json, re, subprocess, numpy as np
 from pathlib import Path
 import pytest
-from codegpt_nbc.report.frame import frame, versus
+from codegpt_nbc.report.frame import PEERS_PROFILES, benchmarks, engine_frame, frame, measured_ms, precision_of, versus
 from codegpt_nbc.report.prose import MissingResult, render
 from codegpt_nbc.report.publish import PAGES, page_text
 
@@ -228,6 +228,16 @@ def test_sentences_of_the_results_page():
     peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
     assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said
     assert f"`onnx int8` peaks at {result('measure-onnx-dense-int8', 'codegpt')['memory']['peak_rss_bytes']/1e6:.0f} MB" in said
+
+
+@pytest.mark.parametrize('profile', PEERS_PROFILES)
+def test_no_engine_beats_its_floor(profile):
+    "A floor that an engine beats was measured beside other programs."
+    alone = [d for d in benchmarks(profile) if d['batch'] == 1]
+    assert alone
+    for d in alone:
+        faster = {engine: r.ms for engine, r in engine_frame(d).iterrows() if r.ms < measured_ms(d['floor'][precision_of(engine)], d)}
+        assert not faster, (d['geometry'], d['floor'])
 
 
 def interval_text(run, base, profile):

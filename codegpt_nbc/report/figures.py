@@ -12,8 +12,8 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
            'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves',
            'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations',
            'poster_text', 'poster_printed', 'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel',
-           'draw_benchmark', 'plot_engines', 'fig_peers', 'budget_fronts', 'fixed_candidates', 'budget_models',
-           'fig_budget', 'is_blank']
+           'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers', 'fig_peers_avx2', 'budget_fronts',
+           'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
@@ -585,12 +585,11 @@ def plot_engines(d: dict):
     draw_benchmark(fig, d)
     return fig
 
-@styled
-def fig_peers(fr=None):
-    "Latency of other engines and ours, prefill and decode apart, and the floor."
+def draw_benchmarks(profile: str, fr=None): # Figure
+    "Every benchmark of a profile, one prompt at a time."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
-    stored = [d for d in benchmarks() if d['batch'] == 1]
+    stored = [d for d in benchmarks(profile) if d['batch'] == 1]
     fig = plt.figure(figsize=(WIDTH, 1.2 + sum(1.2 + .24*len(d['engines']) for d in stored)))
     parts = fig.subfigures(max(1, len(stored)), 1, squeeze=False,
                            height_ratios=[1.2 + .24*len(d['engines']) for d in stored] or [1])[:, 0]
@@ -600,6 +599,16 @@ def fig_peers(fr=None):
     fig.legend(handles=handles, loc='outside upper left', ncols=3)
     annotate_below(fig, paragraph('fig_peers.md', fr) if fr is not None else '')
     return fig
+
+@styled
+def fig_peers(fr=None):
+    "Latency of other engines and ours, prefill and decode apart, and the floor."
+    return draw_benchmarks('peers', fr)
+
+@styled
+def fig_peers_avx2(fr=None):
+    "The same on a processor with AVX2 alone."
+    return draw_benchmarks('peers-avx2', fr)
 
 # %% ../../nbs/report/84_figures.ipynb #c4a81f36
 def budget_fronts(ax, results: list):
@@ -648,7 +657,7 @@ def fig_budget(results: list):
 
 # %% ../../nbs/report/84_figures.ipynb #4a03ecfd
 PROFILE_FIGURES = (fig_pruning, fig_quantization, fig_latency, fig_learning_curves, fig_xtc, fig_poster, fig_pareto)
-FIGURES = {make.__name__: make for make in (*PROFILE_FIGURES, fig_peers)}   # name → function of the frame
+FIGURES = {make.__name__: make for make in (*PROFILE_FIGURES, fig_peers, fig_peers_avx2)}   # name → function of the frame
 # what a figure draws of a profile's own runs; the others have the dense model or benchmarks to draw
 OBSERVED = {'fig_pruning': partial(pruning_observations, column='nonzero_m'),
             'fig_quantization': partial(quantized_observations, title='file size'),

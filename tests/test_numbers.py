@@ -51,9 +51,9 @@ def timed_tables():
 
 
 def groups(columns, rows):
-    "The rows of each baseline: one a table, but in a table of several benchmarks one in each run."
-    if 'run' not in columns: return [rows]
-    at = columns.index('run')
+    "The rows of each baseline: one a table, but in a table of several benchmarks one in each run, or on each processor."
+    at = next((columns.index(c) for c in ('run', 'processor') if c in columns), None)
+    if at is None: return [rows]
     return [[r for r in rows if r[at] == run] for run in dict.fromkeys(r[at] for r in rows)]
 
 

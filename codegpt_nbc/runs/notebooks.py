@@ -75,10 +75,13 @@ def tidy(
 # %% ../../nbs/runs/75_notebooks.ipynb #13ed3970
 _LEFT_OUT = re.compile(r'^#\| *(eval: *false|slow)\b|nbdev_export\(', re.MULTILINE)
 
-def notebooks(root=None) -> list:
-    "The notebooks that are committed executed: those of `nbs/` but the templates, in reading order."
-    folder = Path(root or project_root())/'nbs'
-    return [p for p in sorted(folder.rglob('*.ipynb')) if not {'experiments', '.ipynb_checkpoints'} & set(p.parts)]
+def notebooks(
+    root=None,               # Checkout; None: this one
+    templates: bool = False, # Also papermill's?
+) -> list: # of paths
+    "The notebooks of `nbs/` that are committed executed, in reading order, and the templates if asked."
+    folder, left_out = Path(root or project_root())/'nbs', {'.ipynb_checkpoints'} | ({'experiments'} if not templates else set())
+    return [p for p in sorted(folder.rglob('*.ipynb')) if not left_out & set(p.parts)]
 
 def fingerprint(nb) -> str:
     "Digest of a notebook's code cells."
@@ -146,11 +149,11 @@ def check(
     workers: int = 2, # Notebooks tested at a time
     root=None,        # Checkout; None: this one
 ):
-    "Test every notebook, each in a process of its own. If some fail, raise `RuntimeError` with their names when the others are done."
+    "Test every notebook and template, each in a process of its own. If some fail, raise `RuntimeError` with their names when the others are done."
     from multiprocessing import Process
     from multiprocessing.connection import wait
     preload()
-    due, running, failed = notebooks(root), {}, []
+    due, running, failed = notebooks(root, templates=True), {}, []
     total = len(due)
     while due or running:
         while due and len(running) < workers:

@@ -149,7 +149,8 @@ def check(
     workers: int = 2, # Notebooks tested at a time
     root=None,        # Checkout; None: this one
 ):
-    "Test every notebook and template, each in a process of its own. If some fail, raise `RuntimeError` with their names when the others are done."
+    """Test every notebook and template, each in a process of its own. If some fail, raise `RuntimeError` with their names when the
+    others are done."""
     from multiprocessing import Process
     from multiprocessing.connection import wait
     preload()

@@ -77,7 +77,7 @@ def test_onnx_computes_what_pytorch_computes(made, precision, tmp_path):
     right = TorchEngine(in_precision(model, precision))
     onnx = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision), threads=1)
     assert error(onnx, right) < CLOSE[precision]
-    assert error(OrtEngine(tmp_path/'onnx', threads=1, tiles=False), right) < CLOSE[precision]
+    assert error(OrtEngine(tmp_path/'onnx', threads=1, compiled=False), right) < CLOSE[precision]
     assert count_onnx_parameters(tmp_path/'onnx'/'model.onnx')[0] == count_parameters(model)[0]
     if precision == 'fp32': assert greedy(onnx, IDS, 24, 5) == greedy(right, IDS, 24, 5)
 

@@ -1,10 +1,14 @@
 // The gradient of causal attention on the tiles of AMX: bfloat16 in and out, float32 within.
 // nbs/model/28_kernels.ipynb has the formulas and the figures. Elsewhere `ready` says no, and PyTorch computes.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#include "tiles.h"
+#include "attention.h"
+
+#ifdef HAS_FORMS
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#include "tiles.h"
 
 namespace {
 
@@ -162,16 +166,6 @@ template <int C> void all_heads(const View* in, const float* lse, const View* ou
 
 }  // namespace
 
-// 0: the kernels can run here
-extern "C" int ready() {
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return 1;
-  for (int i = 0; i < 16; i++) {
-    LOW_PAIRS[2*i] = i, LOW_PAIRS[2*i + 1] = 32 + i;
-    HIGH_PAIRS[2*i] = 16 + i, HIGH_PAIRS[2*i + 1] = 48 + i;
-  }
-  return (int)syscall(SYS_arch_prctl, 0x1023, 18);   // Linux grants AMX's registers on request
-}
-
 // Gradients of causal attention. in: q, k, v, o, dO; out: dq, dk, dv, whose rows lie equally far apart; each (B, H, T, 32·blocks),
 // T a multiple of 32. lse: (B, H, T), natural.
 extern "C" int causal_gradients(const View* in, const float* lse, const View* out, int B, int H, int T, int blocks, int threads) {
@@ -181,6 +175,18 @@ extern "C" int causal_gradients(const View* in, const float* lse, const View* ou
     case 4: all_heads<4>(in, lse, out, B, H, T, threads); return 0;
   }
   return 1;
+}
+
+#pragma GCC pop_options
+
+// 0: the tiles can be used
+extern "C" int ready() {
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return 1;
+  for (int i = 0; i < 16; i++) {
+    LOW_PAIRS[2*i] = i, LOW_PAIRS[2*i + 1] = 32 + i;
+    HIGH_PAIRS[2*i] = 16 + i, HIGH_PAIRS[2*i + 1] = 48 + i;
+  }
+  return (int)syscall(SYS_arch_prctl, 0x1023, 18);   // Linux grants AMX's registers on request
 }
 
 #else

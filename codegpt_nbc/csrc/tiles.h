@@ -1,20 +1,10 @@
 // What the kernels share: the tiles of AMX, bfloat16, and layouts of the operands of a product.
 // A tile holds 16 rows of 64 bytes. Left operands are 16 rows of 32 bfloat16; right ones 16 rows of 16 pairs, a pair being two
 // successive values of the dimension that is summed over.
+// To be included behind the pragma that allows them, and behind attention.h.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <immintrin.h>
-
-typedef uint16_t u16;
-typedef uint32_t u32;
-typedef int64_t i64;
 
 namespace {
-
-const float LOG2E = 1.44269504f;
 
 // All eight tiles: 16 rows of 64 bytes.
 void configure_tiles() {
@@ -128,7 +118,5 @@ inline void add_product(const u16* a, i64 lda, const u32* b, i64 ldb, i64 next =
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
-
-template <typename T> T* buffer(i64 n) { return (T*)aligned_alloc(64, (n*sizeof(T) + 63)/64*64); }
 
 }  // namespace

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from time import perf_counter
 from ..core.ledger import Ledger
 from ..core.paths import cores, models_dir
-from ..core.native import library
+from ..core.native import attention_form
 from ..core.record import cpu_model, versions
 from .generate import Engine, engine_of, runtime_of
 from ..model.folder import digest
@@ -25,7 +25,7 @@ EXPORTS = {'onnx': ('onnxruntime', 'engines.onnx_export.export_onnx'), 'openvino
 def _identity(folder: Path) -> str:
     "A name for the model, the processor, its cores in use, the compiled code, and the versions of all libraries."
     config = (folder/'config.json').read_text(encoding='utf-8')
-    return digest(folder, config, cpu_model(), cores(), library() is not None, versions())
+    return digest(folder, config, cpu_model(), cores(), attention_form(), versions())
 
 def _precision(folder) -> str: # 'fp32', 'int8' or 'int4'
     "The precision of an export that keeps what the folder stores."

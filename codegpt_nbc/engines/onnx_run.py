@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from fastcore.basics import patch
-from ..core.native import library
+from ..core.native import attention_form
 from ..core.paths import check_memory, cores, export_settings, read_json
-from .attention import use_tiles
+from .attention import use_attention
 from .generate import row_pieces
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
@@ -231,14 +231,14 @@ def open_session(
     rewrite=None,               # Function of the file's onnx.ModelProto and `folder`, such as `prompt_graph`, whose graph is run instead
     spin: bool = True,          # Threads wait for the next call by spinning
     profile: str = '',          # Prefix of a file for the time of each operator, written when `end_profiling` is called
-    tiles: bool = False,        # see `use_tiles`
+    compiled: bool = False,     # see `use_attention`
 ): # onnxruntime.InferenceSession
     "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
     options = _options(threads, spin, profile)
-    if tiles: use_tiles(options)
+    if compiled: use_attention(options)
     model, tensors = _rewritten(path, rewrite, options) if rewrite else (str(path), None)
     try:
         with _without_flash_attention(), large_pages():
@@ -361,7 +361,7 @@ class OrtEngine:
         folder,                     # With model.onnx and config.json
         threads: int | None = None, # Cores to use; None: `paths.cores`
         profile: str = '',          # see `open_session`
-        tiles: bool = True,         # Attention in bfloat16, where the export allows it and the processor has AMX
+        compiled: bool = True,      # Compiled attention, where the export allows it and the processor has AMX or AVX2
     ):
         path = Path(folder)/'model.onnx'
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
@@ -373,8 +373,8 @@ class OrtEngine:
         if size and not (data.is_file() and data.stat().st_size == size):
             raise ValueError(f'{data} is missing or truncated: copy the whole folder, or export it again.')
         check_memory((path.stat().st_size + size)*(3 if how.get('int8_prompts') else 1), f'opening {folder}')
-        tiles = tiles and how.get('attention') == 'bfloat16' and library() is not None
-        self.sessions, self.shared = self._open(path, threads, how, profile=profile, tiles=tiles), 2 if tiles else 1
+        compiled = compiled and how.get('attention') == 'bfloat16' and bool(attention_form())
+        self.sessions, self.shared = self._open(path, threads, how, profile=profile, compiled=compiled), 2 if compiled else 1
         inputs = self.sessions[0].get_inputs()
         self.caches = [i for i in inputs if i.name.startswith('past_key_values')]
         if {i.name for i in inputs} - {c.name for c in self.caches} != set(INPUTS): raise other
@@ -391,7 +391,7 @@ class OrtEngine:
 # %% ../../nbs/engines/53_onnx_run.ipynb #8494346d
 @patch
 def _room(self: OrtEngine, positions: int) -> int:
-    "Rows of the cache for so many positions: on tiles, two share a row."
+    "Rows of the cache for so many positions: of compiled attention, two share a row."
     return -(-positions//self.shared)
 
 @patch

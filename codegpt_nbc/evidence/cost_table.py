@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.ledger import Ledger
 from ..core.paths import BASE_MODEL, cores
-from ..core.native import library
+from ..core.native import attention_form
 from ..core.record import cpu_model, versions
 from ..engines.generate import engine_of
 from ..engines.onnx_export import export_onnx
@@ -173,7 +173,7 @@ def probes_of(
 def machine() -> str:
     "All that a time depends on besides the model: processor, threads, compiled code, versions of the libraries that compute."
     used = {k: v for k, v in versions().items() if k in ('codegpt_nbc', 'torch', 'onnxruntime')}
-    return hashlib.sha256(repr((cpu_model(), cores(), library() is not None, sorted(used.items()))).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((cpu_model(), cores(), attention_form(), sorted(used.items()))).encode()).hexdigest()[:12]
 
 def _key(probe: Probe, s: Shape, work: Workload) -> str:
     constants = replace(s, vocab=0, d_model=0, heads=(), inner=())

@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'CHANNELS', 'View', 'views', 'causal_gradients', 'CausalAtte
 # %% ../../nbs/model/28_kernels.ipynb #49bcc927
 import ctypes, torch
 from torch.nn import functional as F
-from ..core.native import library
+from ..core.native import has_tiles, library
 
 # %% ../../nbs/model/28_kernels.ipynb #525c4f60
 BLOCK = 32                       # channels and positions that the kernel takes at a time
@@ -65,5 +65,5 @@ def attend_causally(q, k, v): # each (B, H, T, d) → (B, H, T, d)
     "softmax(QKᵀ/√d)V, in which a query sees no later key; with the faster gradient where there is one."
     trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     fits = q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.shape == k.shape and q.shape[-1] in CHANNELS
-    if trained and fits and library(): return CausalAttention.apply(q, k, v)
+    if trained and fits and has_tiles(): return CausalAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -35,8 +35,9 @@ class WheelForAnyPython(bdist_wheel):
 SOURCES = ('causal_gradients', 'causal_attention', 'attention_tiles', 'attention_registers')
 HEADERS = ('attention', 'tiles', 'onnxruntime_abi')
 KERNELS = setuptools.Extension(   # optional: without a compiler the package works, and is slower
-    'codegpt_nbc._kernels', [f'codegpt_nbc/csrc/{name}.cpp' for name in SOURCES], depends=[f'codegpt_nbc/csrc/{name}.h' for name in HEADERS],
-    optional=True, language='c++', extra_compile_args=['-O3', '-fopenmp', '-w'], extra_link_args=['-fopenmp'])
+    'codegpt_nbc._kernels', [f'codegpt_nbc/csrc/{name}.cpp' for name in SOURCES],
+    depends=[f'codegpt_nbc/csrc/{name}.h' for name in HEADERS], optional=True, language='c++',
+    extra_compile_args=['-O3', '-fopenmp', '-w'], extra_link_args=['-fopenmp'])
 
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent/'settings.ini', encoding='utf-8')

@@ -395,8 +395,9 @@ def fastest_engine(
     precision: str,
     ours: bool,
 ) -> str | None: # engine; None where none was timed
-    "The fastest engine of one precision, of this repository's or of the others."
-    ms = engine_frame(details).ms
+    "The fastest engine of one precision, of this repository's or of the others, that writes any text of float32's."
+    df = engine_frame(details)
+    ms = df.ms[df.same != 0]   # NaN: no texts were compared
     fits = [e for e in ms.index if precision_of(e) == precision and (e not in PEERS) == ours]
     return ms[fits].idxmin() if fits else None
 

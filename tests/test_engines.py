@@ -19,9 +19,10 @@ from codegpt_nbc.model.folder import load_model, save_model
 from codegpt_nbc.model.layers import Shape
 
 PROMPTS = load_samples('codexglue', 8, 'test', CORPUS).input
+MORE = load_samples('codexglue', 40, 'test', CORPUS).input
 
 
-def texts(folder): return complete_batch(*open_engine(folder, threads=1), PROMPTS, 48)
+def texts(folder, prompts=PROMPTS): return complete_batch(*open_engine(folder, threads=1), prompts, 48)
 
 
 @pytest.fixture(scope='module')
@@ -37,9 +38,10 @@ def test_onnx_with_float_inputs_writes_what_pytorch_writes_from_the_same_codes(b
     assert texts(export_onnx(folder, tmp_path/'onnx', precision, 1)) == texts(folder)
 
 
-def test_int8_changes_few_texts(dense, tmp_path):
-    int8 = texts(export_onnx(BASE_MODEL, tmp_path/'onnx', 'int8'))
-    assert sum(a == b for a, b in zip(int8, dense)) >= 6
+def test_int8_changes_few_texts(tmp_path):
+    "Nine of ten stay; which ones depends on the processor."
+    int8 = texts(export_onnx(BASE_MODEL, tmp_path/'onnx', 'int8'), MORE)
+    assert sum(a == b for a, b in zip(int8, texts(BASE_MODEL, MORE))) >= 31
 
 
 # Weights that do not fit into one file
@@ -164,14 +166,15 @@ def test_memory_of_large_exports(billions, tmp_path):
 
 
 def test_freed_weights_go_back_to_the_system(tmp_path):
-    "124 M parameters in 4 bits: 90 MB of weights beside a graph, 85 more in 8 bits for prompts, no third copy. 0.66 GB before, 0.46 now."
+    """124 M parameters in 4 bits: 90 MB of weights beside a graph, 85 more in 8 bits for prompts, no third copy. 0.66 GB before, 0.46 now;
+    0.53 without VNNI, where the runtime makes the weights of 8 bits unsigned."""
     save_model(Decoder(Shape(50_257, 1024, 768, 64, (12,)*12, (3072,)*12)).init_weights(), tmp_path/'m')
     folder = export_onnx(tmp_path/'m', tmp_path/'onnx', 'int4')
     assert (folder/DATA_FILE).stat().st_size > 80e6
     taken = peak('import numpy as np; from codegpt_nbc.engines.onnx_run import OrtEngine\n'
                  f'e = OrtEngine({str(folder)!r}, threads=1); e.start(1, 528)\n'
                  'e.step(e.prefill(np.arange(512)[None], np.array([512])).argmax(1))')
-    assert taken < .53
+    assert taken < .56
 
 
 # Models that do not fit into the memory

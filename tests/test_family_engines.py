@@ -33,7 +33,8 @@ SHAPES = {name: replace(DEEP, family=name, **OWN.get(name, {})) for name in FAMI
     'gpt_neox, halves in turn': replace(DEEP, family='gpt_neox', tied=False, turned=6, d_head=20, parallel=False),
 }
 IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
-CLOSE = {'fp32': 1e-5, 'int8': .12, 'int4': .12}   # relative error of the logits, to the same codes in PyTorch
+# Relative error of the logits, to the same codes in PyTorch. Of Llama's shape, twelve draws of weights and either attention: 0.08 to 0.18
+CLOSE = {'fp32': 1e-5, 'int8': .2, 'int4': .2}
 
 
 def random_model(shape):

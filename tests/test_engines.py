@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np, onnx, pytest, torch
 from codegpt_nbc.core import paths
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
+from codegpt_nbc.core.record import cpu_model
 from codegpt_nbc.data.samples import load_samples
 from codegpt_nbc.engines import onnx_export
 from codegpt_nbc.engines.generate import complete_batch, greedy, open_engine
@@ -174,7 +175,7 @@ def test_freed_weights_go_back_to_the_system(tmp_path):
     taken = peak('import numpy as np; from codegpt_nbc.engines.onnx_run import OrtEngine\n'
                  f'e = OrtEngine({str(folder)!r}, threads=1); e.start(1, 528)\n'
                  'e.step(e.prefill(np.arange(512)[None], np.array([512])).argmax(1))')
-    assert taken < .56
+    assert taken < (.53 if 'vnni' in cpu_model() else .55)
 
 
 # Models that do not fit into the memory

@@ -33,8 +33,9 @@ SHAPES = {name: replace(DEEP, family=name, **OWN.get(name, {})) for name in FAMI
     'gpt_neox, halves in turn': replace(DEEP, family='gpt_neox', tied=False, turned=6, d_head=20, parallel=False),
 }
 IDS = [np.random.default_rng(i).integers(0, 512, n).tolist() for i, n in enumerate((1, 3, 30, 7, 20))]
-# Relative error of the logits, to the same codes in PyTorch. Of Llama's shape, twelve draws of weights and either attention: 0.08 to 0.18
-CLOSE = {'fp32': 1e-5, 'int8': .2, 'int4': .2}
+CLOSE = {'fp32': 1e-5, 'int8': .12, 'int4': .12}   # relative error of the logits, to the same codes in PyTorch
+# of it, with compiled attention: another rounding moves what is rounded to eight bits. Over twelve draws of weights both have the same mean
+COMPILED = 1.25
 
 
 def random_model(shape):
@@ -77,7 +78,7 @@ def test_onnx_computes_what_pytorch_computes(made, precision, tmp_path):
     model, folder = made
     right = TorchEngine(in_precision(model, precision))
     onnx = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision), threads=1)
-    assert error(onnx, right) < CLOSE[precision]
+    assert error(onnx, right) < CLOSE[precision]*(1 if precision == 'fp32' else COMPILED)
     assert error(OrtEngine(tmp_path/'onnx', threads=1, compiled=False), right) < CLOSE[precision]
     assert count_onnx_parameters(tmp_path/'onnx'/'model.onnx')[0] == count_parameters(model)[0]
     if precision == 'fp32': assert greedy(onnx, IDS, 24, 5) == greedy(right, IDS, 24, 5)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from functools import cache
 from pkgutil import resolve_name
 from statistics import median
+from threading import Thread
 from time import sleep
 from typing import ClassVar
 from pydantic import Field
@@ -90,11 +91,13 @@ class Worker:
         self.err = tempfile.TemporaryFile('w+')   # a pipe that nobody reads would fill up
         self.process = subprocess.Popen([python, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.err, text=True, env=env)
-        self.say(_prompts(data, text))
+        self.feed = Thread(target=self.say, args=[_prompts(data, text)])   # more than a pipe holds: the next worker need not wait
+        self.feed.start()
 
     def __enter__(self): return self
     def __exit__(self, *_):
         self.process.kill()
+        self.feed.join()
         self.process.communicate()
         self.err.close()
 

@@ -328,6 +328,7 @@ class DistillConfig(TaughtConfig):
     clip: float = Field(5., gt=0)                   # gradient norm, of student and teacher each
     curve_samples: int = Field(0, ge=0)             # of validation projects, at each point of the learning curve; 0: no curve
     curve_points: int = Field(9, ge=1)              # between start and end
+    validation: int = Field(16, ge=1)               # validation files on whose prompts the losses before and after are measured
 
     def model_post_init(self, _):
         "Raise `ValueError` for parameters that contradict each other."
@@ -446,13 +447,13 @@ def distill(
                checkpoint=work and Path(work)/'checkpoint', desc='distilling')
 
 # %% ../../nbs/methods/37_distill.ipynb #07b8915a
-def validation_batches(c: TaughtConfig, tok) -> Samples: # four batches of four rows
-    "Prompts of sixteen validation files."
-    return Samples(encode_batch(tok, c.validation_prompts(16)), 4, c.length)
+def validation_batches(c, tok) -> Samples: # batches of four rows; c: a configuration with `validation` and `length`
+    "Prompts of validation files."
+    return Samples(encode_batch(tok, c.validation_prompts(c.validation)), 4, c.length)
 
 def validation_loss(model: Decoder, held: Samples) -> float: # nats a token
     "Mean loss on `validation_batches`."
-    return round(batches_loss(model, held, 4), 3)
+    return round(batches_loss(model, held, held.per_epoch), 3)
 
 def trained_details(r: TrainResult) -> dict:
     "The speed and the length of a training, for a step's details."
@@ -479,7 +480,7 @@ def distill_step(
         curve = LearningCurve(scorer, c.training(rows).steps, c.curve_points, work/'learning_curve.json')
     before = {name: validation_loss(m, held) for name, m in models.items()}
     r = distill(student, teacher, rows, c, curve, work)
-    after = {name: validation_loss(m, held) for name, m in models.items()}
+    after = {name: before[name] if name == 'teacher' and c.frozen else validation_loss(m, held) for name, m in models.items()}
     details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [],
                'loss_before': before, 'loss_after': after,
                'loss_weights': loss.model_dump(), **trained_details(r)}

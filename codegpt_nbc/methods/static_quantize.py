@@ -304,6 +304,7 @@ class StaticConfig(RunConfig):
     calibration_batches: int = Field(10, ge=1)
     batch: int = Field(4, ge=1)                  # rows of such a batch
     length: int = Field(512, ge=8)               # tokens of a row
+    validation: int = Field(32, ge=1)            # validation files on whose prompts the losses are measured
 
     OWN: ClassVar = ('groups', 'permute', 'uneven', 'grouped', 'sixteen_bit', 'weight_range', 'granularity', 'momentum',
                      'calibration_batches')
@@ -365,9 +366,9 @@ def static_quantize_step(
     length = within_context(c.length, dense.shape)
     q, batches = quantize(dense, c.weights), calibration_ids(c, tok, length)
     seen = calibrate(q, batches, c.estimator)
-    prompts = c.validation_prompts(32)
+    prompts = c.validation_prompts(c.validation)
     held_out = Samples(encode_batch(tok, prompts), 4, length, c.seed)
-    held_out = [held_out(i) for i in range(8)]     # of (ids, targets), (4, n) each
+    held_out = [held_out(i) for i in range(held_out.per_epoch)]     # of (ids, targets), (4, n) each
     losses = {'float': validation_loss(dense, held_out), 'weights': validation_loss(q, held_out)}
     static = static_quantize(q, seen, *c.activations)   # takes q over
     losses['weights and activations'] = validation_loss(static, held_out)

@@ -56,8 +56,8 @@ def _run(module: str, arguments: list):
 
 # %% ../../nbs/runs/69_warm.ipynb #bd4c32a6
 # What runs and kernels import. Each is imported once, by the server
-LIBRARIES = ('papermill', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'matplotlib.figure', 'pandas', 'torch._dynamo',
-             'tqdm.auto', 'typer')   # optimizers import _dynamo: two seconds
+LIBRARIES = ('papermill', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'matplotlib.figure', 'pandas', 'scipy.stats',
+             'torch._dynamo', 'tqdm.auto', 'typer')   # optimizers import _dynamo
 ROOMS = ('runs.grid', 'evidence.evaluate', 'evidence.measure', 'methods.prune', 'methods.quantize', 'methods.static_quantize',
          'methods.gptq', 'methods.distill', 'methods.xtc', 'model.pretrain', 'engines.onnx_export', 'engines.onnx_run')
 

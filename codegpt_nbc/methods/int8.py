@@ -19,8 +19,9 @@ from .schemes import Scheme
 EXACT = 2**10   # products of two int8 codes whose sum float32 holds exactly
 
 def _in_floats(a, b): # (m, k) and (n, k) int8 → (m, n) int32
-    "a bᵀ in pieces of rows whose sums are exact."
-    return sum((x.float() @ y.float().T).to(torch.int32) for x, y in zip(a.split(EXACT, 1), b.split(EXACT, 1)))
+    "a bᵀ in pieces of rows whose sums are exact, also where products are cast to a narrower type."
+    with torch.autocast(a.device.type, enabled=False):
+        return sum((x.float() @ y.float().T).to(torch.int32) for x, y in zip(a.split(EXACT, 1), b.split(EXACT, 1)))
 
 def _seconds(multiply, a, b) -> float:
     "The shorter of two tries."

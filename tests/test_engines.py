@@ -1,11 +1,11 @@
 """The embedded model writes the same lines, whatever engine runs it; weights of any size."""
-import os, shutil, subprocess, sys
+import os, shutil, subprocess, sys, tempfile
 from pathlib import Path
 import numpy as np, onnx, pytest, torch
 from codegpt_nbc.core import paths
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS
 from codegpt_nbc.data.samples import load_samples
-from codegpt_nbc.engines import onnx_export
+from codegpt_nbc.engines import onnx_export, onnx_run
 from codegpt_nbc.engines.generate import complete_batch, greedy, open_engine
 from codegpt_nbc.engines.onnx_export import count_onnx_parameters, export_onnx
 from codegpt_nbc.engines.onnx_run import DATA_FILE, OrtEngine
@@ -119,6 +119,17 @@ def test_a_damaged_file_of_weights_is_one_sentence(damage, model, tmp_path, monk
     else: data.write_bytes(data.read_bytes()[:-5000])
     for call in (OrtEngine, size_of):
         with pytest.raises(ValueError, match='model.onnx.data is missing(,| or) truncated'): call(two)
+
+
+def test_no_room_for_the_graph_for_prompts_is_one_sentence(model, tmp_path, monkeypatch):
+    folder, before = export_onnx(save_model(model, tmp_path/'m'), tmp_path/'onnx', 'int4'), set(tmp_path.iterdir())
+    def full(*_, **__): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    with monkeypatch.context() as m:
+        m.setattr(onnx_run, 'prompt_graph', full)
+        with pytest.raises(OSError, match=r'cannot be written to \S+ \(No space left on device\): free room there, or let TMPDIR'):
+            OrtEngine(folder)
+    assert OrtEngine(folder).context == model.shape.context and set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.skipif(not os.environ.get('CODEGPT_NBC_LARGE'), reason='takes 8 GB of memory and minutes: set CODEGPT_NBC_LARGE=1')

@@ -127,8 +127,10 @@ def test_no_room_for_the_graph_for_prompts_is_one_sentence(model, tmp_path, monk
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     with monkeypatch.context() as m:
         m.setattr(onnx_run, 'prompt_graph', full)
-        with pytest.raises(OSError, match=r'cannot be written to \S+ \(No space left on device\): free room there, or let TMPDIR'):
+        with pytest.raises(OSError, match=r'temporary folder \(No space left on device\): free room there, or let TMPDIR'):
             OrtEngine(folder)
+        m.setattr(tempfile, 'tempdir', str(folder/'nowhere'))
+        with pytest.raises(OSError, match='let TMPDIR name another folder'): OrtEngine(folder)
     assert OrtEngine(folder).context == model.shape.context and set(tmp_path.iterdir()) == before
 
 

@@ -219,13 +219,18 @@ def _rewritten(path, rewrite, folder: Path) -> Path:
     made = folder/'model.onnx'
     try: proto = onnx.load(path, load_external_data=False)
     except DecodeError as e: raise ValueError(f'{path} is truncated or corrupt ({e}): export it again.') from None
-    try:
+    with _told_of_room():
         with open(folder/DATA_FILE, 'wb') as file: proto = rewrite(proto, folder=Path(path).parent, file=file)
         made.write_bytes(proto.SerializeToString())
-    except OSError as e:
-        raise OSError(f'the graph that reads prompts cannot be written to {folder.parent} ({e.strerror}): '
-                      'free room there, or let TMPDIR name another folder.') from None
     return made
+
+@contextmanager
+def _told_of_room():
+    "Within the block, an `OSError` is about the temporary folder, and says what to do."
+    try: yield
+    except OSError as e:
+        raise OSError(f'the graph that reads prompts cannot be written to a temporary folder ({e.strerror or e}): '
+                      'free room there, or let TMPDIR name another folder.') from None
 
 @contextmanager
 def _graph_of(path, rewrite):
@@ -233,8 +238,9 @@ def _graph_of(path, rewrite):
     if not rewrite:
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix='codegpt-nbc-', ignore_cleanup_errors=True) as d:   # Windows keeps what is mapped
-        yield _rewritten(path, rewrite, Path(d))
+    with _told_of_room():
+        scratch = tempfile.TemporaryDirectory(prefix='codegpt-nbc-', ignore_cleanup_errors=True)   # Windows keeps what is mapped
+    with scratch as d: yield _rewritten(path, rewrite, Path(d))
 
 _OPENS = Lock()   # held while a session is opened, as threads share one environment
 
@@ -278,7 +284,8 @@ def open_session(
     profile: str = '',          # Prefix of a file for the time of each operator, written when `end_profiling` is called
     compiled: bool = False,     # see `use_attention`
 ): # onnxruntime.InferenceSession
-    "A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator."
+    """A session with every optimisation. Raises `ValueError` for a damaged file, `RuntimeError` if this ONNX Runtime lacks an operator,
+    and `OSError` where there is no room for a graph that is made."""
     import onnxruntime as ort
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
@@ -425,7 +432,7 @@ class OrtEngine:
     def _open(path, threads, how: dict, **kind) -> list: # of sessions: for tokens, and for prompts where that is another
         if not how.get('int8_prompts', False): return [open_session(path, threads, **kind)]
         rewrite = partial(prompt_graph, by_row=how.get('by_row', False))
-        # the one for prompts first, while nothing else is in memory: making it takes the most
+        # the one for prompts first, as making it takes memory
         prompts = open_session(path, threads, rewrite, spin=False, **kind)
         return [open_session(path, threads, spin=False, **kind), prompts]
 

@@ -328,7 +328,7 @@ class DistillConfig(TaughtConfig):
     clip: float = Field(5., gt=0)                   # gradient norm, of student and teacher each
     curve_samples: int = Field(0, ge=0)             # of validation projects, at each point of the learning curve; 0: no curve
     curve_points: int = Field(9, ge=1)              # between start and end
-    validation: int = Field(16, ge=1)               # validation files on whose prompts the losses before and after are measured
+    validation: int = Field(16, ge=4, multiple_of=4) # validation files on whose prompts the losses before and after are measured
 
     def model_post_init(self, _):
         "Raise `ValueError` for parameters that contradict each other."

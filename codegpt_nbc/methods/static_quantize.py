@@ -304,7 +304,7 @@ class StaticConfig(RunConfig):
     calibration_batches: int = Field(10, ge=1)
     batch: int = Field(4, ge=1)                  # rows of such a batch
     length: int = Field(512, ge=8)               # tokens of a row
-    validation: int = Field(32, ge=1)            # validation files on whose prompts the losses are measured
+    validation: int = Field(32, ge=4, multiple_of=4) # validation files on whose prompts the losses are measured
 
     OWN: ClassVar = ('groups', 'permute', 'uneven', 'grouped', 'sixteen_bit', 'weight_range', 'granularity', 'momentum',
                      'calibration_batches')

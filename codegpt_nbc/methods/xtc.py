@@ -199,7 +199,7 @@ class XtcConfig(TaughtConfig):
     length: int = Field(256, ge=12)                 # tokens of a row
     batch: int = Field(8, ge=1)                     # rows a step
     lr: float = Field(2e-3, gt=0)
-    validation: int = Field(16, ge=1)               # validation files on whose prompts the losses before and after are measured
+    validation: int = Field(16, ge=4, multiple_of=4) # validation files on whose prompts the losses before and after are measured
     shortest: ClassVar[float] = 1.                  # of the files: all
 
     def model_post_init(self, _):

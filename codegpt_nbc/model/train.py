@@ -183,9 +183,9 @@ def cut_rows(
 def files_enough(
     c, # A configuration with `tokens` and `shortest`, such as `AdoptConfig`
 ) -> int | None: # None: all files
-    "How many files of a corpus to read for the tokens that a run asks for: 50 tokens of each, of at least 200 files."
+    "How many files of a corpus to read for the tokens that a run asks for: 50 tokens of each, of at least 1,000 files."
     if c.tokens is None or c.shortest < 1: return None
-    return max(200, c.tokens//50)
+    return max(1_000, c.tokens//50)
 
 def training_rows(
     texts: list, # In CodeXGLUE's format

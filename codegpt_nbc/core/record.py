@@ -38,8 +38,10 @@ class HeldOut(Strict):
     tokens: int
     loss: float                          # cross-entropy
     loss_ci: tuple[float, float]         # bootstrap over rows
+    loss_each: str = ''                  # of each row, in order, for paired tests
     kl: float | None = None              # Kullback–Leibler divergence of the model from the dense one; None: other tokens
     kl_ci: tuple[float, float] | None = None
+    kl_each: str = ''                    # of each row
     reference: str = ''                  # the dense model
 
 # %% ../../nbs/core/02_record.ipynb #c123ca28

@@ -7,6 +7,7 @@ __all__ = ['ROW', 'held_out_rows', 'figures_of_rows', 'held_out_of', 'interval_o
 
 # %% ../../nbs/evidence/67_held_out.ipynb #4c34f224
 import numpy as np, torch
+from itertools import zip_longest
 from torch.nn import functional as F
 from ..core.record import HeldOut
 from ..data.inputs import RunConfig
@@ -26,11 +27,12 @@ def held_out_rows(
     folder,            # A model folder, whose tokenizer is used
     context: int,      # The shortest of the models'
 ) -> torch.Tensor: # (rows, length + 1)
-    "Whole rows of held-out files. Raises `ValueError` where there are fewer than asked."
+    "Whole rows of held-out files, in turns. Raises `ValueError` where there are fewer than asked."
     length, asked = min(ROW, context), c.held_out
     samples = load_samples(protocols_of(text_of(folder))[0], folder=c.data_folder, skip=c.skip).drop_duplicates(['project', 'path'])
     files = encode_batch(load_tokenizer(folder), samples.input.tolist())
-    rows = cut_rows(files, length, length + 1)[:max(1, round(asked/length))]
+    in_turns = zip_longest(*(cut_rows([file], length, length + 1) for file in files))
+    rows = [row for turn in in_turns for row in turn if row][:max(1, round(asked/length))]
     if not rows or len(rows)*length < asked - length:
         raise ValueError(f'{asked} held-out tokens asked, but the test files give {len(rows)*length}: ask for fewer.')
     return torch.tensor(rows)
@@ -41,32 +43,33 @@ def figures_of_rows(
     model: Decoder, dense: Decoder, # Of one vocabulary
     rows,          # (rows, length + 1)
     batch: int = 4, # Rows at a time
-) -> tuple: # (losses (rows,), divergences (rows,)), nats a token
+) -> np.ndarray: # (2, rows), nats a token
     "Cross-entropy of `model`, and its divergence from `dense`, in each row."
-    losses, divergences = [], []
+    found = []
     for part in rows.split(batch):
         ids, targets = part[:, :-1], part[:, 1:]                                          # (batch, length)
         q = model(ids).float().log_softmax(-1)                                            # (batch, length, vocab)
         p = q if dense is model else dense(ids).float().log_softmax(-1)
-        losses.append(F.nll_loss(q.mT, targets, reduction='none').mean(1))
-        divergences.append(F.kl_div(q, p, reduction='none', log_target=True).sum(-1).mean(1))
-    return torch.cat(losses).double().numpy(), torch.cat(divergences).double().numpy()
+        loss = F.nll_loss(q.mT, targets, reduction='none').mean(1)                        # (batch,)
+        divergence = F.kl_div(q, p, reduction='none', log_target=True).sum(-1).mean(1)    # (batch,)
+        found.append(torch.stack([loss, divergence]))
+    return torch.cat(found, 1).double().numpy()
 
 # %% ../../nbs/evidence/67_held_out.ipynb #c415143e
 def held_out_of(
     c: RunConfig,
     folder,          # The model folder that a run made
 ) -> HeldOut | None: # None: not asked for, or another engine's format
-    "Loss and divergence of a run's model on held-out tokens."
+    "Loss and divergence of a run's model on held-out tokens, each with its interval."
     if not c.held_out or runtime_of(folder): return None
     model, dense = load_model(folder), load_model(c.reference_folder)
     alike = (model.shape.vocab == dense.shape.vocab
              and load_tokenizer(folder).get_vocab() == load_tokenizer(c.reference_folder).get_vocab())
     rows = held_out_rows(c, folder, min(model.shape.context, dense.shape.context))
-    losses, divergences = figures_of_rows(model, dense if alike else model, rows)
-    of_dense = dict(kl=round(float(divergences.mean()), 5), kl_ci=interval_of_means(divergences)) if alike else {}
-    return HeldOut(tokens=rows[:, 1:].numel(), loss=round(float(losses.mean()), 5), loss_ci=interval_of_means(losses),
-                   reference=c.reference, **of_dense)
+    found = {}
+    for name, x in zip(('loss', 'kl') if alike else ('loss',), figures_of_rows(model, dense if alike else model, rows)):
+        found |= {name: round(float(x.mean()), 5), f'{name}_ci': interval_of_means(x), f'{name}_each': ' '.join(f'{v:.5f}' for v in x)}
+    return HeldOut(tokens=rows[:, 1:].numel(), reference=c.reference, **found)
 
 def interval_of_means(x) -> tuple: # (low, high)
     "95 % interval of a mean of nats, to five decimals."

@@ -7,7 +7,7 @@ __all__ = ['CARD', 'Stage', 'PretrainConfig', 'grown', 'pretrain', 'mean_loss', 
            'card_of', 'ship']
 
 # %% ../../nbs/model/26_pretrain.ipynb #5c12cfb9
-import numpy as np, torch
+import numpy as np, shutil, torch
 from dataclasses import asdict
 from pathlib import Path
 from ..core.config import Strict
@@ -17,7 +17,7 @@ from ..data.inputs import RunConfig
 from ..data.samples import load_texts
 from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
-from .folder import load_model, save_model
+from .folder import digest, load_model, save_model
 from .layers import Shape
 from .train import TrainConfig, Windows, autocast, corpus_folder, fit, full_rows_loss, next_token_loss
 
@@ -112,16 +112,18 @@ def pretrain_step(
     c: PretrainConfig,
     out=None, # Folder to write; None: `c.out_folder`
 ) -> StepResult: # details: data, valid_loss (nats a token)
-    "Pretrain from scratch through all stages. Checkpoints lie beside the folder, so a killed run goes on where it was."
+    "Pretrain from scratch through all stages. A killed run goes on from checkpoints beside the folder, if it is the very same run."
     out = Path(out or c.out_folder)
     folder, ids, valid, data = packed_corpus(c)
-    work = (out.parent if out != c.out_folder else models_dir(c.profile))/f'{out.name}-checkpoints'
+    place = out.parent if out != c.out_folder else models_dir(c.profile)
+    work = place/f'{out.name}-unfinished-{digest(c.model_dump_json(), len(ids), ids)}'
     model, results = pretrain(c, ids, load_tokenizer(folder).get_vocab_size(), work)
     valid_loss = mean_loss(model, valid)
     stages = [asdict(r) | {'config': stage} for r, stage in zip(results, c.stages)]
     with new_folder(out, 'model', [folder]) as tmp:
         save_model(model, tmp, parent=folder, step={'method': 'pretrain', 'stages': c.stages})
         write_json(tmp/'training.json', dict(data=data, cpu=results[-1].processor, valid_loss=valid_loss, stages=stages))
+    shutil.rmtree(work, ignore_errors=True)
     return StepResult(out, train_of(results), dict(data=data, valid_loss=valid_loss))
 
 def train_of(results: list) -> Train: # of `TrainResult`, one a stage

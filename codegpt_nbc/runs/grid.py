@@ -27,6 +27,7 @@ class Block(Strict):
     id: str                          # run id, `{parameter}` stands for a swept value's label
     sweep: dict[str, list | dict] = {} # parameter → values, or label → value
     set: dict = {}                   # parameters they share; of a recipe, its first step's
+    start: str = ''                  # what `start` means in the steps of a recipe; empty: the model that its first step reads
     budgets: dict[str, dict] = {}    # method → parameters, before the profile's
     variant: bool = False            # a control, or another seed or loss of a run: in tables alone, and not timed
     of: str | None = None            # 'models': one for each run above that leaves a model, as {target}
@@ -103,9 +104,8 @@ def from_start(step: dict, model: str) -> dict:
     "A step in which the value `start` is replaced by the model from which the recipe started, for instance as a teacher."
     return {k: model if v == 'start' else v for k, v in step.items()}
 
-def _chained(run_id: str, steps: list, start: dict): # yields (run id, step); `start`: parameters of the first
+def _chained(run_id: str, steps: list, start: dict, first: str): # yields (run id, step); `start`: parameters of the first
     "A run for each step. The last one has the recipe's name; those before it are numbered."
-    first = start.get('model', BASE_MODEL.name)
     for i, step in enumerate(steps, 1):
         own = run_id if i == len(steps) else f'{run_id}.{i}-{step["method"]}'
         yield own, from_start(step, first) | start
@@ -127,7 +127,8 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
     for b in p.runs:
         steps = _steps_of(b, name, recipes or {})
         for block_id, values in _labelled(b, runs):
-            for run_id, step in _chained(block_id, steps, {**b.set, **values}):
+            start = {**b.set, **values}
+            for run_id, step in _chained(block_id, steps, start, b.start or start.get('model', BASE_MODEL.name)):
                 if run_id in runs:
                     raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')

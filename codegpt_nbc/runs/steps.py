@@ -170,7 +170,8 @@ def training_tokens(c: RunConfig) -> list: # one number for each training loop; 
     if hasattr(c, 'tokens'): return [get('tokens')]                              # distill, xtc
     if not (get('samples') and get('epochs')): return []
     epoch = get('samples')*get('length')                                         # prune: under the penalty, recovery, longer recovery
-    loops = [(get('epochs') - 1)*epoch, epoch, get('recovery_steps')*get('batch', 1)*get('length')]
+    step = get('batch', 1)*get('length')
+    loops = [get('penalty_steps')*step or (get('epochs') - 1)*epoch, epoch, get('recovery_steps')*step]
     return [tokens for tokens in loops if tokens]
 
 # %% ../../nbs/runs/71_steps.ipynb #de0bf760

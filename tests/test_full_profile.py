@@ -149,8 +149,18 @@ def test_code_of_another_kind_is_pinned_permissive_and_unseen():
     assert all(r.params['codexglue'] >= 100 and not r.params['skip'] for r in runs)
 
 
-TRAINED = ['control', 'prune-unstructured-0.6', 'prune-tile-0.6', 'prune-structured-0.6', 'lasso-none-0.6', 'lasso-taylor-0.6',
-           'lasso-0.6', 'distill-6-teacher', 'xtc-1bit-12', 'recipe-pruned', 'recipe-half-pruned']
+def trains(run): return run.method in ('prune', 'distill', 'xtc') or run.id.startswith('recipe-')
+
+
+PLAN = read_profile('full')
+TRAINED = [*(i for i, run in PLAN.items() if run.main and trains(run)), 'lasso-none-0.6', 'lasso-taylor-0.6']
+
+
+def test_main_table_has_a_row_of_every_method():
+    rows = [run for run in PLAN.values() if run.main]
+    assert {run.method for run in rows} == {run.method for run in PLAN.values()} - CORPORA - (WITHOUT_MODEL - {'no_model'}) - {'pretrain', 'gptq'}
+    assert {run.params['pattern'] for run in rows if run.method == 'prune'} == {'unstructured', 'tile', 'structured', 'lasso'}
+    assert len(TRAINED) > 8
 
 
 @pytest.mark.parametrize('run', TRAINED)

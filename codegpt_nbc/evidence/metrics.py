@@ -132,7 +132,12 @@ def sign_flip_p(
         positive = rng.integers(0, 2, (rows, len(d)), dtype=np.int8).astype(np.float32)   # (rows, n)
         far += int((np.abs(2*(positive @ d) - d.sum()) >= found).sum())
         done += rows
-    return (far + 1)/(flips + 1)
+    p = (far + 1)/(flips + 1)
+    return p if far or len(d) < 100 else min(p, _t_test_p(d))
+
+def _t_test_p(d) -> float:
+    from scipy.stats import ttest_1samp
+    return float(ttest_1samp(d, 0.).pvalue) if d.std() else 0.
 
 # %% ../../nbs/evidence/60_metrics.ipynb #71d9a87b
 def detectable(

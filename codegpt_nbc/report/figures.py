@@ -18,11 +18,12 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
 from functools import partial
+from itertools import cycle, islice
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
                                       measured_ms, pareto_front, percent_of_dense,
                                       precision_of, printed_pruning, published, published_systems, retained,
-                                      split_time, systems, without_steps)
+                                      seeds_of, split_time, systems, without_steps)
 from .prose import paragraph
 from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, layers_said, method_color,
                                       number, short_label, styled)
@@ -404,25 +405,26 @@ def student_name(row) -> str:
     return apart or layers
 
 def learning_curves(fr: pd.DataFrame) -> pd.DataFrame: # run, name, training (%), es: one row a point
-    "The students' edit similarity over their training, in the frame's order."
-    frames = []
-    for i, row in usual_runs(fr, fr.method == 'distill').iterrows():
+    "The students' edit similarity over their training, in the frame's order; of each run one seed, and no controls."
+    frames, seeds = [], [i for same in seeds_of(fr).values() for i in same[1:]]
+    students = (fr.method == 'distill') & ~fr.index.isin(seeds) & (fr.family != 'baseline')
+    for i, row in without_steps(fr[students]).iterrows():
         if not (curve := row.result.details.get('learning_curve')): continue
         share, _, es = zip(*curve)
         frames.append(pd.DataFrame({'run': i, 'name': student_name(row), 'training': 100*np.array(share), 'es': es}))
     return observed(frames, ['run', 'name', 'training', 'es'])
 
-def curves_panel(ax, curves: pd.DataFrame, colors: dict, title: str):
-    "Learning curves, labelled where they end; `colors`: run id → colour."
+def curves_panel(ax, curves: pd.DataFrame, colors: dict, title: str, dashed=()):
+    "Learning curves, labelled where they end, but for those that are `dashed` (run ids); `colors`: run id → colour."
     import seaborn as sns
     if len(curves):
         sns.lineplot(curves, x='training', y='es', hue='run', palette=colors, style='run',
-                     markers=list('os^DvP')[:curves.run.nunique()], dashes=False, ms=5,
-                     markeredgewidth=0, linewidth=1.3, errorbar=None, legend=False, ax=ax)
+                     markers=list(islice(cycle('os^DvPX*'), curves.run.nunique())), ms=4, markeredgewidth=0, linewidth=1.2,
+                     dashes={i: (2.5, 1.5) if i in dashed else '' for i in curves.run.unique()}, errorbar=None, legend=False, ax=ax)
     ax.set(title=title, xlabel='% of training', ylabel='ES on validation (%)', xlim=(0, 100),
            ylim=(-4, max([70, *curves.es])))
     last = curves.groupby('run', sort=False).last()
-    label_ends(ax, [(row.training, row.es, row['name'], colors[i]) for i, row in last.iterrows()], .06)
+    label_ends(ax, [(row.training, row.es, row['name'], colors[i]) for i, row in last.iterrows() if i not in dashed], .06)
 
 # %% ../../nbs/report/84_figures.ipynb #17110c71
 @styled
@@ -432,12 +434,16 @@ def fig_learning_curves(fr: pd.DataFrame):
     curves = learning_curves(fr)
     runs = list(dict.fromkeys(curves.run))
     plain = sorted((i for i in runs if re.fullmatch(r'distill-\d+', i)), key=lambda i: int(i.split('-')[1]))
-    colors = dict(zip([*plain, *(i for i in runs if i not in plain)], SERIES*2))
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.8), sharey=True)
-    curves_panel(axes[0], curves[curves.run.isin(plain)], colors, 'from random weights, by layers')
-    curves_panel(axes[1], curves[~curves.run.isin(plain)], colors, 'variants of 8 layers, and own layers')
-    samples = {fr.result[i].config.get('curve_samples') for i in runs} - {None, 0}
-    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=min(samples, default=0)),
+    muon = [i for i in runs if fr.result[i].config.get('optimizer') == 'muon']
+    others = [i for i in runs if i not in (*plain, *muon)]
+    colors = dict(zip([*plain, *others], SERIES*2))
+    colors |= {i: colors.get(i.replace('-muon', ''), COLORS['control']) for i in muon}
+    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4), sharey=True)
+    curves_panel(axes[0], curves[curves.run.isin([*plain, *muon])], colors, 'from random weights, by layers', muon)
+    curves_panel(axes[1], curves[curves.run.isin(others)], colors, 'variants of 8 layers, and own layers')
+    samples = {fr.result[i].config.get('curve_samples') for i in [*plain, *others]} - {None, 0}
+    noise = 70/min(samples)**.5 if samples else 0.       # two standard errors: single scores scatter by 35 points
+    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=sorted(samples), noise=noise, muon=muon),
                    absent(fr, 'distill'))
     return fig
 
@@ -445,7 +451,7 @@ def fig_learning_curves(fr: pd.DataFrame):
 def loss_parts(fr: pd.DataFrame) -> pd.DataFrame: # run, part, tokens (M), loss: one row a point
     "XTC's running losses over training, in the frame's order."
     frames = []
-    for i, row in without_steps(fr[fr.method == 'xtc']).iterrows():
+    for i, row in usual_runs(fr, fr.method == 'xtc').iterrows():
         for part, points in (row.result.details.get('loss_parts') or {}).items():
             tokens, loss = zip(*points)
             frames.append(pd.DataFrame({'run': i, 'part': part, 'tokens': np.array(tokens)/1e6, 'loss': loss}))

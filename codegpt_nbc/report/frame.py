@@ -6,19 +6,19 @@
 __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIONS', 'PEERS_PROFILES', 'published', 'studies',
            'printed_pruning', 'accuracy_columns', 'held_out_columns', 'cost_columns', 'planned_runs', 'judged_by',
            'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'frame', 'first_few', 'absent',
-           'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'retained',
-           'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking', 'published_systems',
-           'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks', 'benchmark_alone',
-           'fastest_engine', 'corpus_facts', 'hours_of']
+           'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'loss_test',
+           'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking',
+           'published_systems', 'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame',
+           'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
 from fnmatch import fnmatch
 from functools import cache
 from ..core.paths import ASSETS, CORPUS, read_json
-from ..core.record import Accuracy, Result, load_results, processor_text
+from ..core.record import Accuracy, HeldOut, Result, load_results, processor_text
 from ..data.samples import PROTOCOLS
-from ..evidence.metrics import holm
+from ..evidence.metrics import holm, paired
 from ..evidence.other_engines import PEERS
 from .style import chain_of, family_of, run_label
 from ..runs.grid import SCORED, WITHOUT_MODEL, is_step, read_profile
@@ -155,8 +155,8 @@ WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, its variants, the methods of its planned runs, which are timed, details of its sessions, results on other code, runs
-    made with uncommitted changes, and the noise of the dense model's speed."""
+    are judged by, its variants, the rows of its main table, the methods of its planned runs, which are timed, details of its sessions,
+    results on other code, runs made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
@@ -167,8 +167,8 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_ROW}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    variants = {i for i, r in planned.items() if r.variant}
-    df.attrs = dict(variants=variants, profile=profile, protocol=protocol, planned=expected,
+    variants, main = ({i for i, r in planned.items() if getattr(r, mark)} for mark in ('variant', 'main'))
+    df.attrs = dict(variants=variants, main=main, profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), elsewhere=elsewhere_results(results), dirty=dirty, noise=anchor_speed(df))
     return df
@@ -206,12 +206,14 @@ def headline(
     fr: pd.DataFrame,
     sparsity: float = .6,  # prefer runs near it
 ) -> list: # run ids, in the frame's order
-    "The control, the baselines without a model, and one run of each method, backend, pattern, precision and model of origin."
+    """The runs that the profile names for its main table. Where it names none: the control, the baselines without a model, and the first
+    run of each method, backend, pattern, precision and model of origin. No score chooses."""
+    if fr.attrs['main']: return [i for i in fr.index if i in fr.attrs['main']]
     rows = without_steps(fr[~fr.index.isin(fr.attrs['variants'])])
     traits = rows.assign(pruned=rows.sparsity != 0)[['method', 'backend', 'pattern', 'pruned', 'precision', 'model']]
     kind = [str(tuple(t)) for t in traits.itertuples(index=False)]
     ranked = rows.assign(kind=kind, far=(rows.sparsity - sparsity).abs())
-    ranked = ranked.sort_values(['far', 'es'], ascending=[True, False], kind='stable')
+    ranked = ranked.sort_values('far', kind='stable')
     best = set(ranked.drop_duplicates('kind').index) | set(rows.index[rows.method == 'no_model'])
     return [i for i in rows.index if i in best]
 
@@ -243,6 +245,15 @@ def versus(
     a, b = (results[i].metrics.get(fr.attrs['protocol']) for i in (run, base))
     shared = a and b and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
     return paired_test(a, b) if shared else None
+
+@cache
+def loss_test(a: HeldOut, b: HeldOut) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not known
+    "Paired difference a − b of the losses of the rows that both have, see `evidence.held_out`."
+    x, y = (1000*np.array(h.loss_each.split(), float) for h in (a, b))     # `paired` rounds to three decimals
+    n = min(len(x), len(y))
+    if not n: return None
+    d = paired(x[:n], y[:n])
+    return dict(difference=d['difference']/1000, ci=[v/1000 for v in d['ci']])
 
 def retained(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: es, low, high, in % of the dense model's ES
     "How much of the dense model's edit similarity each run keeps, with the interval of the paired difference."

@@ -274,6 +274,10 @@ class Placeholders(Quotations):
         fr = self._profile(profile).frame
         return {code: ranking(fr, code) for code in fr.attrs['elsewhere']}
 
+    def section(self, page: str) -> str: # Markdown
+        "A part of a page, or in italics the runs that it waits for."
+        return paragraph(page, self._fr, root=self._root)
+
     def energy_known(self) -> bool:
         "Whether the energy of any completion was measured or reckoned."
         return len(TABLES['tab_energy'](self._fr)) > 0

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'TEXTS', 'DENSE', 'SETTING_LABELS',
            'MethodStyle', 'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_lasso',
-           'label_prune', 'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant',
-           'layers_said', 'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense',
-           'is_chain_step', 'said', 'made_before', 'run_label', 'short_label', 'chain_of', 'compressor', 'family_of',
-           'number', 'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
+           'label_prune', 'is_tuning', 'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim',
+           'distill_variant', 'layers_said', 'label_distill', 'label_xtc', 'label_static', 'label_no_model',
+           'label_dense', 'is_chain_step', 'said', 'made_before', 'run_label', 'short_label', 'chain_of', 'compressor',
+           'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
 import re
@@ -109,13 +109,19 @@ def toolkit_prefix(c) -> str:
 def label_lasso(c) -> str:
     "The group lasso, or the choice that a control of it makes after the same training without a penalty."
     if c.get('lam') != 0: return 'group lasso' + (f", λ {c['lam']:g}" if c.get('lam') else '')
+    if not c['sparsity']: return 'control (trained as the lasso, not pruned)'
     return 'trained as the lasso, by ' + {'survivors': 'norms', 'norm': 'norms', 'taylor': 'Taylor'}[c.get('importance') or 'survivors']
 
 def label_prune(c) -> str:
     "Pattern and sparsity; the control run has sparsity 0."
+    if is_tuning(c): return f"fine-tuned on {c['samples']} samples"
     name = label_lasso(c) if c['pattern'] == 'lasso' else c['pattern']
-    did = f"{name} {100*c['sparsity']:.0f} %" if c['sparsity'] else 'control (trained alike, not pruned)'
-    return toolkit_prefix(c) + did
+    plain = name if c['pattern'] == 'lasso' else 'control (trained alike, not pruned)'
+    return toolkit_prefix(c) + (f"{name} {100*c['sparsity']:.0f} %" if c['sparsity'] else plain)
+
+def is_tuning(c) -> bool:
+    "Does a pruning run only train on, without a penalty, what is zero already or nothing? It is a control of fine-tuned integers."
+    return c.get('alpha') == 0 and c.get('epochs') == 1
 
 def label_int8(c) -> str: # 'int8 sym · channel · all'
     "The study's three settings: range, granularity, placement."
@@ -154,6 +160,7 @@ def distill_variant(c) -> str:
     if student == 'reduced' and not c.get('frozen', True): said.append('teacher learning')
     as_studied = student == 'random' and not c.get('shape')
     if as_studied and c.get('optimizer') == 'muon': said.append('Muon')
+    if (as_studied or student == 'model' and c.get('teacher') == c.get('model')) and c.get('lr'): said.append(f"rate {c['lr']:g}")
     if as_studied and c.get('frozen') is True: said.append('teacher trained before')
     if text := c.get('corpus'):
         said.append(next((words for end, words in TEXTS.items() if f'/{text}'.endswith(f'/{end}')), 'text: ' + text.rpartition('/')[2]))

@@ -7,11 +7,11 @@ __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER'
            'SUBJECTS', 'PROFILE_TABLES', 'OTHER_TABLES', 'TABLES', 'score_headings', 'as_table', 'as_markdown',
            'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells',
            'trained_elsewhere', 'effort', 'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems',
-           'tab_runs', 'tab_pruning', 'tab_quantization', 'tab_onnx', 'tokens_seen', 'tab_distillation', 'tab_xtc',
-           'tab_static', 'spread_of', 'tab_session', 'tab_seeds', 'making_joules', 'tab_energy', 'compared_printed',
-           'compared_ours', 'tab_comparison', 'tab_studies', 'tab_elsewhere', 'engine_name', 'benchmark_title',
-           'engine_cells', 'floor_cells', 'engine_table', 'operator_shares', 'tab_peers', 'tab_size', 'search_row',
-           'tab_search', 'tab_cost']
+           'tab_runs', 'tokens_seen', 'tuning', 'tab_pruning', 'said_alone', 'tab_quantization', 'tab_onnx',
+           'training_cells', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of', 'tab_session', 'tab_seeds',
+           'making_joules', 'tab_energy', 'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies',
+           'tab_elsewhere', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table',
+           'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
@@ -20,9 +20,10 @@ from ..core.record import Result, load_results
 from ..data.samples import PROTOCOLS
 from ..evidence.other_engines import PEERS
 from .frame import (PEERS_PROFILES, SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine,
-                                      gains, headline, measured_ms, percent_of_dense, printed_pruning, published, retained, seeds_of,
-                                      studies, systems, versus, without_steps)
-from .style import change_interval, label_int8, number, signed_change, speedup, times_text, with_interval
+                                      gains, headline, loss_test, measured_ms, percent_of_dense, printed_pruning, published, retained,
+                                      seeds_of, studies, systems, versus, without_steps)
+from .style import (SETTING_LABELS, change_interval, is_tuning, label_int8, number, signed_change, speedup, times_text,
+                                      with_interval)
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
 USUAL = next(iter(PROTOCOLS))   # the protocol that headings need not name
@@ -62,12 +63,15 @@ def score_cells(
             'EM %': with_interval(row, 'em'), 'Δ EM': signed_change(d.get('em')),
             'Δ ES, detectable': number(d['es'].get('detectable'), 2) if 'es' in d else '–'}
 
-def held_out_cells(row) -> dict: # column → text
-    "Loss and Kullback–Leibler divergence from the dense model, in nats a token, with their 95 % intervals."
-    def nats(name):
-        v, low, high = (row[name + end] for end in ('', '_low', '_high'))
-        return '–' if np.isnan(v) else f'{v:.4f} [{low:.4f}, {high:.4f}]'
-    return {'loss, held-out': nats('loss'), 'KL from dense': nats('kl')}
+def held_out_cells(fr: pd.DataFrame, run: str, base: str = 'baseline') -> dict: # column → text
+    """Loss, its paired difference from that of `base`, and Kullback–Leibler divergence from the model that the run names, in nats a token,
+    with 95 % intervals; and how many tokens. The loss alone tells of the text, so it has no interval."""
+    row = fr.loc[run]
+    own, theirs = (fr.result[i].held_out if i in fr.index else None for i in (run, base))
+    d = loss_test(own, theirs) if own and theirs and run != base else None
+    def nats(v, low, high, sign=''): return '–' if np.isnan(v) else f'{v:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]'.replace('-', '−')
+    return {'loss, held-out': number(row.loss, 4), 'Δ loss': nats(d['difference'], *d['ci'], '+') if d else '–',
+            'KL': nats(row.kl, row.kl_low, row.kl_high), 'held-out tokens': '–' if np.isnan(row.held_tokens) else f'{row.held_tokens:,.0f}'}
 
 def with_dense(fr: pd.DataFrame, *methods: str, base: str = 'baseline') -> tuple: # (rows of the frame, their `family_tests`)
     "The dense model, the baselines without a model, and the runs of some methods, but for steps of recipes."
@@ -92,7 +96,8 @@ GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `
              'three-wide-int8': 'three wide layers', 'four-narrow-int8': 'four narrow layers',
              'three-small-int8': '`codegpt-nano-fast`, three wide layers, fewer heads and neurons',
              'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the weights in eight bits',
-             'recipe-int4': 'recipe `int4`', 'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
+             'recipe-int4': 'recipe `int4`', 'recipe-half-int4': 'recipe `half-int4`',
+             'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'half the layers, pruned too'}
 
 def trained_elsewhere(row) -> list: # of processors' names
@@ -130,7 +135,7 @@ def short_row(
     "All that `tab_short` can show of a run."
     r, d = fr.loc[run], tests.get((run, 'baseline'), {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.es['baseline']):.0f}"
-    return {'file MB': number(r.raw_mb, 3), '× faster': '1' if run == 'baseline' else times_text(r.ratio),
+    return {'file MB': number(r.raw_mb, 3), '× faster': speedup(r),
             'ms': number(r.ms, 3),
             'ES %': '–' if np.isnan(r.es) else f'{r.es:.1f}', 'Δ ES': signed_change(d),
             'peak MB': number(r.peak_mb, 3),
@@ -154,11 +159,12 @@ def tab_main(
     fr: pd.DataFrame,
     runs=None, # run ids, of which those that are there are shown; None: `headline`
 ) -> pd.DataFrame:
-    """The dense model and one run of each method: size, memory, speed, accuracy, and the difference from the dense model.
+    """The runs that the profile names, or one of each method: size, memory, speed, accuracy, and the difference from the dense model.
     p is corrected over the table (Holm); `Δ ES, detectable`: what so many samples show with a power of 80 % without correction."""
     chosen = headline(fr) if runs is None else [i for i in runs if i in fr.index]
-    tests = family_tests(fr, [(i, 'baseline') for i in chosen])
-    return as_table([{'model': fr.label[i], **cost_cells(fr.loc[i]), **score_cells(fr, i, tests)} for i in chosen], fr)
+    tests, seeds = family_tests(fr, [(i, 'baseline') for i in chosen]), seeds_of(fr)
+    def spread(i): return {'ES, range of seeds': f'{np.ptp(fr.es[seeds[i]]):.1f} ({len(seeds[i])})' if i in seeds else '–'} if seeds else {}
+    return as_table([{'model': fr.label[i], **cost_cells(fr.loc[i]), **score_cells(fr, i, tests), **spread(i)} for i in chosen], fr)
 
 def tab_systems(fr: pd.DataFrame) -> pd.DataFrame:
     """All systems and the dense baseline: size, parameters, memory, speed, accuracy with intervals, and what is kept of it.
@@ -179,14 +185,22 @@ def tab_runs(fr: pd.DataFrame) -> pd.DataFrame:
     return fr.drop(columns=['result', 'measured', *SCORES, *unused]).reset_index()
 
 # %% ../../nbs/report/82_tables.ipynb #32ba32bc
+def tokens_seen(row) -> str: # millions, of all steps
+    "Training tokens of a run and of the runs that it started from."
+    return f'{row.train_tokens_m:.2f}' if row.train_tokens_m else '–'
+
+def tuning(fr: pd.DataFrame) -> np.ndarray: # (runs,) bool
+    "The runs that only train on, the controls of fine-tuned integers."
+    return np.array([m == 'prune' and is_tuning(r.config) for m, r in zip(fr.method, fr.result)], bool)
+
 def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     "Every pattern and sparsity, the control and the dense model, beside what the study printed."
     zipped, rows = percent_of_dense(fr, 'zip_mb').value, []
-    ours, tests = with_dense(fr, 'prune')
+    ours, tests = with_dense(fr[~tuning(fr)], 'prune')
     for i, row in ours.iterrows():
-        rows.append({'model': row.label, 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
+        rows.append({'model': row.label, 'tokens seen, M': tokens_seen(row), 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
                      'zipped, % of control': number(zipped[i], 3),
-                     **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)})
+                     **score_cells(fr, i, tests), **held_out_cells(fr, i), **thesis_cells(row)})
     theirs = printed_pruning()
     dense = theirs.loc['baseline']
     for _, p in theirs.iterrows():
@@ -196,21 +210,23 @@ def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows, fr)
 
 # %% ../../nbs/report/82_tables.ipynb #e7ba75f2
+def said_alone(row) -> str: # row: of the frame
+    "A run in words, without those for the model it started from."
+    return SETTING_LABELS[row.method](row.result.config)
+
 def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
-    "Eight configurations on each base, compared with that base, beside the one that the study printed."
-    ours = fr[fr.method == 'quantize']
-    tests = family_tests(fr, zip(ours.index, ours.model))
-    rows = [{'base': fr.label[i], 'int8': 'none', **score_cells(fr, i, tests), **thesis_cells(fr.loc[i])}
-            for i in fr.index[fr.method == 'no_model']]
+    """Eight configurations on each base, and fine-tuned, compared with that base, which also stands fine-tuned without any; beside the one
+    that the study printed."""
+    ours, constant = fr[(fr.method == 'quantize') | tuning(fr)], fr.index[fr.method == 'no_model']
+    tests = family_tests(fr, [*zip(ours.index, ours.model), *((i, 'baseline') for i in constant)])
+    rows = [{'base': fr.label[i], 'int8': 'none', **score_cells(fr, i, tests), **thesis_cells(fr.loc[i])} for i in constant]
     for base, part in ours.groupby('model', sort=False):
         name = fr.label.get(base, base)
-        if base in fr.index:
-            rows.append({'base': name, 'int8': 'none', **cost_cells(fr.loc[base]), **score_cells(fr, base, tests, base),
-                         **held_out_cells(fr.loc[base]), **thesis_cells(fr.loc[base])})
-        for i, row in part.iterrows():
-            settings = label_int8(row).removeprefix('int8 ')
+        for i in [*fr.index.intersection([base]), *part.index]:
+            row = fr.loc[i]
+            settings = 'none' if i == base else said_alone(row).removeprefix('int8 ')
             rows.append({'base': name, 'int8': settings, **cost_cells(row), **score_cells(fr, i, tests, base),
-                         **held_out_cells(row), **thesis_cells(row)})
+                         **held_out_cells(fr, i, base), **thesis_cells(row)})
     best = published('sochirca', 'section 6, Quantization').iloc[0]
     return as_table(rows + [{'base': 'published: 60 % sparse', 'int8': label_int8(best).removeprefix('int8 '),
                              **printed_cells(best)}], fr)
@@ -221,7 +237,8 @@ TABLE_1 = {'baseline': 'baseline', 'prune-unstructured-0.6': 'prune-0.6',
 
 def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
     "The study's Table 1, each published row below our run of the same, then what else was exported."
-    printed, ours, rows = published('sochirca', 'Table 1'), fr[fr.method == 'onnx'], []
+    printed, rows = published('sochirca', 'Table 1'), []
+    ours = without_steps(fr[(fr.method == 'onnx') & ~fr.index.isin(fr.attrs['variants'])])
     shown = list(dict.fromkeys([*fr.index[fr.method == 'no_model'], *TABLE_1, *ours.model, *ours.index]))
     tests = family_tests(fr, [(i, 'baseline') for i in shown], ['es'])
     for i in shown:
@@ -236,20 +253,23 @@ def tab_onnx(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows, fr)
 
 # %% ../../nbs/report/82_tables.ipynb #0b65ef1c
-def tokens_seen(row) -> str: # millions, of all steps
-    "Training tokens of a run and of the runs that it started from."
-    return f'{row.train_tokens_m:.2f}' if row.train_tokens_m else '–'
+def training_cells(row) -> dict: # column → text
+    "How a student was trained, and what became of its teacher."
+    d, c = row.result.details, row.result.config
+    if row.method != 'distill': return {}
+    taught = [d.get(f'loss_{when}', {}).get('teacher') for when in ('before', 'after')]
+    return {'steps': f"{d['steps']:,}" if 'steps' in d else '–', 'optimizer': {'muon': 'Muon'}.get(c.get('optimizer'), 'AdamW'),
+            "teacher's loss, before → after": '–' if None in taught else f'{taught[0]:.2f} → {taught[1]:.2f}'}
 
 def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     "Students by depth and variant, with the study's rows beside ours."
     theirs, rows = published('malmsten', 'Table 1'), []
     speed = theirs.samples_per_s/theirs.samples_per_s['baseline']
-    ours = fr[fr.method.isin(['baseline', 'no_model', 'distill'])]
-    tests = family_tests(fr, [(i, 'baseline') for i in ours.index])
+    ours, tests = with_dense(fr, 'distill')
     for i, row in ours.iterrows():
-        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row),
+        rows.append({'model': row.label, 'tokens seen, all steps, M': tokens_seen(row), **training_cells(row),
                      'parameters M': number(row.params_m, 3), 'file MB': number(row.raw_mb, 3),
-                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i, tests), **held_out_cells(row)})
+                     'samples/s, × dense': speedup(row), **thesis_cells(row), **score_cells(fr, i, tests), **held_out_cells(fr, i)})
         name = i.replace('distill-', 'distil-')
         if name not in theirs.index: continue
         p = theirs.loc[name]
@@ -271,7 +291,7 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
                      'file, × smaller': number(gained.smaller[i], 3),
                      'zip, × smaller than the control': number(gained.zipped[i], 3),
                      'bits per parameter': number(8*row.raw_mb/row.params_m, 3), 'samples/s, × dense': speedup(row),
-                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i, tests), **held_out_cells(row)})
+                     'ES kept, % of dense': number(kept.es[i], 3), **score_cells(fr, i, tests), **held_out_cells(fr, i)})
     for _, p in published('demoor', 'poster').drop('baseline').iterrows():
         rows.append({'model': f'published: {p.model}',
                      **{ours: f'{p[theirs]:g}' for ours, theirs in POSTER.items() if pd.notna(p.get(theirs))}})
@@ -281,8 +301,8 @@ def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
 def tab_static(fr: pd.DataFrame) -> pd.DataFrame:
     "Calibrated 8-bit activations: per tensor, mixed precision, and per embedding group."
     ours, tests = with_dense(fr, 'static_quantize', 'gptq')
-    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i, tests), **held_out_cells(row), **thesis_cells(row)}
-            for i, row in ours.iterrows()]
+    rows = [{'model': row.label, 'file MB': number(row.raw_mb, 3), **score_cells(fr, i, tests), **held_out_cells(fr, i),
+             **thesis_cells(row)} for i, row in ours.iterrows()]
     p = published('sochirca', 'Table 2').loc['mp-peg']
     return as_table(rows + [{'model': f'published: {p.model}', **printed_cells(p)}], fr)
 
@@ -332,16 +352,17 @@ def making_joules(row) -> float: # NaN where no power is stated, or that of anot
 
 def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
     """Energy of a completion, counted by the processor (RAPL) or time × stated power, and of the training. A model that trained has saved
-    that after so many completions."""
+    that after so many completions; none is said where its rounds are not all faster than the dense model is than itself."""
     with_energy = [i for i in systems(fr) if isinstance(fr.measured[i], Result) and fr.measured[i].speed.joules is not None]
     dense = fr.measured['baseline'].speed.joules if 'baseline' in with_energy else np.nan
-    rows = []
+    noise, rows = (fr.attrs['noise'] or (1., 1., 1.))[2], []
     for i in with_energy:
-        speed, making = fr.measured[i].speed, making_joules(fr.loc[i])
-        saved = dense - speed.joules
-        rows.append({'model': fr.label[i], 'J a completion': number(speed.joules, 2), 'known by': speed.energy_source,
+        m, making = fr.measured[i], making_joules(fr.loc[i])
+        share = 1. if i == 'baseline' else m.speed.joules/m.details['baseline_joules']   # of the dense model's in the same rounds
+        faster = i != 'baseline' and fr.ratio_low[i] > max(1., noise)                    # than the dense model differs from itself
+        rows.append({'model': fr.label[i], 'J a completion': number(share*dense, 2), 'known by': m.speed.energy_source,
                      'kJ to train (stated power)': number(making/1e3, 2),
-                     'pays after, completions': number(making/saved, 2) if making and saved > 0 else '–'})
+                     'pays after, completions': number(making/dense/(1 - share), 2) if making and faster and share < 1 else '–'})
     return as_table(rows, fr)
 
 # %% ../../nbs/report/82_tables.ipynb #73cdf664
@@ -365,8 +386,8 @@ def compared_ours(r) -> dict: # column → text
               'es': r.thesis_es, 'em': r.thesis_em}
     cells = {column: number(values[theirs], digits).replace('-', '−')
              for column, (theirs, digits) in COMPARED.items()}
-    return {'model': r.label, 'from': 'this repository', **cells, 'ES %': number(r.es, 3),
-            'EM %': number(r.em, 3)}
+    scores = {'ES %': with_interval(r, 'es'), 'EM %': with_interval(r, 'em')}
+    return {'model': r.label, 'from': 'this repository', **cells | thesis_cells(r), **scores}
 
 # %% ../../nbs/report/82_tables.ipynb #a2cdb4a8
 def tab_comparison(

@@ -164,7 +164,7 @@ def measured_parts(i: Invented, int8: bool, noise: float) -> dict: # parts of a 
                   joules=30/(7*v), energy_source='stated')
     memory = Memory(peak_rss_bytes=int(3.6e8 + 2e8*i.keep*(.4 if int8 else 1)))
     return dict(speed=speed, memory=memory, details=dict(ratios=ratios, libraries_rss_bytes=3.6e8,
-                                                         baseline_samples_per_s=7., baseline_peak_rss_bytes=5.6e8))
+                                                         baseline_samples_per_s=7., baseline_peak_rss_bytes=5.6e8, baseline_joules=30/7))
 
 QUALITY = {'thesis': .7}   # protocol → level under it, as a share of that under the others
 
@@ -175,7 +175,9 @@ def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
     stored = 11.7e6*i.keep*i.bits/8
     zipped = stored*((1 - i.zeros)*.92 + .04*i.zeros)*(.55 if run.id == 'baseline' else 1)
     judged = run.method in ('quantize', 'gptq', 'xtc', 'static_quantize', 'baseline')
-    held = HeldOut(tokens=2000, loss=2/i.level, loss_ci=(1.9/i.level, 2.1/i.level), kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level))
+    each = ' '.join(f'{v/i.level:.4f}' for v in hardness[:40] + 2)
+    held = HeldOut(tokens=2000, loss=2/i.level, loss_ci=(1.9/i.level, 2.1/i.level), loss_each=each,
+                   kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level))
     train = Train(tokens=60_000, seconds=90) if run.method in ('prune', 'distill', 'xtc') else None
     return dict(metrics=metrics, train=train, held_out=held if judged else None,
                 size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep),

@@ -42,6 +42,7 @@ class Profile(Strict):
     "A grid of runs."
     about: str                       # one sentence
     runs: list[Block]
+    main: list[str] = []             # ids of the runs that the main table has, so that no result chooses them; none: one of each kind
     set: dict = {}                   # parameters of every run
     budgets: dict[str, dict] = {}    # method → parameters of its runs here
 
@@ -55,6 +56,7 @@ class Run:
     method: str                      # names the template
     params: dict = field(hash=False)
     variant: bool = False            # see `Block`
+    main: bool = False               # see `Profile`
 
     @property
     def needs(self) -> list: # run ids, in the order of `READS`
@@ -133,7 +135,10 @@ def expand(p: Profile, name: str, recipes: dict | None = None) -> dict: # run id
                     raise ValueError(f'profile {name!r} has two runs named {run_id!r}: put the swept parameters into the id.')
                 method = step.pop('method')
                 budget = {**p.budgets.get(method, {}), **b.budgets.get(method, {})}
-                runs[run_id] = Run(run_id, method, {'run_id': run_id, 'profile': name, **p.set, **budget, **step}, b.variant)
+                params = {'run_id': run_id, 'profile': name, **p.set, **budget, **step}
+                runs[run_id] = Run(run_id, method, params, b.variant, run_id in p.main)
+    if unknown := [i for i in p.main if i not in runs]:
+        raise ValueError(f'the main table of profile {name!r} names {unknown[0]!r}, which is none of its runs: mend `main`.')
     return runs
 
 # %% ../../nbs/runs/70_grid.ipynb #57fc280a

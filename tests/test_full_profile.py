@@ -158,7 +158,8 @@ TRAINED = [*(i for i, run in PLAN.items() if run.main and trains(run)), 'lasso-n
 
 def test_main_table_has_a_row_of_every_method():
     rows = [run for run in PLAN.values() if run.main]
-    assert {run.method for run in rows} == {run.method for run in PLAN.values()} - CORPORA - (WITHOUT_MODEL - {'no_model'}) - {'pretrain', 'gptq'}
+    beside = CORPORA | WITHOUT_MODEL - {'no_model'} | {'pretrain', 'gptq'}     # GPTQ's is there as the export that runs
+    assert {run.method for run in rows} == {run.method for run in PLAN.values()} - beside
     assert {run.params['pattern'] for run in rows if run.method == 'prune'} == {'unstructured', 'tile', 'structured', 'lasso'}
     assert len(TRAINED) > 8
 

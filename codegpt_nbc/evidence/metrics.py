@@ -114,7 +114,7 @@ def paired(
 ) -> dict: # difference of means x − y, its 95 % interval, the p of a sign-flip permutation test, what could have been detected
     "Compare two models sample by sample."
     d = np.asarray(x, float) - np.asarray(y, float)
-    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': 0.}
+    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': float('nan')}   # nothing tells how much they scatter
     return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed),
             'p': round(sign_flip_p(d, seed=seed), 5), 'detectable': round(detectable(d), 3)}
 

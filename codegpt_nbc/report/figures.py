@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', 'PATTERNS', 'PATTERN_WIDTHS', 'UNITS', 'EIGHT',
            'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES', 'FIGURES',
-           'OBSERVED', 'sample_scores', 'round_ratios', 'observed', 'annotate_below', 'spread_out', 'label_ends',
-           'meets', 'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred', 'pruning_observations',
-           'pruning_panel', 'fig_pruning', 'quantized_values', 'quantized_observations', 'quantized_panel',
-           'fig_quantization', 'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency', 'pareto_points',
-           'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name', 'learning_curves',
-           'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations',
-           'poster_text', 'poster_printed', 'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel',
-           'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers', 'fig_peers_avx2', 'budget_fronts',
-           'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
+           'OBSERVED', 'sample_scores', 'round_ratios', 'observed', 'share_band', 'score_spread', 'annotate_below',
+           'spread_out', 'label_ends', 'meets', 'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred',
+           'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values', 'quantized_observations',
+           'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency',
+           'pareto_points', 'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name',
+           'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers', 'fig_xtc',
+           'poster_observations', 'poster_text', 'poster_printed', 'poster_panel', 'fig_poster', 'engine_rounds',
+           'engines_panel', 'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers', 'fig_peers_avx2',
+           'budget_fronts', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
 from functools import partial
 from itertools import cycle, islice
+from ..evidence.metrics import share_interval
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
                                       measured_ms, pareto_front, percent_of_dense,
@@ -51,6 +52,14 @@ def observed(frames: list, columns: list) -> pd.DataFrame:
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=columns)
 
 SAMPLES = dict(estimator='mean', errorbar=('ci', 95), n_boot=1000, seed=0)    # of samples: mean and its 95 % interval
+def share_band(values, whole: float) -> tuple: # (low, high); values: (n,) each 0 or `whole`
+    "Wilson's interval of a share, for seaborn: where all are 0 a bootstrap would have no width."
+    return tuple(v*whole/100 for v in share_interval(np.asarray(values) > 0))
+
+def score_spread(column: str, dense: float) -> dict: # for seaborn
+    "How the scores of samples, in per cent of the dense model's, scatter."
+    return SAMPLES if column == 'es' else dict(estimator='mean', errorbar=partial(share_band, whole=1e4/dense))
+
 ROUNDS = dict(estimator='median', errorbar=('pi', 100))                       # of rounds: median and range
 
 # %% ../../nbs/report/84_figures.ipynb #c90edc7c
@@ -170,7 +179,7 @@ def pruning_panel(ax, fr: pd.DataFrame, column: str) -> list: # (x, y, text, col
     "One measure of all patterns against sparsity."
     import seaborn as sns
     seen = pruning_observations(fr, column)
-    spread = SAMPLES if column in SCORED else ROUNDS
+    spread = score_spread(column, dense_value(fr, column)) if column in SCORED else ROUNDS
     style = dict(x='sparsity', y='value', hue='pattern', hue_order=PATTERNS, palette=COLORS, legend=False, ax=ax)
     if len(seen):
         sns.lineplot(seen, size='pattern', sizes=PATTERN_WIDTHS, marker='o', markersize=5, markeredgewidth=0,
@@ -521,7 +530,8 @@ def poster_panel(ax, fr: pd.DataFrame, runs: list, column: str):
     seen, printed = poster_observations(fr, runs, column), poster_printed(column)
     if len(seen):
         sns.barplot(seen, x='value', y='name', hue='kind', palette=COLORS, saturation=1, dodge=False, width=.66, legend=False, ax=ax,
-                    err_kws=dict(color='#222222', linewidth=.8), **(SAMPLES if column in SCORED else ROUNDS))
+                    err_kws=dict(color='#222222', linewidth=.8),
+                    **(score_spread(column, dense_value(fr, column)) if column in SCORED else ROUNDS))
     ends = seen.groupby('name', sort=False).value.agg('mean' if column in SCORED else 'max')
     for y, i in enumerate(runs):
         at = max(ends.get(short_label(fr.label[i]), 0), printed.get(i, 0))

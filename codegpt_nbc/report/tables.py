@@ -146,9 +146,11 @@ def tab_short(
     runs=None,                # run ids, of which those that are there are shown; None: all but steps and controls
     columns=SHORT_COLUMNS,
 ) -> pd.DataFrame:
-    "One line each: size, speed and what it does to the answers."
+    "One line each: size, speed and what it does to the answers. Where accuracy is shown, so is an answer that needs no model."
     if runs is None: runs = [i for i in without_steps(fr).index if fr.family[i] != 'control']
     shown = [i for i in runs if i in fr.index]
+    constant = [i for i in fr.index[fr.method == 'no_model'] if i not in shown][:1] if 'ES %' in columns and shown else []
+    shown[1:1] = constant
     tests = family_tests(fr, [(i, 'baseline') for i in shown], ['es'])
     cells = {i: short_row(fr, i, tests) for i in shown}
     return as_table([{'model': fr.label[i], **{k: v for k, v in row.items() if k in columns}}

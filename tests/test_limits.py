@@ -221,10 +221,13 @@ def test_other_layers_are_refused_in_a_sentence(layers):
 
 # What is not written says so
 
-def test_an_export_of_static_ranges_says_that_they_are_dropped(words, tmp_path):
+def test_an_export_of_static_ranges_says_what_is_not_run_in_them(words, tmp_path):
     folders = quantised_folders(words, tmp_path)
-    with pytest.warns(UserWarning, match='calibrated ranges') as seen: made = export_onnx(folders['static'], tmp_path/'o', 'int8')
-    assert len(seen) == 1 and recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'int8', 'ranges': 'dynamic'}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
+        made = export_onnx(folders['static'], tmp_path/'o', 'int8')
         assert 'ranges' not in recipe_of(export_onnx(folders['int8'], tmp_path/'p', 'int8'))[-1]
+    said = {'ranges': 'static', 'not_rounded': ['*.attn.scores', '*.attn.probabilities'], 'float_products': ['*.mlp.up']}
+    assert recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'int8', **said}
+    with pytest.warns(UserWarning, match='calibrated ranges') as seen: made = export_onnx(folders['static'], tmp_path/'q', 'fp32')
+    assert len(seen) == 1 and recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'fp32', 'ranges': 'none'}

@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from codegpt_nbc.data.tokenizer import save_tokenizer, train_tokenizer
 from codegpt_nbc.engines.generate import open_engine
+from codegpt_nbc.engines.gguf_export import export_gguf
 from codegpt_nbc.engines.onnx_export import build_graph, export_onnx
 from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.engines.session import Session
@@ -221,10 +222,19 @@ def test_other_layers_are_refused_in_a_sentence(layers):
 
 # What is not written says so
 
-def test_an_export_of_static_ranges_says_that_they_are_dropped(words, tmp_path):
+def test_an_export_of_static_ranges_says_what_is_not_run_in_them(words, tmp_path):
     folders = quantised_folders(words, tmp_path)
-    with pytest.warns(UserWarning, match='calibrated ranges') as seen: made = export_onnx(folders['static'], tmp_path/'o', 'int8')
-    assert len(seen) == 1 and recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'int8', 'ranges': 'dynamic'}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
+        made = export_onnx(folders['static'], tmp_path/'o', 'int8')
         assert 'ranges' not in recipe_of(export_onnx(folders['int8'], tmp_path/'p', 'int8'))[-1]
+    said = {'ranges': 'static', 'not_rounded': ['*.attn.scores', '*.attn.probabilities'], 'float_products': ['*.mlp.up']}
+    assert recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'int8', **said}
+    with pytest.warns(UserWarning, match='calibrated ranges') as seen: made = export_onnx(folders['static'], tmp_path/'q', 'fp32')
+    assert len(seen) == 1 and recipe_of(made)[-1] == {'method': 'onnx', 'precision': 'fp32', 'ranges': 'none'}
+
+
+def test_an_export_to_gguf_says_that_calibrated_ranges_are_left_out(words, tmp_path):
+    pytest.importorskip('gguf')
+    static = quantised_folders(words, tmp_path)['static']
+    with pytest.warns(UserWarning, match='an export to GGUF leaves the calibrated ranges'): export_gguf(static, tmp_path/'q.gguf')

@@ -147,7 +147,8 @@ TABLES = {
     'One bit a weight': ('full', ['baseline', 'xtc-1bit-12', 'xtc-reduced-6', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6',
                                   'recipe-half-binary']),
     'Mixed precision and groups of channels': ('full', ['baseline', 'static-w8a8', 'static-w8a8-min-max', 'static-mp', 'static-peg-3',
-                                                        'static-peg-3-sorted', 'static-peg-6', 'static-peg-6-sorted', 'static-peg-all']),
+                                                        'static-peg-3-sorted', 'static-peg-6', 'static-peg-6-sorted', 'static-peg-all',
+                                                        'onnx-static-w8a8']),
     'Your own repository': ('repository', ['baseline', 'dense-tuned', 'pruned-untuned', 'pruned-elsewhere-judged', 'pruned-tuned',
                                            'pruned-tuned-int8']),
 }

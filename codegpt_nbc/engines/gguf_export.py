@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from ..core.paths import BASE_MODEL, atomic_path, read_json
 from ..data.tokenizer import load_tokenizer
-from ..methods.quantize import QuantizedDecoder, float_decoder, quantize
+from ..methods.quantize import QuantizedDecoder, float_decoder, quantize, warn_without_ranges
 from ..methods.schemes import weight_schemes
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES, is_regular
@@ -213,6 +213,7 @@ def export_gguf(
     package, out = gguf(), Path(out)
     _check_target(out)
     found = load_model(folder)
+    warn_without_ranges(found, 'an export to GGUF')
     arch, tokenizer = architecture_of(found.shape), tokenizer_of(load_tokenizer(folder), found.shape.vocab)
     model = in_blocks(found, precision)
     kind = {'fp32': 'ALL_F32', 'fp16': 'MOSTLY_F16', 'int8': 'MOSTLY_Q8_0', 'int4': 'MOSTLY_Q4_0'}[precision]

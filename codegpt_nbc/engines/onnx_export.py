@@ -7,7 +7,7 @@ __all__ = ['BLOCKS', 'HEAD_MULTIPLE', 'ACTIVATION_OPS', 'ONE_FILE', 'Joined', 'a
            'build_graph', 'write_graph', 'export_onnx', 'count_onnx_parameters', 'OnnxConfig', 'onnx_step']
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #439edf08
-import time, warnings, numpy as np, torch
+import re, time, numpy as np, torch
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
 from ..model.folder import check_finite, describe, load_model, read_config, shape_of_config
 from ..model.layers import GatedFeedForward
-from ..methods.quantize import PRECISIONS, in_precision
+from ..methods.quantize import PRECISIONS, in_precision, warn_without_ranges
 from .attention import MOST_CHANNELS
 from .onnx_run import DATA_FILE, DOMAIN, Graph, StreamedGraph, nibbles, stored_tensors
 
@@ -121,6 +121,26 @@ def blocked_product(self: Graph, x: str, name: str, m, *bias, outputs=None, rows
     return self.op('MatMulNBits', x, w, scale, zero, '', *bias, outputs=outputs, K=d, N=n, accuracy_level=self.accuracy_level, **how)
 
 @patch
+def has_codes(self: Graph, x: str, m) -> bool:
+    "Is the product of `x` and the quantised `m` one of integers without rounding at run time?"
+    return x in self.codes and not m.scheme.weights.blocked
+
+@patch
+def integer_product(self: Graph,
+    x: str,
+    name: str,      # of the module in the decoder
+    m: Joined,      # of codes with one step an output
+    w,              # (in, n) the codes, or the name of such a value
+    *bias,          # Name of a weight (n,), or nothing
+    rows=_same,     # Padding of the outputs
+    outputs=None,   # Name of the result, in a list
+) -> str: # (…, in) → (…, n)
+    "x times `m`, both in 8 bits."
+    zero = rows(m.zero_point)[:, 0] if m.zero_point.any() else None            # (n,)
+    scale = rows(m.scale if m.times is None else m.scale*m.times)[:, 0]        # (n,)
+    return self.int8_product(x, name, w, scale, zero, *bias, outputs=outputs)
+
+@patch
 def linear(self: Graph,
     x: str,
     name: str,              # of the module in the decoder
@@ -131,13 +151,60 @@ def linear(self: Graph,
     "The maps of `x`, one after another."
     m = joined(maps, times)
     bias = [self.weight(f'{name}.bias', rows(m.bias))] if m.bias is not None else []
-    if _is_int8(m) and m.scheme.activations is None: return self.blocked_product(x, name, m, *bias, rows=rows)
-    if _is_int8(m):
-        zero = rows(m.zero_point)[:, 0] if m.zero_point.any() else None        # (n,)
-        scale = rows(m.scale if times is None else m.scale*m.times)[:, 0]      # (n,)
-        return self.int8_product(x, name, rows(cols(m.weight)).T, scale, zero, *bias)
+    if _is_int8(m) and (m.scheme.activations or self.has_codes(x, m)):
+        return self.integer_product(x, name, m, rows(cols(m.weight)).T, *bias, rows=rows)
+    if _is_int8(m): return self.blocked_product(x, name, m, *bias, rows=rows)
     y = self.op('MatMul', x, self.weight(f'{name}.weight', rows(cols(m.weight)).T))
     return self.op('Add', y, *bias) if bias else y
+
+# %% ../../nbs/engines/52_onnx_export.ipynb #a819cb7e
+@patch
+def clip(self: Graph, x: str, place: str, mapping, step, zero) -> str: # (…, n) → the same
+    "`x` in the range that the codes of `mapping` have; step and zero () or (n,)."
+    for op, end in zip(('Max', 'Min'), mapping.limits): x = self.op(op, x, self.weight(f'{place}.{op.lower()}', (end - zero)*step))
+    return x
+
+@patch
+def pair(self: Graph, x: str, place: str, mapping, step, zero) -> str: # (…, n) → the same
+    "`x` as codes and as what they stand for, with one step for all. Codes of 8 bits are kept for products."
+    kind, half = (np.uint8, 2**7) if mapping.bits <= 8 else (np.uint16, 2**15)             # codes count from 0 here
+    if mapping.limits != (-half, half - 1): x = self.clip(x, place, mapping, step, zero)   # the operator clips to a whole type
+    how = [self.weight(f'{place}.step', step), self.weight(f'{place}.zero_point', (zero + half).numpy().astype(kind))]
+    codes = self.op('QuantizeLinear', x, *how)
+    y = self.op('DequantizeLinear', codes, *how)
+    if kind is np.uint8: self.codes[y] = [codes, *how]
+    return y
+
+@patch
+def at(self: Graph,
+    x: str,      # (…, n)
+    *names,      # of places whose channels follow one another in `x`
+    times=None,  # (n,) factors that `x` has besides
+    rows=_same,  # Padding of `x`
+) -> str: # the same shape
+    "`x`, rounded in the calibrated ranges of its places, if it has any."
+    found = [self.fixed[name] for name in names if name in self.fixed]
+    if not found: return x
+    place, mapping = f'activations.{names[0]}', found[0].mapping
+    step, zero = (torch.cat(t) for t in zip(*(f.each for f in found)))           # (n,) twice
+    if times is not None: step = step*times
+    if (step == step[0]).all() and (zero == zero[0]).all(): return self.pair(x, place, mapping, step[0], zero[0])
+    step, zero = rows(step), rows(zero)
+    step[step == 0] = 1                                                          # of padding
+    units = self.op('Mul', self.clip(x, place, mapping, step, zero), self.weight(f'{place}.inverse', 1/step))
+    return self.op('Mul', self.op('Round', units), self.weight(f'{place}.step', step))
+
+# %% ../../nbs/engines/52_onnx_export.ipynb #f726557f
+@patch
+def one_mapping(self: Graph, *names) -> bool: # of places
+    "Can these places be rounded as one, or none of them at all?"
+    return len({self.fixed[name].mapping if name in self.fixed else None for name in names}) == 1
+
+@patch
+def read_nodes(self: Graph) -> list:
+    "The nodes, without floats that are made of codes and read by nobody."
+    read = {name for node in self.nodes for name in node.input}
+    return [node for node in self.nodes if node.op_type != 'DequantizeLinear' or node.output[0] in read]
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #b9cb3aac
 @patch
@@ -151,10 +218,20 @@ def embed(self: Graph, ids: str, name: str, m) -> str: # (B, S) → (B, S, D)
     if d % how['block_size'] == 0: return x
     return self.op('Slice', x, *(self.weight(k, [v]) for k, v in (('zero', 0), ('d_model', d), ('axis', 2))))
 
+def _columns(g: Graph, name: str, m): # (D, vocab) int8: an array, or the name of a value
+    "The codes of a head as the product of integers reads them; those of a table are turned when the session opens."
+    if name not in g.tables: return m.weight.T
+    codes = g.op('BitwiseXor', g.tables[name][0][0], g.weight('sign', np.uint8(128)))     # (vocab, D padded) less 128
+    codes = g.op('Transpose', g.op('Cast', codes, to=3))                                  # 3: int8
+    d = m.weight.shape[1]
+    return codes if d % _block(d) == 0 else g.op('Slice', codes, g.weight('zero', [0]), g.weight('d_model', [d]))
+
 @patch
 def head(self: Graph, h: str, name: str, m): # (logits, D) → (logits, vocab)
     "Logits from the matrix of `embed`, or one of its own."
     bias = [] if getattr(m, 'bias', None) is None else [self.weight(f'{name}.bias', m.bias)]
+    if _is_int8(m) and self.has_codes(h, m) and m.scheme.weights.mapping.bits > 4:   # below, two codes share a byte
+        return self.integer_product(h, 'tokens.head', joined([m]), _columns(self, name, m), *bias, outputs=['logits'])
     if _is_int8(m): return self.blocked_product(h, name, m, *bias, outputs=['logits'])
     self.op('Gemm', h, self.weight(f'{name}.weight', m.weight), *bias, outputs=['logits'], transB=1)
 
@@ -242,14 +319,18 @@ def _norm_heads(g: Graph, x: str, name: str, m, layout: HeadLayout, times: float
 
 def _projections(g: Graph, name: str, attn, x: str, s, layout: HeadLayout) -> list: # of three names, each (B, S, heads × padded)
     "Queries, keys and values of `x`, or all in the first. The queries are multiplied by the scale of the scores, `d_head`^−½."
+    def project(parts, maps, times): # (B, S, heads × padded)
+        y = g.linear(x, f'{name}.{"".join(parts)}', *maps, times=times, rows=pad)
+        return g.at(y, *(f'{name}.{part}' for part in parts), times=times, rows=pad)
     into, scale = [m for m in attn.maps(s) if m.into], attn.d_head**-.5
     maps, normed = [getattr(attn, m.name) for m in into], hasattr(attn, 'q_norm')
     times = [torch.ones(len(m.weight)) for m in maps]                          # (n,) a map
     if not normed: times[0][:len(times[0])//into[0].packed] = scale            # queries come first
     def pad(t): return _pad_heads(t, layout, 0)
-    if not normed and alike(maps):
-        return [g.linear(x, f'{name}.{"".join(m.name for m in into)}', *maps, times=torch.cat(times), rows=pad), '', '']
-    parts = [g.linear(x, f'{name}.{m.name}', of, times=t, rows=pad) for m, of, t in zip(into, maps, times)]
+    names = [m.name for m in into]
+    if not normed and alike(maps) and g.one_mapping(*(f'{name}.{part}' for part in names)):
+        return [project(names, maps, torch.cat(times)), '', '']
+    parts = [project([part], [of], t) for part, of, t in zip(names, maps, times)]
     if not normed: return parts
     q, k = (_norm_heads(g, y, f'{name}.{n}', getattr(attn, n), layout, t) for y, n, t in zip(parts, ('q_norm', 'k_norm'), (scale, 1)))
     return [q, k, parts[2]]
@@ -271,7 +352,7 @@ ACTIVATION_OPS = {'gelu_tanh': ('FastGelu', {}), 'gelu': ('Gelu', {}), 'silu': (
 
 def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (…, D) → (…, neurons)
     "Neurons of `x`."
-    def project(part): return g.linear(x, f'{name}.{part}', getattr(mlp, part))
+    def project(part): return g.at(g.linear(x, f'{name}.{part}', getattr(mlp, part)), f'{name}.{part}')
     kind, how = ACTIVATION_OPS[mlp.activation]
     if not isinstance(mlp, GatedFeedForward): return g.op(kind, project('up'), **how)
     gate, up = project('gate'), project('up')
@@ -279,22 +360,32 @@ def _ffn(g: Graph, name: str, mlp, x: str) -> str: # (…, D) → (…, neurons)
 
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #8a48fb2e
+def _project_heads(g: Graph, name: str, proj, y: str, layout: HeadLayout, narrow) -> str: # (B, S, heads × padded) → (…, D)
+    "What attention adds to the stream. Blocks and ranges of weights and inputs lie where the channels were without padding."
+    def padded(t): return _pad_heads(t, layout, 1)
+    if layout.is_padded and (f'{name}.context' in g.fixed or _is_int8(proj) and proj.scheme.activations is None):
+        y, padded = _unpad_heads(g, y, layout), _same
+    y = g.linear(g.at(narrow(y), f'{name}.context'), f'{name}.proj', proj, cols=padded)
+    return g.at(y, f'{name}.output')
+
 def _layer(g: Graph, l: int, block, x: str, s, tables: tuple, asked) -> str: # (B, S, D) → the same, or (logits, D)
     "One layer. `asked` cuts a value to the positions whose logits are asked for: after the last attention, before which it is None."
     name, layout, narrow = f'blocks.{l}', head_layout(s), asked or (lambda y: y)
     shared = block.norm2 is None   # one norm for both halves, which then read the same stream
     h = g.norm(x, f'{name}.norm1', block.norm1) if shared or block.attn is not None else None
-    out = x
+    out, stream = x, f'{name}.sum' if block.parallel else f'{name}.mlp.sum'
     if block.attn is not None:
-        proj = block.attn.proj
-        y = _attention(g, l, block.attn, h, s, tables)
-        if layout.is_padded and _is_int8(proj) and proj.scheme.activations is None: y = _unpad_heads(g, y, layout)
-        x, y = narrow(x), narrow(y)                                           # (logits, D) from the last attention on
+        reader = 'mlp' if shared and block.mlp is not None else 'attn'
+        y = _attention(g, l, block.attn, g.at(h, f'{name}.{reader}.input'), s, tables)
+        x = narrow(x)                                                         # (logits, D) from the last attention on
         if shared and block.mlp is not None: h = narrow(h)
-        out = g.op('Add', x, g.linear(y, f'{name}.attn.proj', proj, cols=lambda t: _pad_heads(t, layout, 1)))
-    if block.mlp is None: return out
+        out = g.op('Add', x, _project_heads(g, f'{name}.attn', block.attn.proj, y, layout, narrow))
+        if not block.parallel: out = g.at(out, f'{name}.attn.sum')
+    if block.mlp is None: return g.at(out, stream)
     if not shared: h = g.norm(x if block.parallel else out, f'{name}.norm2', block.norm2)
-    return g.op('Add', out, g.linear(_ffn(g, f'{name}.mlp', block.mlp, h), f'{name}.mlp.down', block.mlp.down))
+    h = _ffn(g, f'{name}.mlp', block.mlp, g.at(h, f'{name}.mlp.input'))       # (…, neurons)
+    y = g.linear(g.at(h, f'{name}.mlp.hidden'), f'{name}.mlp.down', block.mlp.down)
+    return g.at(g.op('Add', out, g.at(y, f'{name}.mlp.output')), stream)
 
 def _write(g: Graph, model: Decoder):
     "Write the decoder's nodes: `input_ids` and `position_ids` (B, S) and `asked` (logits, 2) in, `logits` (logits, vocab) out."
@@ -304,10 +395,11 @@ def _write(g: Graph, model: Decoder):
     def only_asked(x): return g.op('GatherND', x, 'asked')                    # (B, S, …) → (logits, …)
     x = g.embed('input_ids', *lookup)                                         # (B, S, D)
     if model.positions is not None: x = g.op('Add', x, g.embed('position_ids', 'positions', model.positions))
+    x = g.at(x, 'embedding.sum')
     tables = model.turn(torch.arange(s.context)) or ()                        # (context, turned) twice
     if last < 0: x = only_asked(x)
     for l, block in enumerate(model.blocks): x = _layer(g, l, block, x, s, tables, only_asked if l == last else None)
-    g.head(g.norm(x, 'norm', model.norm), *head)
+    g.head(g.at(g.norm(x, 'norm', model.norm), 'head.input'), *head)
 
 
 # %% ../../nbs/engines/52_onnx_export.ipynb #a1d3571d
@@ -334,10 +426,12 @@ def build_graph(
     "The decoder as an ONNX model. Raises `ValueError` for one that cannot be written."
     from onnx import helper
     for name, t in model.state_dict().items(): check_finite(name, t)
-    how = accuracy_level, _gated(model.shape)
+    fixed = {p.name: f for p, f in getattr(model, 'fixed', dict)().items()}
+    how = 1 if fixed else accuracy_level, _gated(model.shape)   # what is rounded in a fixed range is not rounded once more
     g = StreamedGraph(file, *how) if file else Graph(*how)
+    g.fixed = fixed
     with torch.no_grad(): _write(g, model)
-    graph = helper.make_graph(g.nodes, 'decoder', *_inputs_and_outputs(model.shape))
+    graph = helper.make_graph(g.read_nodes(), 'decoder', *_inputs_and_outputs(model.shape))
     opsets = [helper.make_opsetid('', 21), helper.make_opsetid(DOMAIN, 1)]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name='codegpt_nbc')
     proto.graph.initializer.extend(g.initializers())
@@ -382,9 +476,20 @@ def _lineage(model: Decoder, precision: str, accuracy_level: int) -> dict: # the
     step = {'method': 'onnx', 'precision': precision}
     if accuracy_level != 4: step['accuracy_level'] = accuracy_level
     if not hasattr(model, 'ranges'): return step
-    warnings.warn('the calibrated ranges of activations are not written to ONNX: the runtime finds ranges of its own for each token.',
-                  UserWarning, stacklevel=3)
-    return step | {'ranges': 'dynamic'}
+    if precision != 'fp32': return step | {'ranges': 'static'}
+    warn_without_ranges(model, 'an export as fp32')
+    return step | {'ranges': 'none'}
+
+_FLOAT = {'MatMul': 1, 'Gemm': 1, 'MatMulNBits': 2}   # products of floats, and which input has the name of the map
+
+def _left_in_floats(model: Decoder, path) -> dict: # for the recipe
+    "Places that the graph in `path` does not round as `model` does, and maps whose product is one of floats; a name for all layers."
+    import onnx
+    def once(names): return list(dict.fromkeys(re.sub(r'^blocks\.\d+', '*', name) for name in names))
+    nodes = onnx.load(path, load_external_data=False).graph.node
+    maps = [n.input[_FLOAT[n.op_type]].rpartition('.')[0] for n in nodes if n.op_type in _FLOAT]
+    inside = [name for name in model.ranges if name.endswith(('.scores', '.probabilities'))]
+    return {'not_rounded': once(inside), 'float_products': once(maps)}
 
 def _bytes_to_export(s, precision: str) -> int:
     "Memory that writing a graph takes, about: the codes, a file of one piece as a graph and as bytes, and the largest matrix in float32."
@@ -410,12 +515,14 @@ def export_onnx(
     found = load_model(folder, stored=True)
     step, model = _lineage(found, precision, accuracy_level), in_precision(found, precision)
     del found   # and the pages of its file
+    static = hasattr(model, 'ranges')
     how = {'precision': precision, 'context': model.shape.context, 'by_row': _gated(model.shape),
-           'int8_prompts': precision == 'int4' and accuracy_level == 4}   # for the engine
+           'int8_prompts': precision == 'int4' and accuracy_level == 4 and not static}   # for the engine
     if precision != 'fp32' and accuracy_level == 4 and head_layout(model.shape).width <= MOST_CHANNELS: how['attention'] = 'bfloat16'
     with new_folder(out, 'model', [folder]) as tmp:
         size = write_graph(model, tmp/'model.onnx', accuracy_level)
         if size: how['data_bytes'] = size
+        if static: step |= _left_in_floats(model, tmp/'model.onnx')
         describe(tmp, model.shape, folder, step, onnx=how)
     return Path(out)
 

@@ -36,6 +36,8 @@ class Graph:
         self.weights = {}    # name → array
         self.tables = {}     # module → names and attributes of its quantised matrix, see `Graph.table`
         self.rounded = {}    # value → names of its integers, step and zero point, and its rows' largest magnitudes
+        self.fixed = {}      # place → `Fixed`: its calibrated range, see `Graph.at`
+        self.codes = {}      # value in such a range → names of its integers, step and zero point
 
     def op(self,
         kind: str,                    # Operator
@@ -73,7 +75,7 @@ class Graph:
         from onnx import numpy_helper
         while self.weights:
             name, value = self.weights.popitem()
-            yield numpy_helper.from_array(np.ascontiguousarray(value), name)
+            yield numpy_helper.from_array(np.asarray(value, order='C'), name)
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #5508963e
 DATA_FILE = 'model.onnx.data'   # beside model.onnx, where the weights do not fit into it
@@ -136,7 +138,7 @@ class StreamedGraph(Graph):
         "The small tensors, and where the others lie."
         from onnx import numpy_helper
         for name, w in reversed(self.weights.items()):
-            yield w.tensor(name) if isinstance(w, Written) else numpy_helper.from_array(np.ascontiguousarray(w), name)
+            yield w.tensor(name) if isinstance(w, Written) else numpy_helper.from_array(np.asarray(w, order='C'), name)
 
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #49196abf
@@ -149,6 +151,7 @@ def largest(self: Graph, x: str) -> str: # (…, n) → (…, 1)
 @patch
 def round_input(self: Graph, x: str, name: str) -> tuple: # ([integers, step, zero point], largest magnitudes of the rows or '')
     "x in 8 bits, once for all maps that read it; `name` is the first of them."
+    if x in self.codes: return self.codes[x], ''
     if x not in self.rounded:
         parts = [f'{name}.input{part}' for part in ('', '_scale', '_zero_point')]
         row = self.largest(x) if self.by_row else ''
@@ -160,17 +163,18 @@ def round_input(self: Graph, x: str, name: str) -> tuple: # ([integers, step, ze
 def int8_product(self: Graph,
     x: str,         # (…, in)
     name: str,      # of the map
-    w,              # (in, out) int8
+    w,              # (in, out) int8, or the name of such a value
     scale,          # (out,) float32
     zero,           # (out,) int8; None: symmetric
     *bias,          # Name of a weight (out,), or nothing
     outputs=None,   # Name of the result, in a list
 ) -> str: # (…, out)
-    "x, rounded at run time, times the dequantised `w`."
+    "x, in integers that it has already or rounded at run time, times the dequantised `w`."
     (integers, step, zero_of_x), row = self.round_input(x, name)
     zero = '' if zero is None else self.weight(f'{name}.zero_point', zero)
+    if not isinstance(w, str): w = self.weight(f'{name}.weight', w)
     def product(*bias, outputs=None):
-        parts = integers, self.weight(f'{name}.weight', w), step, self.weight(f'{name}.scale', scale), zero_of_x, zero
+        parts = integers, w, step, self.weight(f'{name}.scale', scale), zero_of_x, zero
         return self.op('MatMulIntegerToFloat', *parts, *bias, outputs=outputs)
     if not row: return product(*bias, outputs=outputs)
     y = self.op('Mul', product(), row, outputs=None if bias else outputs)

@@ -19,7 +19,7 @@ from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
 from ..model.layers import GatedFeedForward
 from ..model.folder import describe, load_model, read_config, shape_of_config
-from ..methods.quantize import in_precision
+from ..methods.quantize import in_precision, warn_without_ranges
 
 # %% ../../nbs/engines/54_openvino.ipynb #8c77be1b
 def openvino():
@@ -234,7 +234,9 @@ def export_openvino(
     "Write a model folder as an OpenVINO folder. Raises `ValueError` for a model that cannot be written."
     if precision not in OPENVINO_PRECISIONS:
         raise ValueError(f'there is no precision {precision!r}: use one of {", ".join(OPENVINO_PRECISIONS)}.')
-    ov, model = openvino(), in_precision(load_model(folder), 'fp32' if precision == 'bf16' else precision)
+    ov, found = openvino(), load_model(folder)
+    warn_without_ranges(found, 'an export to OpenVINO')
+    model = in_precision(found, 'fp32' if precision == 'bf16' else precision)
     if precision == 'bf16':
         for p in model.parameters(): p.data = p.data.bfloat16() if p.ndim == 2 else p.data
     how = {'precision': precision, 'parameters': count_parameters(model)}

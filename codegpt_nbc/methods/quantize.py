@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'PRECISIONS', 'QuantizedDecoder', 'StoredTensor', 'quantize', 'float_decoder', 'read_quantized',
-           'in_precision', 'simulate_input', 'simulated', 'finetune_quantized', 'QuantizeConfig', 'quantize_step']
+           'warn_without_ranges', 'in_precision', 'simulate_input', 'simulated', 'finetune_quantized', 'QuantizeConfig',
+           'quantize_step']
 
 # %% ../../nbs/methods/34_quantize.ipynb #06cb1757
-import copy, torch
+import copy, torch, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -165,6 +166,15 @@ def read_quantized(
 
 # %% ../../nbs/methods/34_quantize.ipynb #38f2b4c2
 PRECISIONS = ('fp32', 'int8', 'int4')
+
+def warn_without_ranges(
+    model: Decoder,
+    out: str,       # What is written, in words
+):
+    "Warn where ranges of activations were calibrated for a model, and what is written does not have them."
+    if not hasattr(model, 'ranges'): return
+    warnings.warn(f'{out} leaves the calibrated ranges of activations out: export the model to ONNX as int8 to run in them.',
+                  UserWarning, stacklevel=3)
 
 def in_precision(
     model: Decoder,

@@ -316,5 +316,6 @@ class Fixed:
         least, greatest = ((end - zero)*scale for end in mapping.limits)        # the reals that the end codes stand for
         def spread(t): return t.item() if len(ranges) == 1 else t[group]        # a number, or (channels,)
         self.lo, self.hi, self.scale, self.inverse = map(spread, (least, greatest, scale, 1/scale))
+        self.mapping, self.each = mapping, (scale[group], zero[group])          # of every channel, (channels,) twice: for an engine
 
     def __call__(self, x): return x.clamp_(self.lo, self.hi).mul_(self.inverse).round_().mul_(self.scale)

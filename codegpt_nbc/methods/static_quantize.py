@@ -224,10 +224,14 @@ class StaticDecoder(QuantizedDecoder):
         self.shape, self.schemes, self.activations = q.shape, q.schemes, activations
         self.ranges, self.orders = ranges, orders
         for name, m in q._modules.items(): self.add_module(name, m)
-        for p, s in assign_places(q.shape, activations).items():
-            group = s.granularity.of(p.width, orders[p.family] if s.granularity.permute else None)   # (channels,)
-            attach(p, self, Fixed(s.mapping, ranges[p.name], group))
+        for p, f in self.fixed().items(): attach(p, self, f)
         self.eval()
+
+    def fixed(self) -> dict: # `Place` → `Fixed`
+        "The rounding in each chosen place, in the order of computation."
+        def group(p, s): return s.granularity.of(p.width, self.orders[p.family] if s.granularity.permute else None)   # (channels,)
+        chosen = assign_places(self.shape, self.activations)
+        return {p: Fixed(s.mapping, self.ranges[p.name], group(p, s)) for p, s in chosen.items()}
 
 def static_quantize(
     q: QuantizedDecoder,       # From `quantize`; taken over

@@ -10,10 +10,10 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
            'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values', 'quantized_observations',
            'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency',
            'pareto_points', 'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name',
-           'learning_curves', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers', 'fig_xtc',
-           'poster_observations', 'poster_text', 'poster_printed', 'poster_panel', 'fig_poster', 'engine_rounds',
-           'engines_panel', 'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers', 'fig_peers_avx2',
-           'budget_fronts', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
+           'learning_curves', 'is_standard', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
+           'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed', 'poster_panel', 'fig_poster',
+           'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers',
+           'fig_peers_avx2', 'budget_fronts', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
@@ -420,8 +420,13 @@ def learning_curves(fr: pd.DataFrame) -> pd.DataFrame: # run, name, training (%)
     for i, row in without_steps(fr[students]).iterrows():
         if not (curve := row.result.details.get('learning_curve')): continue
         share, _, es = zip(*curve)
-        frames.append(pd.DataFrame({'run': i, 'name': student_name(row), 'training': 100*np.array(share), 'es': es}))
+        name = layers_said(row.result.config.get('layers')) if is_standard(i) else student_name(row)
+        frames.append(pd.DataFrame({'run': i, 'name': name, 'training': 100*np.array(share), 'es': es}))
     return observed(frames, ['run', 'name', 'training', 'es'])
+
+def is_standard(run_id: str) -> bool:
+    "Is this a student of the study's series by depth, such as `distill-8`?"
+    return bool(re.fullmatch(r'distill-\d+', run_id))
 
 def curves_panel(ax, curves: pd.DataFrame, colors: dict, title: str, dashed=()):
     "Learning curves, labelled where they end, but for those that are `dashed` (run ids); `colors`: run id → colour."
@@ -442,11 +447,11 @@ def fig_learning_curves(fr: pd.DataFrame):
     import matplotlib.pyplot as plt
     curves = learning_curves(fr)
     runs = list(dict.fromkeys(curves.run))
-    plain = sorted((i for i in runs if re.fullmatch(r'distill-\d+', i)), key=lambda i: int(i.split('-')[1]))
-    muon = [i for i in runs if fr.result[i].config.get('optimizer') == 'muon']
+    plain = sorted(filter(is_standard, runs), key=lambda i: int(i.split('-')[1]))
+    muon = [i for i in runs if i not in plain and i.replace('-muon', '') in plain]    # beside the same with AdamW
     others = [i for i in runs if i not in (*plain, *muon)]
     colors = dict(zip([*plain, *others], SERIES*2))
-    colors |= {i: colors.get(i.replace('-muon', ''), COLORS['control']) for i in muon}
+    colors |= {i: colors[i.replace('-muon', '')] for i in muon}
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4), sharey=True)
     curves_panel(axes[0], curves[curves.run.isin([*plain, *muon])], colors, 'from random weights, by layers', muon)
     curves_panel(axes[1], curves[curves.run.isin(others)], colors, 'variants of 8 layers, and own layers')

@@ -456,8 +456,9 @@ def fig_learning_curves(fr: pd.DataFrame):
     curves_panel(axes[0], curves[curves.run.isin([*plain, *muon])], colors, 'from random weights, by layers', muon)
     curves_panel(axes[1], curves[curves.run.isin(others)], colors, 'variants of 8 layers, and own layers')
     samples = {fr.result[i].config.get('curve_samples') for i in [*plain, *others]} - {None, 0}
-    noise = 70/min(samples)**.5 if samples else 0.       # two standard errors: single scores scatter by 35 points
-    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=sorted(samples), noise=noise, muon=muon),
+    scatter = np.std(sample_scores(fr.result['baseline'], 'es', fr.attrs['protocol'])) if samples and 'baseline' in fr.index else 0.
+    noise, rates = 2*scatter/min(samples, default=1)**.5, {fr.result[i].config.get('lr') for i in muon}   # two standard errors
+    annotate_below(fig, paragraph('fig_learning_curves.md', fr, samples=sorted(samples), noise=noise, rates=sorted(rates)),
                    absent(fr, 'distill'))
     return fig
 

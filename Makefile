@@ -90,4 +90,5 @@ forget:     ## Remove what was imported from other code, data sets and GGUF file
 	rm -rf build/imported build/gathered build/datasets
 
 clean:      ## Remove model folders and the results of PROFILE
+	@test -n '$(PROFILE)' || { echo 'PROFILE is empty: name the profile to remove.'; exit 1; }
 	rm -rf build/$(PROFILE) papermill_runs/$(PROFILE) figures/$(PROFILE)

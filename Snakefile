@@ -1,6 +1,6 @@
 # The grid. configs/<profile>.yaml lists the runs, and a run does what its template notebook says.
 # Usually called through `make reproduce`, which adds a lock; `snakemake --cores 2 --config profile=quick` works too.
-import json, sys
+import json, shlex, sys
 from snakemake.jobs import Job
 from codegpt_nbc.runs.grid import ALONE, WITHOUT_MODEL, read_profile, resources, template_of
 from codegpt_nbc.core.paths import BASE_MODEL, CORPUS, models_dir, write_json
@@ -8,6 +8,7 @@ from codegpt_nbc.core.paths import BASE_MODEL, CORPUS, models_dir, write_json
 async def leave(job): pass
 Job.remove_existing_output = leave   # a run replaces what there is when its own files are whole, see `grid.run_notebook`
 
+PYTHON = shlex.quote(sys.executable)
 PROFILE = config.get('profile', 'quick')
 RUNS = read_profile(PROFILE)
 NOTEBOOK = f'papermill_runs/{PROFILE}/{{run}}.ipynb'
@@ -45,5 +46,5 @@ for METHOD in dict.fromkeys(r.method for r in RUNS.values()):
         threads: (workflow.cores or 2) if METHOD in ALONE else 1
         resources: **resources(METHOD), **({'slurm_extra': "'--exclusive'"} if METHOD in ALONE else {})
         shell:
-            'OMP_NUM_THREADS={threads} {sys.executable} -m codegpt_nbc.runs.warm codegpt_nbc.runs.cli'
-            ' run {input.template} {output[0]} --params {params:q} --no-bar --force'
+            'OMP_NUM_THREADS={threads} {PYTHON} -m codegpt_nbc.runs.warm codegpt_nbc.runs.cli'
+            ' run {input.template:q} {output[0]:q} --params {params:q} --no-bar --force'

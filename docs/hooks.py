@@ -3,7 +3,6 @@
 Every page knows the file of the repository it is made from. A link to a file becomes one to its page, or else to the repository's host.
 """
 import ast, html, re
-from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from posixpath import dirname, join, normpath, relpath
@@ -135,7 +134,6 @@ def on_page_markdown(markdown, page, config, files):
     "Lead links to files of the repository to their pages."
     here = page.file.src_uri
     base = dirname(origin[here]) if (ROOT/origin[here]).is_file() else ''      # a generated list names files from the root
-    if fnmatch(origin[here], 'papermill_runs/*.ipynb'): base = 'nbs/experiments'   # a run says what its template says
 
     def relink(m):
         target, anchor = m[1], m[2] or ''

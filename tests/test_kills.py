@@ -71,7 +71,7 @@ class Tree:
 
 
 @pytest.fixture(scope='module')
-def tree(tmp_path_factory): return Tree(tmp_path_factory.mktemp('tree'))
+def tree(tmp_path_factory): return Tree(tmp_path_factory.mktemp('a tree'))   # with a blank in every path
 
 
 def test_a_run_that_fails_when_repeated_keeps_the_earlier_one(tree):

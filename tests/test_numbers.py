@@ -111,13 +111,19 @@ def test_gain_tables_say_what_the_results_say(firsts, profile, n):
     assert (low, high) == tuple(float(f'{v:.1f}') for v in accuracy['es_ci'])
 
 
-def difference(run, base='baseline', profile='full'):
-    "Mean difference of edit similarity over the samples that both were asked."
+def difference(run, base='baseline', profile='full', measure='es'):
+    "Mean difference of edit similarity, or of exact match, over the samples that both were asked."
     ours, theirs = (result(i, profile)['metrics']['codexglue'] for i in (run, base))
-    def scores(a): return {a.get('skip', 0) + k: float(x) for k, x in enumerate(a['es_each'].split())}
+    def scores(a): return {a.get('skip', 0) + k: float(x) for k, x in enumerate(each(a, measure))}
     a, b = scores(ours), scores(theirs)
     both = a.keys() & b.keys()
     return sum(a[k] - b[k] for k in both)/len(both)
+
+
+def each(accuracy, measure):
+    "The measure of every sample, in per cent; exact matches are kept as one digit each."
+    kept = accuracy[f'{measure}_each']
+    return map(float, kept.split()) if measure == 'es' else [100*int(c) for c in kept]
 
 
 def signed(cell):
@@ -167,7 +173,8 @@ def expected(run, profile):
     "What a row of a short table has to say, straight from the JSONs."
     r = result(run, profile)
     found = {'file MB': r['size']['raw_bytes']/1e6, 'ES %': r['metrics']['codexglue']['es']}
-    if run != 'baseline': found['Δ ES'] = difference(run, profile=profile)
+    found['EM %'] = r['metrics']['codexglue']['em']
+    if run != 'baseline': found |= {f'Δ {m.upper()}': difference(run, profile=profile, measure=m) for m in ('es', 'em')}
     if there(f'measure-{run}', profile): found['× faster'] = result(f'measure-{run}', profile)['speed']['ratio_to_baseline']
     return found | ({'× faster': 1.} if run == 'baseline' else {})
 
@@ -188,7 +195,10 @@ def comparisons(heading):
     if not rows: return
     assert len(rows) == len(runs), f'{heading}: {len(rows)} rows are shown, {len(runs)} have results'
     for run, row in zip(runs, rows):
-        for column, value in expected(run, profile).items():
+        found = expected(run, profile)
+        unknown = [c for c in row if c not in ('model', *found) and printed(row[c])]
+        assert not unknown or run == 'baseline', f'{heading}: nothing checks the column {unknown[0]!r}'
+        for column, value in found.items():
             if column in row: yield run, column, row[column], value
 
 

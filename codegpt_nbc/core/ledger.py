@@ -27,7 +27,8 @@ class Ledger:
         try:
             with closing(sqlite3.connect(self.path, timeout=self.WAIT)) as db, db: return db.execute(sql, values).fetchall()
         except sqlite3.DatabaseError as e:
-            if isinstance(e, sqlite3.OperationalError): raise      # locked, full or read-only: not damaged
+            if isinstance(e, sqlite3.OperationalError):            # locked, full or read-only: not damaged
+                raise OSError(f'{self.path} cannot be used ({e}): make room, make it writable, or wait for who holds it.') from None
             raise ValueError(f'{self.path} is damaged ({e}): remove it, and what it held is measured again.') from None
 
     def get(self, key: str): # the figure, or None

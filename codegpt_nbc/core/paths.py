@@ -6,7 +6,7 @@
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
            'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'check_memory', 'atomic_path',
            'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out', 'new_folder', 'sha256',
-           'verify_checksums', 'write_checksums', 'sealed', 'check_seal', 'export_settings']
+           'contents_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal', 'export_settings']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, errno, hashlib, json, os, re, shutil, tempfile, warnings
@@ -49,11 +49,12 @@ def models_dir(profile: str) -> Path:
 
 # %% ../../nbs/core/00_paths.ipynb #2fad0553
 def shared(
-    name: str, # Relative to a checkout, such as 'configs/recipes.yaml'
+    name: str,        # Relative to a checkout, such as 'configs/recipes.yaml'
+    own: bool = True, # May it be the project's?
 ) -> Path:
     "A recipe, profile or template: the project's own, or else that of the checkout, or the one that came with the installed package."
     checkout = [PACKAGE.parent] if (PACKAGE.parent/'settings.ini').is_file() else []
-    return next((d/name for d in (project_root(), *checkout) if (d/name).exists()), PACKAGE/'share'/name)
+    return next((d/name for d in (*[project_root()]*own, *checkout) if (d/name).exists()), PACKAGE/'share'/name)
 
 # %% ../../nbs/core/00_paths.ipynb #a85da191
 def cores() -> int:
@@ -67,19 +68,26 @@ def all_cores() -> int:
     return os.cpu_count() or 1
 
 # %% ../../nbs/core/00_paths.ipynb #cfd5689c
-def free_memory() -> int | None:
+def free_memory(
+    group='/sys/fs/cgroup', # of a container, version 2
+) -> int | None:
     "Bytes of memory that can still be taken; None where neither the platform nor `psutil` tells."
     found = []
     try:
         import psutil
         found.append(psutil.virtual_memory().available)
     except (ImportError, OSError, RuntimeError): pass   # not installed, or not on this platform
-    group = Path('/sys/fs/cgroup')                      # of a container, version 2
+    group = Path(group)
     try:
         limit, taken = (int((group/f'memory.{name}').read_text(encoding='ascii')) for name in ('max', 'current'))
-        found.append(limit - taken)
+        found.append(limit - taken + _file_cache(group))
     except (OSError, ValueError): pass                  # no group, or none with a limit
     return min(found, default=None)
+
+def _file_cache(group: Path) -> int:
+    "Bytes of files that a group has read and nobody uses: they count as taken, and go when memory is asked for."
+    stat = dict(line.split() for line in (group/'memory.stat').read_text(encoding='ascii').splitlines())
+    return int(stat.get('inactive_file', 0))
 
 def check_memory(
     need: int,   # bytes
@@ -88,7 +96,7 @@ def check_memory(
     "Raise `ValueError` if so much memory is not free; where that is unknown, begin."
     free = free_memory()
     if free is not None and need > free:
-        raise ValueError(f'{what} takes {need/1e9:.1f} GB of memory, but {free/1e9:.1f} GB are free: '
+        raise ValueError(f'{what} takes {need/1e9:.2f} GB of memory, but {free/1e9:.2f} GB are free: '
                          'end other programs, or use a smaller model or a machine with more memory.')
 
 
@@ -164,7 +172,7 @@ def write_json(path, obj) -> Path:
 def read_json(path) -> dict:
     "Read a JSON file. Raises `ValueError`, which names the file, if it is damaged."
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not valid JSON ({e}): delete it and run again what made it.') from None
 
 # %% ../../nbs/core/00_paths.ipynb #8da90db5
@@ -238,6 +246,11 @@ def new_folder(
 def sha256(path) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, read in blocks."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
+
+def contents_of(folder) -> dict: # file name → SHA-256
+    "What a folder holds, as far as a model can depend on it: weights in any format, configuration, tokenizer, lineage."
+    files = (p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.suffix != '.md' and not p.name.startswith('.'))
+    return {p.name: sha256(p) for p in files}
 
 def verify_checksums(
     folder, # Holds `checksums.json`: file name → SHA-256

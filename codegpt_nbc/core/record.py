@@ -15,7 +15,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from .config import Strict
-from .paths import cores, project_root, read_json, runs_dir, write_json
+from .paths import PACKAGE, cores, read_json, runs_dir, write_json
 
 # %% ../../nbs/core/02_record.ipynb #25ba978d
 class Accuracy(Strict):
@@ -150,8 +150,9 @@ def processor_text(
 
 # %% ../../nbs/core/02_record.ipynb #2b32a89c
 def _git(*args) -> str | None:
-    "The output of a git command in the checkout; None where there is no git or no checkout."
-    command = ['git', '-C', str(project_root()), *args]
+    "The output of a git command in this code's checkout; None where there is no git, or where the package is installed."
+    if not (PACKAGE.parent/'settings.ini').is_file(): return None
+    command = ['git', '-C', str(PACKAGE.parent), *args]
     try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 

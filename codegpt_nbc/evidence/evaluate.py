@@ -15,7 +15,7 @@ from ..core.record import Accuracy, Size
 from ..data.inputs import RunConfig
 from ..data.samples import PROTOCOLS, load_samples, protocol_named, protocols_of
 from ..model.decoder import Decoder, count_parameters
-from ..model.folder import load_model
+from ..model.folder import load_model, tensor_files
 from ..engines.completion import complete_raw
 from ..engines.generate import MAX_NEW, complete_batch, open_engine, runtime_of
 from ..engines.pytorch import TorchEngine
@@ -118,14 +118,14 @@ def validation_es(
 def weight_files(folder) -> list:
     "The files of a model folder that its engine reads weights from; pickles beside safetensors are none of them."
     found = sorted(p for p in Path(folder).iterdir() if p.suffix in ('.safetensors', '.onnx', '.data', '.bin', '.xml'))
-    if any(p.suffix == '.safetensors' for p in found): return [p for p in found if p.suffix == '.safetensors']
+    if any(p.suffix == '.safetensors' for p in found): return tensor_files(folder)
     return [p for p in found if p.suffix != '.bin' or p.name.startswith(('pytorch_model', 'openvino_model'))]
 
 def zip_bytes(files: list) -> int:
     "The bytes of a zip archive of `files` (deflate, as `zip` makes it)."
     with tempfile.TemporaryDirectory() as d:
         archive = Path(d)/'z.zip'
-        with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED, compresslevel=6) as z:
+        with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED, compresslevel=6, strict_timestamps=False) as z:
             for f in files: z.write(f, f.name)
         return archive.stat().st_size
 

@@ -491,8 +491,9 @@ def python_of(name: str) -> str:
     return peers_python() if name in PEERS or name.startswith('openvino') else sys.executable
 
 # Modules whose code decides what a converted folder holds
-_CONVERTING = ('model/decoder', 'model/folder', 'methods/quantize', 'methods/schemes', 'engines/onnx_export',
-               'engines/openvino', 'engines/gguf_export', 'evidence/other_engines')
+_CONVERTING = ('model/decoder', 'model/families', 'model/folder', 'model/layers',
+               'methods/int8', 'methods/quantize', 'methods/ranges', 'methods/schemes',
+               'engines/attention', 'engines/onnx_export', 'engines/openvino', 'engines/gguf_export', 'evidence/other_engines')
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
 def prepare(name: str, source, folder) -> Path:
@@ -652,7 +653,7 @@ def _texts(workers: dict, cfg: PeersConfig, max_new: int = 48) -> dict: # name â
     lines = {name: w.ask([samples.input.tolist(), max_new])['lines'] for name, w in workers.items()}
     base, out = next(iter(lines.values())), {}
     for name, own in lines.items():
-        scores, same = score(own, samples['gt']), sum(a == b for a, b in zip(own, base))
+        scores, same = score(own, samples['gt'], cfg.text), sum(a == b for a, b in zip(own, base))
         out[name] = dict(same=same/cfg.texts, es=float(scores.es.mean()), em=100*float(scores.em.mean()))
     return out
 

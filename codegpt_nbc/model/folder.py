@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SLICED', 'INT8', 'SPELLINGS', 'Count', 'READERS', 'CHECKSUM', 'TOKENIZER_FILES', 'SETTINGS_FILES', 'SPECIAL_IDS',
-           'shape_of_config', 'config_of_shape', 'to_disk', 'check_finite', 'from_disk', 'read_tensors', 'read_config',
-           'reader_of', 'load_model', 'recipe_of', 'special_ids', 'copy_tokenizer', 'describe', 'save_model', 'digest']
+           'shape_of_config', 'config_of_shape', 'to_disk', 'check_finite', 'from_disk', 'tensor_files', 'read_tensors',
+           'read_config', 'reader_of', 'load_model', 'recipe_of', 'special_ids', 'copy_tokenizer', 'describe',
+           'save_model', 'digest']
 
 # %% ../../nbs/model/23_folder.ipynb #61798d06
 import hashlib, math, warnings, numpy as np, torch
@@ -14,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 from torch.overrides import TorchFunctionMode
-from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sealed, sha256, write_json
+from ..core.paths import BASE_MODEL, check_memory, contents_of, new_folder, read_json, sealed, sha256, write_json
 from ..data.tokenizer import load_tokenizer, own_settings
 from .decoder import Decoder, count_of
 from .families import FAMILIES, Family, in_file_order, is_regular, resolved
@@ -199,7 +200,7 @@ def shape_of_config(config: dict) -> tuple: # (Shape, Family)
         heads=tuple(sliced.heads) if sliced else (shared,)*n.layers,
         inner=tuple(sliced.inner) if sliced else (n.inner or 4*n.d_model,)*n.layers,
         family=family.model_type, queries=queries,
-        tied=bool(config.get('tie_word_embeddings', family.tied)), eps=n.eps,
+        tied=family.tied if config.get('tie_word_embeddings') is None else bool(config['tie_word_embeddings']), eps=n.eps,
         windowed=n.context if capped else None, **_own_settings(config, family, n, d_head),
     ), family
 
@@ -316,13 +317,28 @@ def from_disk(
     return model.requires_grad_(True)
 
 # %% ../../nbs/model/23_folder.ipynb #3c2f689d
+def tensor_files(folder) -> list: # of paths; empty where there are none
+    "The safetensors that hold a folder's model: one file, or the shards that an index names. Others there are not read."
+    folder = Path(folder)
+    if (folder/'model.safetensors').is_file(): return [folder/'model.safetensors']
+    return _indexed(folder) or sorted(folder.glob('model-*-of-*.safetensors')) or sorted(folder.glob('*.safetensors'))
+
+def _indexed(folder: Path) -> list: # of paths
+    path = folder/'model.safetensors.index.json'
+    if not path.is_file(): return []
+    try: names = sorted({Path(name).name for name in read_json(path)['weight_map'].values()})
+    except (KeyError, TypeError, AttributeError): raise ValueError(f'{path} names no shards: fetch it again.') from None
+    if missing := [name for name in names if not (folder/name).is_file()]:
+        raise FileNotFoundError(f'{folder} lacks {missing[0]}, which its index names: fetch it again.')
+    return [folder/name for name in names]
+
 def read_tensors(folder) -> dict: # name → tensor
     "All tensors of a folder, from safetensors if there are any. Raises `FileNotFoundError` or `ValueError` for a missing or damaged file."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f'{folder} is not a folder: give a model folder.')
-    files = sorted(folder.glob('*.safetensors'))
+    files = tensor_files(folder)
     if not files: return _read_pickled(folder)
     out = {}
     for f in files:
@@ -378,7 +394,7 @@ def load_model(
     Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged, not supported, or larger than the memory."""
     config = read_config(folder)
     shape, _ = shape_of_config(config)
-    quantization = config.get('quantization_config', {})
+    quantization = config.get('quantization_config') or {}
     if not stored: check_memory(count_of(shape)*(1 if quantization else 4), f'reading {folder}')
     tensors = read_tensors(folder)
     method, checksum = quantization.get('quant_method'), quantization.get(CHECKSUM)
@@ -467,10 +483,10 @@ def save_model(
 def digest(
     *parts, # Model folders (`Path`), rows of token ids (lists), settings (anything that prints)
 ) -> str: # 16 hexadecimal digits
-    "One name for weights, token ids and settings."
+    "One name for models, token ids and settings. It changes with any file of a folder."
     h = hashlib.sha256()
     for p in parts:
-        if isinstance(p, Path): h.update(''.join(sha256(f) for f in sorted(p.glob('*.safetensors'))).encode())
+        if isinstance(p, Path): h.update(repr(contents_of(p)).encode())
         elif isinstance(p, list):
             lengths = np.array([len(p), *map(len, p)])
             h.update(lengths.tobytes() + b''.join(np.array(row, np.int32).tobytes() for row in p))

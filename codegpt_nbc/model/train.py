@@ -192,7 +192,8 @@ def training_rows(
     tok,         # The model's tokenizer
     c,           # A configuration with `shortest`, `length`, `tokens`, `epochs` and `seed`
 ) -> list: # of lists of token ids
-    "Rows for one epoch: from the shortest files only if `c.shortest` is below 1, in random order, at most `c.tokens` over all epochs."
+    """Rows for one epoch, in random order, up to the one that reaches its share of `c.tokens`; with `c.shortest` below 1 of the
+    shortest files only."""
     files = sorted(encode_batch(tok, texts), key=len)
     kept = files[:max(1, round(c.shortest*len(files)))]
     rows = cut_rows(kept, c.length)

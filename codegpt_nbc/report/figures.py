@@ -7,18 +7,20 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
            'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES', 'FIGURES',
            'OBSERVED', 'sample_scores', 'round_ratios', 'observed', 'share_band', 'score_spread', 'annotate_below',
            'spread_out', 'label_ends', 'meets', 'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred',
-           'pruning_observations', 'pruning_panel', 'fig_pruning', 'quantized_values', 'quantized_observations',
-           'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms', 'latency_text', 'fig_latency',
-           'pareto_points', 'draw_points', 'name_points', 'pareto_panel', 'fig_pareto', 'student_name',
-           'learning_curves', 'is_standard', 'curves_panel', 'fig_learning_curves', 'loss_parts', 'other_teachers',
-           'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed', 'poster_panel', 'fig_poster',
-           'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines', 'draw_benchmarks', 'fig_peers',
-           'fig_peers_avx2', 'budget_fronts', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
+           'pruning_observations', 'pruning_sweep', 'pruning_panel', 'fig_pruning', 'quantized_values',
+           'quantized_observations', 'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms',
+           'latency_text', 'timed_runs', 'fig_latency', 'pareto_points', 'draw_points', 'name_points', 'pareto_panel',
+           'fig_pareto', 'student_name', 'learning_curves', 'is_standard', 'curves_panel', 'fig_learning_curves',
+           'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed',
+           'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines',
+           'draw_benchmarks', 'fig_peers', 'fig_peers_avx2', 'budget_fronts', 'recipe_color', 'draw_recipes',
+           'name_recipes', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
 from functools import partial
 from itertools import cycle, islice
+from types import SimpleNamespace
 from ..evidence.metrics import share_interval
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
@@ -26,9 +28,10 @@ from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, g
                                       precision_of, printed_pruning, published, published_systems, retained,
                                       seeds_of, split_time, systems, without_steps)
 from .prose import paragraph
-from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, label_int8, layers_said, method_color,
+from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, family_of_steps, label_int8, layers_said, method_color,
                                       number, short_label, styled)
 from .tables import benchmark_title, engine_name
+from ..runs.grid import read_recipes
 
 # %% ../../nbs/report/84_figures.ipynb #e2ca0615
 def sample_scores(
@@ -170,6 +173,11 @@ def pruning_observations(
         frames.append(pd.DataFrame({'sparsity': 100*row.sparsity, 'pattern': row.pattern, 'value': values}))
     return observed(frames, ['sparsity', 'pattern', 'value'])
 
+def pruning_sweep(fr: pd.DataFrame) -> pd.DataFrame: # as `pruning_observations`
+    "The parameters that are left; nothing for a single sparsity, which is no curve."
+    found = pruning_observations(fr, 'nonzero_m')
+    return found if found.sparsity.nunique() > 1 else found.iloc[:0]
+
 # %% ../../nbs/report/84_figures.ipynb #e508413d
 PATTERNS = ('unstructured', 'tile', 'structured', 'lasso')
 # lines that coincide stay visible, one inside the other
@@ -304,12 +312,16 @@ def latency_text(row) -> str:
     return f'{number(row.ms, 2)} ms · {row.ratio:.1f} × ({row.ratio_low:.1f}–{row.ratio_high:.1f})'
 
 # %% ../../nbs/report/84_figures.ipynb #1c8de4f7
+def timed_runs(fr: pd.DataFrame) -> list: # of run ids
+    "The runs whose completions were timed, but for controls."
+    return [i for i in headline(fr) if fr.ms.notna()[i] and fr.sparsity[i] != 0]
+
 @styled
 def fig_latency(fr: pd.DataFrame):
     "Prefill and decoding time of one completion, by method and engine."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
-    timed = [i for i in headline(fr) if fr.ms.notna()[i] and fr.sparsity[i] != 0]
+    timed = timed_runs(fr)
     slow = [i for i in timed if fr.ratio[i] < .95]   # their bars would make the others' short
     runs = sorted((i for i in timed if i not in slow), key=lambda i: fr.ratio[i])
     fig, ax = plt.subplots(figsize=(WIDTH, 1.5 + .25*len(runs)))
@@ -452,9 +464,10 @@ def fig_learning_curves(fr: pd.DataFrame):
     others = [i for i in runs if i not in (*plain, *muon)]
     colors = dict(zip([*plain, *others], SERIES*2))
     colors |= {i: colors[i.replace('-muon', '')] for i in muon}
-    fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.4), sharey=True)
-    curves_panel(axes[0], curves[curves.run.isin([*plain, *muon])], colors, 'from random weights, by layers', muon)
-    curves_panel(axes[1], curves[curves.run.isin(others)], colors, 'variants of 8 layers, and own layers')
+    panels = {'from random weights, by layers': [*plain, *muon], 'variants of 8 layers, and own layers': others}
+    panels = {title: ids for title, ids in panels.items() if ids}
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharey=True, squeeze=False)
+    for ax, (title, ids) in zip(axes[0], panels.items()): curves_panel(ax, curves[curves.run.isin(ids)], colors, title, muon)
     samples = {fr.result[i].config.get('curve_samples') for i in [*plain, *others]} - {None, 0}
     scatter = np.std(sample_scores(fr.result['baseline'], 'es', fr.attrs['protocol'])) if samples and 'baseline' in fr.index else 0.
     noise, rates = 2*scatter/min(samples, default=1)**.5, {fr.result[i].config.get('lr') for i in muon}   # two standard errors
@@ -633,7 +646,7 @@ def fig_peers_avx2(fr=None):
     return draw_benchmarks('peers-avx2', fr)
 
 # %% ../../nbs/report/84_figures.ipynb #c4a81f36
-def budget_fronts(ax, results: list):
+def budget_fronts(ax, results: list) -> dict: # recipe → place
     "The front of each search, and the fixed recipes in its space; `results`: of `experiments/budget`."
     marked = {}
     for result, color in zip(results, SERIES):
@@ -641,17 +654,32 @@ def budget_fronts(ax, results: list):
         over_time = result.config['budget'].get('ms') or not result.config['budget'].get('mb')   # else its front is one of sizes
         ax.plot(line[:, 0], line[:, 2], 'o-' if over_time else 'o', ms=3, lw=1.1, c=color, label=result.details['budget'])
         marked |= result.details['fixed_points']
-    for name, (ms, _, nats) in marked.items():
-        ax.plot(ms, nats, 's', ms=5, c=COLORS['quantize'])
-        ax.annotate(name, (ms, nats), xytext=(-4, 5), textcoords='offset points', ha='right', fontsize=7.5)
     ax.set(xlabel='predicted ms a completion', ylabel='divergence, nats a token', yscale='log', title='before training')
+    return draw_recipes(ax, {name: (ms, nats) for name, (ms, _, nats) in marked.items()})
+
+def recipe_color(name: str) -> str: # hexadecimal
+    "That of the methods which its steps name."
+    recipe = read_recipes().get(name)
+    steps = recipe.steps if recipe else []
+    return COLORS[family_of_steps([SimpleNamespace(method=s['method'], config=s) for s in steps])]
+
+def draw_recipes(ax, at: dict) -> dict: # `at`
+    "A square for each fixed recipe; `at`: name → place in data."
+    for name, place in at.items(): ax.plot(*place, 's', ms=5, c=recipe_color(name))
+    return at
+
+def name_recipes(ax, at: dict):
+    "Name the squares, touching no point. The layout must stand."
+    points = np.vstack([line.get_xydata() for line in ax.lines if line.get_marker() not in (None, 'None')])
+    taken = boxes_around(ax.transData.transform(points), 3.5*ax.figure.dpi/72)
+    for name, place in at.items(): taken = place_label(ax, place, name, taken, fontsize=7.5)
 
 def fixed_candidates(results: list) -> dict: # name → the longest trained
     "The fixed recipes of some searches. What is no shape of a search is one of them."
     all_made = sorted((c for r in results for c in r.details['candidates']), key=lambda c: c['tokens'])
     return {c['name']: c for c in all_made if not c['name'].startswith('shape ')}
 
-def budget_models(ax, results: list):
+def budget_models(ax, results: list) -> dict: # recipe → place
     "Edit similarity and measured time of the models that were made."
     for result, color in zip(results, SERIES):
         made = [c for c in result.details['candidates'] if c['name'].startswith('shape ')]
@@ -660,28 +688,28 @@ def budget_models(ax, results: list):
         ax.plot([c['ms'] for c in made], [c['es'] for c in made], 'o', ms=3.5, c=color)
         ax.plot(best['ms'], best['es'], 'o', ms=9, mfc='none', mec=color, label=f"{result.details['budget']}")
         if limit := result.config['budget'].get('ms'): ax.axvline(limit, c=color, ls='--', lw=.8)
-    for name, c in fixed_candidates(results).items():
-        ax.plot(c['ms'], c['es'], 's', ms=5, c=COLORS['quantize'])
-        ax.annotate(name, (c['ms'], c['es']), xytext=(0, 6), textcoords='offset points', ha='center', fontsize=7.5)
     for es in {r.details['dense_es'] for r in results}: ax.axhline(es, c=COLORS['baseline'], ls=':', lw=1.2)
     ax.set(xlabel='measured ms a completion', ylabel='ES on validation (%)', title='after training')
     ax.margins(.12)
+    return draw_recipes(ax, {name: (c['ms'], c['es']) for name, c in fixed_candidates(results).items()})
 
 @styled
 def fig_budget(results: list):
     "The searches of a profile within their budgets; `results`: of its runs of `experiments/budget`."
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
-    budget_fronts(axes[0], results)
-    budget_models(axes[1], results)
+    recipes = [draw(ax, results) for draw, ax in zip((budget_fronts, budget_models), axes)]
     fig.legend(*axes[0].get_legend_handles_labels(), title='budget', loc='outside upper left', ncols=4)
+    annotate_below(fig, 'Ring: what the search chose. Squares: fixed recipes. Dotted: the dense model. Dashed: the budget, in ms.')
+    fig.draw_without_rendering()   # lays the panels out, which labels need
+    for ax, at in zip(axes, recipes): name_recipes(ax, at)
     return fig
 
 # %% ../../nbs/report/84_figures.ipynb #4a03ecfd
 PROFILE_FIGURES = (fig_pruning, fig_quantization, fig_latency, fig_learning_curves, fig_xtc, fig_poster, fig_pareto)
 FIGURES = {make.__name__: make for make in (*PROFILE_FIGURES, fig_peers, fig_peers_avx2)}   # name → function of the frame
 # what a figure draws of a profile's own runs; the others have the dense model or benchmarks to draw
-OBSERVED = {'fig_pruning': partial(pruning_observations, column='nonzero_m'),
+OBSERVED = {'fig_pruning': pruning_sweep, 'fig_latency': timed_runs,
             'fig_quantization': partial(quantized_observations, title='file size'),
             'fig_learning_curves': learning_curves, 'fig_xtc': loss_parts, 'fig_poster': loss_parts}
 

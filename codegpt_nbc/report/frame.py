@@ -243,7 +243,8 @@ def versus(
     results = fr.attrs['elsewhere'].get(code, {}) if code else fr.result
     if run == base or not {run, base} <= set(results.keys()): return None
     a, b = (results[i].metrics.get(fr.attrs['protocol']) for i in (run, base))
-    shared = a and b and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
+    asked = {results[i].config.get('data', '') for i in (run, base)}
+    shared = a and b and len(asked) == 1 and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
     return paired_test(a, b) if shared else None
 
 @cache

@@ -8,7 +8,8 @@ __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACH
            'label_prune', 'is_tuning', 'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim',
            'distill_variant', 'layers_said', 'label_distill', 'label_xtc', 'label_static', 'label_no_model',
            'label_dense', 'is_chain_step', 'said', 'made_before', 'run_label', 'short_label', 'chain_of', 'compressor',
-           'family_of', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
+           'family_of', 'family_of_steps', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
+           'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
 import re
@@ -262,7 +263,11 @@ def compressor(result: Result): # a key of `METHOD_STYLES`, or None
 def family_of(chain: list) -> str: # a key of `METHOD_STYLES`
     "What compressed a model; `chain` is that of `chain_of`. Rounding to the nearest names a model where nothing else does."
     before = [SimpleNamespace(method=step['method'], config=step) for step in chain[0].chain[:-1]]   # made outside this profile
-    found = [f for f in dict.fromkeys(map(compressor, [*before, *chain])) if f]
+    return family_of_steps([*before, *chain])
+
+def family_of_steps(steps: list) -> str: # a key of `METHOD_STYLES`
+    "The same of steps with `method` and `config`, such as those of a recipe."
+    found = [f for f in dict.fromkeys(map(compressor, steps)) if f]
     strong = [f for f in found if f not in ('quantize', 'int4', 'control')]
     if len(strong) > 1: return 'chain'
     return (strong or found or ['baseline'])[0]

@@ -49,9 +49,9 @@ def _check(**given):
 # %% ../../nbs/runs/74_api.ipynb #87178338
 def _folder_of(model) -> Path:
     "The folder of a model: of a `Model`, a path, a name on the hub, or the embedded model. Raises `ValueError` if there is none."
-    from codegpt_nbc.data.inputs import resolve_model
+    from codegpt_nbc.data.inputs import named_model, resolve_model
     if isinstance(model, (Model, Compressed)): return model.folder
-    return resolve_model(model, 'try')
+    return resolve_model(named_model(model), 'try')     # a folder here before a run of that name
 
 def text_of_prompt(
     prompt: str,

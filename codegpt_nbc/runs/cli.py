@@ -201,7 +201,7 @@ def export(
     room = {'onnx': 'onnx_export', 'openvino': 'openvino', 'gguf': 'gguf_export'}[format]
     write = resolve_name(f'codegpt_nbc.engines.{room}:export_{format}')
     print(write(folder, out, precision))
-    if format != 'gguf': print(f"next: codegpt-nbc complete '<s> def read ( path ) : <EOL> with open (' --model {out}")
+    if format != 'gguf': print(f'next: codegpt-nbc complete FILE:LINE:COLUMN --model {shlex.quote(str(out))}')
 
 # %% ../../nbs/runs/73_cli.ipynb #f82bc492
 @app.command()

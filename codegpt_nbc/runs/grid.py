@@ -6,7 +6,8 @@
 __all__ = ['READS', 'WITHOUT_MODEL', 'CORPORA', 'SCORED', 'SIMULATED', 'ALONE', 'NOT_PROFILES', 'JUDGING', 'FOLDERS', 'Block',
            'Recipe', 'Profile', 'Run', 'template_of', 'is_step', 'from_start', 'expand', 'resources', 'read_recipes',
            'read_profile', 'RunFailed', 'template_parameters', 'check_parameters', 'kernel_of', 'run_notebook',
-           'Screen', 'is_executed', 'snakemake_command', 'spell_time', 'Progress', 'reproduce']
+           'Screen', 'is_executed', 'check_notebooks', 'relinked', 'snakemake_command', 'spell_time', 'Progress',
+           'reproduce']
 
 # %% ../../nbs/runs/70_grid.ipynb #4a03b84d
 import ast, itertools, os, re, shutil, subprocess, sys, tempfile, threading, time
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from ..core.config import BACKENDS, Strict
-from ..core.paths import (BASE_MODEL, EMBEDDED, OWN_FILES, PACKAGE, NAME, all_cores, atomic_path, check_out, check_replaceable,
+from ..core.paths import (BASE_MODEL, EMBEDDED, OWN_FILES, NAME, all_cores, atomic_path, check_out, check_replaceable,
                                     figures_dir, models_dir, project_root, read_json, runs_dir, shared)
 from .warm import as_client, warmed
 
@@ -100,7 +101,9 @@ def _labelled(b: Block, runs: dict): # yields (run id, swept values)
     axes = _axes(b, runs)
     for labels in itertools.product(*axes.values()):
         chosen = dict(zip(axes, labels))
-        yield b.id.format(**chosen), {k: axes[k][label] for k, label in chosen.items()}
+        try: run_id = b.id.format(**chosen)
+        except (KeyError, IndexError) as e: raise ValueError(f'block {b.id!r} sweeps over no {e}: sweep it, or mend the id.') from None
+        yield run_id, {k: axes[k][label] for k, label in chosen.items()}
 
 def from_start(step: dict, model: str) -> dict:
     "A step in which the value `start` is replaced by the model from which the recipe started, for instance as a teacher."
@@ -234,7 +237,7 @@ def run_notebook(
             papermill.execute_notebook(str(template), str(tmp), params, kernel_name=kernel, cwd=str(project_root()),
                                        extra_arguments=quiet, kernel_manager_class=_warm_kernels(), **shown)
         except papermill.PapermillExecutionError as e: raise _failed(profile, out, tmp, e) from None
-        _tidy(tmp, kernel)
+        _tidy(tmp, out, template, kernel)
     return out
 
 def _warm_kernels() -> type: # of kernel manager
@@ -291,6 +294,12 @@ def is_executed(path) -> bool:
     try: return any('injected-parameters' in cell.metadata.get('tags', []) for cell in nbformat.read(path, as_version=4).cells)
     except Exception: return False   # no notebook; the reader's errors share no base
 
+def check_notebooks():
+    "Raise `ImportError` where no notebook can be executed: before hours of work that end in one."
+    from importlib.util import find_spec
+    if missing := [name for name in ('papermill', 'ipykernel', 'seaborn') if not find_spec(name)]:
+        raise ImportError(f"the package {missing[0]} is missing, so no notebook can be written: pip install '.[notebooks]'.")
+
 def _check_notebook(out: Path, template, force: bool):
     "Raise an `OSError` if the executed notebook would replace anything but, with `force`, an earlier one."
     check_out(out, sources=[template], force=force)
@@ -299,7 +308,7 @@ def _check_notebook(out: Path, template, force: bool):
         raise FileExistsError(f'{out} is not a notebook that codegpt_nbc executed: choose another name, or remove it yourself.')
 
 # %% ../../nbs/runs/70_grid.ipynb #0b94f2c6
-FOLDERS = (*READS, 'data', 'geometry')   # parameters that may name a folder
+FOLDERS = (*READS, 'data', 'geometry', 'origin', 'folder', 'extra')   # parameters that may name a folder
 
 def _from_here(params: dict, profile: str) -> dict:
     "The parameters with folders as the caller means them: relative to where one stands. The kernel runs in the checkout."
@@ -308,8 +317,9 @@ def _from_here(params: dict, profile: str) -> dict:
 
 def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) -> str:
     def one(part: str) -> str:
-        if part in EMBEDDED or (models_dir(profile)/part/'config.json').is_file(): return part
+        if part in EMBEDDED: return part
         if (here/part).exists(): return str(here/part)
+        if (models_dir(profile)/part/'config.json').is_file(): return part
         if (root/part).exists():
             raise ValueError(f'parameter {name!r} is {part!r}, which is not here but in {root}: give its whole path if you mean that one.')
         return part   # on the hub, or nowhere
@@ -350,32 +360,24 @@ def _all_or_nothing(profile: str, run_id: str):
         shutil.rmtree(scratch, ignore_errors=True)
 
 # %% ../../nbs/runs/70_grid.ipynb #fb39f1aa
-def _last_state(text: str) -> str:
-    "Text as a terminal shows it in the end: of each progress bar the last state; no places of this machine, no warnings about widgets."
-    text = re.sub(r'\n[^\n]*\x1b\[A', '', text).replace(f'{PACKAGE.parent}/', '')   # a bar below another, and up again
-    text = re.sub(r'\S*/ipykernel_\d+/\d+\.py', 'this cell', text)
-    lines = [line.split('\r')[-1] for line in text.split('\n')]
-    return '\n'.join(line for line in lines if 'IProgress not found' not in line and 'from .autonotebook' not in line)
+def relinked(
+    text: str, # Markdown
+    before,    # the file that it was written in
+    now,       # the one that it stands in
+) -> str:
+    "The text with its relative links to where they led before."
+    def lead(m): return f']({Path(os.path.relpath(Path(before).parent/m[1], Path(now).parent)).as_posix()}'
+    return re.sub(r'\]\((\.\.?/[\w./-]+)', lead, text)
 
-def _tidy_cell(cell):
-    "Join a cell's outputs of one stream, and drop metadata and second copies of what is shown."
-    cell.metadata = {k: v for k, v in cell.metadata.items() if k == 'tags'}
-    streams = {}   # name → its first output, which takes the text of the others
-    for out in cell.get('outputs', []):
-        if len(out.get('data', {})) > 1: out.data.pop('text/plain', None)
-        if out.output_type != 'stream': continue
-        first = streams.setdefault(out.name, out)
-        if first is not out: first.text, out.text = first.text + out.text, ''
-    for out in streams.values(): out.text = _last_state(out.text)
-    if 'outputs' in cell: cell.outputs = [out for out in cell.outputs if out.output_type != 'stream' or out.text.strip()]
-
-def _tidy(path: Path, kernel: str | None = None):
-    "Remove from an executed notebook what no reader needs."
+def _tidy(path: Path, out: Path, template, kernel: str | None = None):
+    "Remove from an executed notebook what no reader needs, and let the template's links lead to where they did."
     import nbformat
-    nb = nbformat.read(path, as_version=4)
+    from codegpt_nbc.runs.notebooks import tidy
+    nb = tidy(nbformat.read(path, as_version=4))
     nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'language_info')}
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = relinked(cell.source, Path(template).resolve(), out.resolve())
     if kernel: nb.metadata['kernelspec'] = {**nb.metadata['kernelspec'], 'name': kernel, 'display_name': kernel}   # what it ran on
-    for cell in nb.cells: _tidy_cell(cell)
     nbformat.write(nb, path)
 
 # %% ../../nbs/runs/70_grid.ipynb #cd72eca0
@@ -386,7 +388,7 @@ def snakemake_command(
     cluster=None,      # Folder with a Snakemake profile, e.g. `configs/slurm`; None: this machine
 ) -> list:
     "The command that runs a grid."
-    where = ['--snakefile', str(shared('Snakefile')), '--directory', str(project_root())]
+    where = ['--snakefile', str(shared('Snakefile', own=False)), '--directory', str(project_root())]
     what = ['--cores', str(cores), '--config', f'profile={profile}', '--rerun-triggers', 'mtime', 'params']
     how = ['--rerun-incomplete', '--keep-incomplete', '--nolock', '--keep-going', '--quiet', 'rules', 'reason', 'host', 'progress']
     on = ['--workflow-profile', str(cluster)] if cluster else []
@@ -494,8 +496,8 @@ def reproduce(
     runs = read_profile(profile)
     for r in runs.values(): kernel_of(r.params)   # a missing kernel is reported now, and once
     with _only_grid():
-        for folder in (runs_dir(profile), models_dir(profile)):
-            for scratch in folder.glob('.tmp-*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
+        for folder, i in itertools.product((runs_dir(profile), models_dir(profile)), runs):
+            for scratch in folder.glob(f'.tmp-{i}[-.]*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
         print(f'profile {profile}: {len(runs)} runs, {len(_not_made(profile, runs))} of them not made yet', flush=True)
         with _watched(Progress(profile, runs)), (nullcontext({}) if cluster else warmed()) as found:
             done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster), env=os.environ | found)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from time import monotonic
-from ..core.paths import PACKAGE, project_root
+from ..core.paths import PACKAGE, atomic_path, project_root
 from .warm import preload
 
 # %% ../../nbs/runs/75_notebooks.ipynb #19824625
@@ -110,8 +110,9 @@ def execute(path) -> Path:
     try: client.execute()
     except CellExecutionError as e: raise RuntimeError(f'{path.name} failed: {e.ename}: {e.evalue}') from None
     nb.metadata['executed'] = fingerprint(nb)
-    nbformat.write(tidy(nb, bars=False), path)
-    _clean(path)
+    with atomic_path(path) as tmp:       # it is the source of the package
+        nbformat.write(tidy(nb, bars=False), tmp)
+        _clean(tmp)
     return path
 
 def _clean(path):

@@ -17,8 +17,8 @@ from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
 from ..data.inputs import RunConfig, named_model, resolve_data
 from ..data.samples import PROTOCOLS, protocols_of
 from ..data.tokenizer import text_of
-from .grid import Recipe, read_profile, read_recipes, run_notebook, spell_time, template_of
-from .steps import NEW_TOKENS, Clock, digest_of, make_recipe, plan_of
+from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
+from .steps import NEW_TOKENS, Clock, digest_of, longest_prompt, make_recipe, plan_of
 
 # %% ../../nbs/runs/72_search.ipynb #9c9c9958
 class Rung(Strict):
@@ -53,10 +53,11 @@ def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int =
     from codegpt_nbc.evidence.evaluate import evaluate, summarise, weight_files
     from codegpt_nbc.evidence.measure import measure
     engine, tok = open_engine(folder)
-    protocol = protocols_of(text_of(folder, tok))[0]
+    text = text_of(folder, tok)
+    protocol = protocols_of(text)[0]
     es = summarise(*evaluate(engine, tok, protocol, rung.samples, 'valid', folder=data)).es
-    fitting = min(prompt_tokens, engine.context - NEW_TOKENS)
-    ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, fitting, NEW_TOKENS, data=data)[0].ratio_to_baseline
+    read = min(prompt_tokens, longest_prompt(engine, tok, text, data))
+    ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, read, NEW_TOKENS, data=data)[0].ratio_to_baseline
     megabytes = sum(f.stat().st_size for f in weight_files(folder))/1e6
     return Candidate(name, es, round(megabytes, 4), round(ratio, 4), str(folder))
 
@@ -201,6 +202,7 @@ def run_search(
 ) -> Path: # the executed notebook
     "Search as the profile `search` says, then write it as a notebook. A search that was killed goes on where it stopped."
     c = _search_config(model, es_drop, objective, data)
+    check_notebooks()
     rungs = [Rung(**r) for r in c.rungs]
     search(c.model_folder, rungs, c.es_drop, c.objective, c.chosen_recipes(), c.profile, c.prompt_tokens, c.data, progress=True)
     print('writing the notebook: the front, and the chosen recipe beside the dense model', file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'NEW_TOKENS', 'method_of', 'describe_step', 'digest_of', 'step_config', 'apply_step', 'make_step',
            'training_tokens', 'Clock', 'recipe_bars', 'budgets_of', 'recipe_named', 'plan_of', 'make_recipe',
-           'apply_recipe', 'scores_of', 'check_table', 'before_after', 'CompressConfig']
+           'apply_recipe', 'longest_prompt', 'scores_of', 'check_table', 'before_after', 'CompressConfig']
 
 # %% ../../nbs/runs/71_steps.ipynb #487f3acb
 import hashlib, sys
@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
 from .. import __version__
-from ..core.paths import CORPUS, check_out, new_folder, read_json, sha256, shared, write_json
+from ..core.paths import CORPUS, check_out, contents_of, new_folder, read_json, shared, write_json
 from ..core.progress import bars_of
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
@@ -57,14 +57,9 @@ def describe_step(step: dict) -> str:
     own = ', '.join(f'{k} {v}' for k, v in step.items() if k != 'method')
     return f'{step["method"]}: {own}' if own else step['method']
 
-def _contents(folder) -> dict: # file name → SHA-256
-    "What a folder holds, as far as a step can depend on it: weights, configuration, tokenizer, lineage."
-    files = (p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.suffix != '.md' and not p.name.startswith('.'))
-    return {p.name: sha256(p) for p in files}
-
 def digest_of(folder, *settings) -> str: # 16 hexadecimal digits
     "One name for a model folder and settings. It changes with any file of the folder: weights, `config.json`, tokenizer."
-    return hashlib.sha256(repr((_contents(folder), *settings)).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr((contents_of(folder), *settings)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/runs/71_steps.ipynb #14a7e89a
 def _fitted(c: RunConfig) -> RunConfig:
@@ -81,8 +76,11 @@ def _key(method: str, c: RunConfig) -> str:
     "One name for all that a step's result depends on."
     about = c.model_dump(exclude={'run_id', 'profile', 'model', 'data', 'teacher', *PROTOCOLS})
     teacher = getattr(c, 'teacher_folder', None)
-    if teacher: about['teacher'] = teacher.name, _contents(teacher)
-    return digest_of(c.model_folder, __version__, method, sorted(about.items()), _contents(c.data_folder/FORMS[c.text].folder))
+    if teacher: about['teacher'] = teacher.name, contents_of(teacher)
+    if getattr(c, 'corpus', ''):
+        from codegpt_nbc.model.train import corpus_folder     # brings PyTorch: only where it is needed
+        about['corpus'] = contents_of(corpus_folder(c.corpus, c.profile))
+    return digest_of(c.model_folder, __version__, method, sorted(about.items()), contents_of(c.data_folder/FORMS[c.text].folder))
 
 # %% ../../nbs/runs/71_steps.ipynb #beec7434
 def _validated(step: dict, source, budget: dict, data: str) -> RunConfig:
@@ -136,7 +134,7 @@ def _made(folder: Path) -> StepResult | None:
     if not path.is_file() or not folder.is_dir(): return None
     try: note = read_json(path)
     except ValueError: return None   # damaged
-    if note['files'] != _contents(folder): return None
+    if note['files'] != contents_of(folder): return None
     return StepResult(folder, note['train'] and Train(**note['train']), note['details'])
 
 @contextmanager
@@ -159,7 +157,7 @@ def make_step(c: RunConfig, method: str) -> StepResult:
         if folder.exists(): _remove(folder)   # a killed run's, or damaged
         result = _apply(method, c, folder)
         train = result.train and result.train.model_dump()
-        write_json(_note_of(folder), dict(config=c.model_dump(), files=_contents(folder), train=train, details=result.details))
+        write_json(_note_of(folder), dict(config=c.model_dump(), files=contents_of(folder), train=train, details=result.details))
     return _made(folder)
 
 # %% ../../nbs/runs/71_steps.ipynb #651a9050
@@ -288,19 +286,27 @@ def apply_recipe(
 # %% ../../nbs/runs/71_steps.ipynb #3e2f16cc
 NEW_TOKENS = 16   # of a timed completion
 
+def longest_prompt(engine, tok, text: str, data=CORPUS) -> int: # tokens
+    "How much a timed completion may read: what the model has positions for, and the longest sample tokens."
+    from codegpt_nbc.data.tokenizer import encode_batch
+    from codegpt_nbc.evidence.measure import prompts_of
+    longest = max(map(len, encode_batch(tok, prompts_of(data, text))))
+    return max(1, min(engine.context - NEW_TOKENS, longest))
+
 def scores_of(
     folder,           # of a model
     n: int,           # samples of the protocol to judge its text by
     split: str = 'test',
     data=CORPUS,      # folder of the samples
     skip: int = 0,    # samples left out before the first one
-) -> tuple: # (`Accuracy`, positions of the model)
+) -> tuple: # (`Accuracy`, tokens of the longest prompt that can be timed)
     "Complete held-out samples with a model, and score them."
     from codegpt_nbc.engines.generate import open_engine
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     engine, tok = open_engine(folder)
-    protocol = protocols_of(text_of(folder, tok))[0]
-    return summarise(*evaluate(engine, tok, protocol, n, split, folder=data, skip=skip), skip), engine.context
+    text = text_of(folder, tok)
+    protocol = protocols_of(text)[0]
+    return summarise(*evaluate(engine, tok, protocol, n, split, folder=data, skip=skip), skip), longest_prompt(engine, tok, text, data)
 
 def _rows(a, before, size) -> dict: # row → value
     from codegpt_nbc.evidence.evaluate import against
@@ -332,10 +338,9 @@ def before_after(
     from codegpt_nbc.evidence.evaluate import size_of
     from codegpt_nbc.evidence.measure import measure
     scores = {name: scores_of(folder, n, split, data, skip) for name, folder in (('before', before), ('after', after))}
-    dense, context = scores['before'][0], min(context for _, context in scores.values())
+    dense, room = scores['before'][0], min(room for _, room in scores.values())
     out = {name: _rows(scores[name][0], dense, size_of(folder)) for name, folder in (('before', before), ('after', after))}
-    fitting = min(prompt_tokens, context - NEW_TOKENS)
-    speed, memory, d = measure(after, before, rounds, completions, fitting, NEW_TOKENS, data=data, desc=desc)
+    speed, memory, d = measure(after, before, rounds, completions, min(prompt_tokens, room), NEW_TOKENS, data=data, desc=desc)
     out['before'] |= _timing(d['baseline_samples_per_s'], 1., d['baseline_peak_rss_bytes'])
     out['after'] |= _timing(speed.samples_per_s, speed.ratio_to_baseline, memory.peak_rss_bytes)
     return pd.DataFrame(out)

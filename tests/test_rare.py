@@ -1,0 +1,170 @@
+"""Input and places that are rare and legitimate: each of these once ended in a wrong model, a lost file or an error that named nothing."""
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from codegpt_nbc.core import paths, record
+from codegpt_nbc.core.ledger import Ledger
+from codegpt_nbc.core.paths import write_json
+from codegpt_nbc.data.tokenizer import load_tokenizer, save_tokenizer
+from codegpt_nbc.evidence.evaluate import size_of, weight_files, zip_bytes
+from codegpt_nbc.model.decoder import Decoder
+from codegpt_nbc.model.folder import digest, load_model, read_tensors, save_model
+from codegpt_nbc.model.layers import Shape
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny(folder, seed=0) -> Path:
+    tok = load_tokenizer()
+    save_model(Decoder(Shape(tok.get_vocab_size(), 512, 32, 16, (2,), (64,))).init_weights(seed), folder)
+    save_tokenizer(tok, folder)
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    torch.save(load_file(folder/'model.safetensors'), folder/'pytorch_model.bin')
+    (folder/'model.safetensors').unlink()
+    return folder
+
+
+def changed(folder: Path, **own):
+    "Entries of config.json."
+    write_json(folder/'config.json', json.loads((folder/'config.json').read_text(encoding='utf-8')) | own)
+
+
+def test_models_that_differ_in_any_file_have_different_names(tmp_path):
+    a, b = (pickled(tiny(tmp_path/str(i), i)) for i in range(2))
+    names = {digest(a), digest(b)}
+    changed(a, n_positions=256)
+    assert len(names | {digest(a)}) == 3
+
+
+def test_weights_in_the_publishers_own_layout_are_not_read(tmp_path):
+    folder = tiny(tmp_path/'m')
+    want, size = read_tensors(folder), size_of(folder)
+    (folder/'model.safetensors').rename(folder/'model-00001-of-00001.safetensors')
+    write_json(folder/'model.safetensors.index.json', {'weight_map': dict.fromkeys(want, 'model-00001-of-00001.safetensors')})
+    save_file({'layers.0.attention.wq.weight': torch.zeros(2, 2)}, folder/'consolidated.safetensors')
+    assert read_tensors(folder).keys() == want.keys() and size_of(folder).raw_bytes == size.raw_bytes
+    assert [p.name for p in weight_files(folder)] == ['model-00001-of-00001.safetensors']
+    (folder/'model-00001-of-00001.safetensors').unlink()
+    with pytest.raises(FileNotFoundError, match='lacks model-00001-of-00001.safetensors, which its index names'): read_tensors(folder)
+
+
+def test_an_entry_of_null_is_as_good_as_none(tmp_path):
+    folder = tiny(tmp_path/'m')
+    changed(folder, quantization_config=None, tie_word_embeddings=None)
+    assert load_model(folder).shape.tied
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path/'config.json').write_text('{}', encoding='utf-16')
+    with pytest.raises(ValueError, match='config.json is not valid JSON'): paths.read_json(tmp_path/'config.json')
+
+
+def test_files_from_before_1980_are_zipped(tmp_path):
+    folder = tiny(tmp_path/'m')
+    os.utime(folder/'model.safetensors', (1, 1))   # as Nix and Guix leave them
+    assert zip_bytes(weight_files(folder)) > 0
+
+
+def test_a_folder_here_goes_before_a_run_of_its_name(tmp_path, monkeypatch):
+    from codegpt_nbc import load
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
+    monkeypatch.chdir(tmp_path)
+    tiny(tmp_path/'home'/'build'/'try'/'small', 1)
+    assert load('small').folder == tmp_path/'home'/'build'/'try'/'small'
+    tiny(tmp_path/'small')
+    assert load('small').folder == tmp_path/'small'
+
+
+def test_a_ledger_that_cannot_be_written_is_named(tmp_path):
+    ledger = Ledger(tmp_path/'figures.sqlite')
+    ledger.path.unlink()
+    ledger.path.mkdir()
+    with pytest.raises(OSError, match='figures.sqlite cannot be used'): ledger.put('a', 1)
+
+
+def test_results_name_no_strangers_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, 'PACKAGE', tmp_path/'site-packages'/'codegpt_nbc')
+    for command in (['init', '-q'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '--allow-empty', '-m', 'a']):
+        subprocess.run(['git', *command], cwd=tmp_path, check=True)
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    assert record.provenance(0, 0.).git_commit is None
+
+
+def test_a_users_own_snakefile_is_not_run(tmp_path, monkeypatch):
+    from codegpt_nbc.runs.grid import snakemake_command
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    (tmp_path/'Snakefile').write_text('rule all: shell: "false"', encoding='utf-8')
+    assert str(tmp_path/'Snakefile') not in snakemake_command('smoke', 1)
+
+
+def test_an_id_that_names_no_sweep_is_one_sentence(tmp_path, monkeypatch):
+    from codegpt_nbc.runs.grid import Profile, expand
+    with pytest.raises(ValueError, match="block 'a-{b}' sweeps over no 'b'"):
+        expand(Profile(about='a', runs=[dict(method='baseline', id='a-{b}')]), 'p')
+
+
+def test_a_notebook_that_cannot_be_written_is_as_it_was(tmp_path):
+    import nbformat
+    path, size = tmp_path/'a.ipynb', 100_000
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f'# {"x"*size}\n1')]), path)
+    before = path.read_bytes()
+    code = f'''import resource, signal
+from codegpt_nbc.runs.notebooks import execute
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size//2}, {size//2}))
+execute({str(path)!r})'''
+    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
+    assert p.returncode and 'File too large' in p.stderr, p.stderr[-500:]
+    assert path.read_bytes() == before
+
+
+def short_files(folder: Path) -> Path:
+    for project in 'abcdefgh':
+        (folder/project).mkdir(parents=True)
+        for i in range(12):
+            lines = [f'def {project}{i}_{j}(x):\n    y = x + {j}\n    return y*{i}\n' for j in range(8)]
+            (folder/project/f'm{i}.py').write_text('\n'.join(lines), encoding='utf-8')
+    return folder
+
+
+def test_code_of_short_files_is_timed_with_what_there_is(tmp_path):
+    from codegpt_nbc.data.inputs import resolve_data
+    from codegpt_nbc.runs.steps import before_after
+    a, b = (tiny(tmp_path/str(i), i) for i in range(2))
+    table = before_after(a, b, n=4, rounds=1, completions=1, data=resolve_data(str(short_files(tmp_path/'code')), a))
+    assert (table.loc['ms a completion'] > 0).all()
+
+
+def test_a_search_on_few_files_has_some_left_to_judge_by(tmp_path):
+    from codegpt_nbc.runs.budget import BudgetConfig, Search
+    c = BudgetConfig(run_id='r', model=str(tiny(tmp_path/'m')), data=str(short_files(tmp_path/'code')))
+    c.check()
+    v = Search(c).vocabulary
+    assert len(v.texts) > 3*len(v.held)/2 > 0 and v.loss(v.model.shape.vocab//2) >= 0
+
+
+def test_a_search_is_handed_over_before_its_notebook_is_made(tmp_path, monkeypatch):
+    from codegpt_nbc.runs import budget
+    order = []
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    monkeypatch.setattr(budget, 'run', lambda s: type('Outcome', (), {'best': None}))
+    monkeypatch.setattr(budget, 'missed', lambda *_: '')
+    monkeypatch.setattr(budget, 'hand_over', lambda *_, **__: order.append('model'))
+    monkeypatch.setattr(budget, 'template_of', str)
+    monkeypatch.setattr(budget, 'run_notebook', lambda *_, **__: order.append('notebook'))
+    budget.run_budget(str(tiny(tmp_path/'m')), 'mb=1')
+    assert order == ['model', 'notebook']
+
+
+def test_two_runs_on_other_code_are_not_compared():
+    from codegpt_nbc.report.frame import frame, versus
+    fr = frame('gain')
+    assert versus(fr, 'onnx-dense-int8', 'baseline')
+    own = fr.copy()
+    result = own.result['onnx-dense-int8']
+    own.at['onnx-dense-int8', 'result'] = result.model_copy(update={'config': result.config | {'data': 'elsewhere'}})
+    assert versus(own, 'onnx-dense-int8', 'baseline') is None

@@ -466,7 +466,7 @@ def fig_learning_curves(fr: pd.DataFrame):
     colors |= {i: colors[i.replace('-muon', '')] for i in muon}
     panels = {'from random weights, by layers': [*plain, *muon], 'variants of 8 layers, and own layers': others}
     panels = {title: ids for title, ids in panels.items() if ids}
-    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 4.4), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, max(1, len(panels)), figsize=(WIDTH, 4.4), sharey=True, squeeze=False)
     for ax, (title, ids) in zip(axes[0], panels.items()): curves_panel(ax, curves[curves.run.isin(ids)], colors, title, muon)
     samples = {fr.result[i].config.get('curve_samples') for i in [*plain, *others]} - {None, 0}
     scatter = np.std(sample_scores(fr.result['baseline'], 'es', fr.attrs['protocol'])) if samples and 'baseline' in fr.index else 0.

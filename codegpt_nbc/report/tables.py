@@ -98,7 +98,8 @@ GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `
              'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the weights in eight bits',
              'recipe-int4': 'recipe `int4`', 'recipe-half-int4': 'recipe `half-int4`',
              'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
-             'recipe-half-pruned': 'half the layers, pruned too'}
+             'recipe-half-pruned': 'half the layers, pruned too',
+             'no-model-constant': 'no model: the best constant line', 'no-model-copy': 'no model: a copy of the last line'}
 
 def trained_elsewhere(row) -> list: # of processors' names
     "Where a model and those before it were trained, other than on the processor that evaluated it."
@@ -106,7 +107,7 @@ def trained_elsewhere(row) -> list: # of processors' names
 
 def effort(row) -> str:
     "What it took to make a model."
-    if row.name == 'baseline': return '–'
+    if row.name == 'baseline' or row.method == 'no_model': return '–'
     if not row.train_minutes: return 'no training'
     elsewhere = trained_elsewhere(row)
     if not elsewhere: return f'{row.train_minutes:.0f} min of training'

@@ -92,7 +92,8 @@ SHOWN = {'gain': ['baseline', 'onnx-dense-int8', 'recipe-int4', 'recipe-half', '
 def firsts():
     "The first tables of README, of the profiles of `SHOWN`: one list of rows each, one dict a row."
     found = tables((ROOT/'README.md').read_text(encoding='utf-8'))
-    return {profile: [dict(zip(columns, row)) for row in rows] for profile, (columns, rows) in zip(SHOWN, found)}
+    rows_of = {profile: [dict(zip(columns, row)) for row in rows] for profile, (columns, rows) in zip(SHOWN, found)}
+    return {profile: [row for row in rows if not row['what you run'].startswith('no model: ')] for profile, rows in rows_of.items()}
 
 
 @pytest.mark.parametrize('profile, n', [(profile, n) for profile, runs in SHOWN.items() for n in range(len(runs))])
@@ -141,6 +142,18 @@ def check(where, cell, value):
 def test_difference_from_the_dense_model(firsts, profile, n):
     name = SHOWN[profile][n]
     check(name, firsts[profile][n]['Δ ES'], difference(name, profile=profile))
+
+
+@pytest.mark.parametrize('profile', ['gain', 'students', 'smollm2'])
+def test_answers_without_a_model(profile):
+    "They end the tables of README."
+    columns, rows = [(c, r) for c, r in tables((ROOT/'README.md').read_text(encoding='utf-8')) if c[0] == 'what you run'][
+        ['gain', 'students', 'smollm2'].index(profile)]
+    for row, answer in zip(rows[-2:], ('constant', 'copy')):
+        scores, = result(f'no-model-{answer}', profile)['metrics'].values()
+        shown = dict(zip(columns, row))
+        check(shown['what you run'], next(v for c, v in shown.items() if c.startswith('ES')), scores['es'])
+        assert shown['file MB'] == shown['cost'] == '–'
 
 
 # The tables of the results page: heading → (profile, the run of each row), as far as those have results

@@ -392,6 +392,17 @@ def test_words_up_to_a_cursor_are_those_of_the_file(name):
         assert whole[:len(words)] == words, source[:at][-80:]
 
 
+@pytest.mark.parametrize('name', ['textwrap.py', 'ast.py', 'optparse.py'])
+def test_a_string_of_several_lines_may_end_in_the_cursors_line(name):
+    source = (Path(sysconfig.get_paths()['stdlib'])/name).read_text(encoding='utf-8')
+    whole, starts = abstract(spell_out(source), LITERALS).split(), [m.end() for m in re.finditer('^', source, re.MULTILINE)]
+    ends = [t.end for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.STRING and '\n' in t.string]
+    assert len(ends) > 4
+    for row, column in ends[::1 + len(ends)//20]:
+        words = to_words(source[:starts[row-1] + column], LITERALS).words
+        assert whole[:len(words)] == words and '_LIT' in words[-1]
+
+
 @given(prefix=st.integers(0, len(TEXT)).map(lambda i: TEXT[:i]) | st.text(max_size=30))
 @SLOW
 def test_any_prefix_is_written_in_words_or_refused_in_a_sentence(prefix):

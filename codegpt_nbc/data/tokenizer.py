@@ -183,6 +183,7 @@ def load_tokens(
     from codegpt_nbc.data.samples import as_dataset, quiet_datasets   # engines load this module, and need no tables
     texts = as_dataset('train', folder)
     texts = texts.select_columns('text').select(range(len(texts))[:n])
+    if not len(texts): return []   # `map` would make no column of nothing
     def encode(batch): return {'ids': encode_batch(tok, batch['text'])}
     with quiet_datasets() as datasets:
         ids = datasets.Features({'ids': datasets.List(datasets.Value('int32'))})

@@ -250,9 +250,9 @@ def test_parts_of_a_text_are_encoded_once_and_forgotten(monkeypatch):
         encoded.clear()
         raw.prompts([text + typed], 150)
         assert sum(map(len, encoded)) < (20_000 if typed else len(text) + 20_000)   # characters
-    monkeypatch.setattr(raw_text, '_KEPT', 30)
+    monkeypatch.setattr(raw_text, '_KEPT', 10)
     raw.prompts([text], 150)
-    assert len(raw._parts) == 30
+    assert len(raw._parts) == 10
 
 
 @pytest.mark.parametrize('prefix, suffix', [(TEXT, TEXT), (TEXT, 'x'), ('x', TEXT), ('', TEXT), (TEXT, ''), ('', '')])

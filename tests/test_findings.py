@@ -1,9 +1,10 @@
 """Faults that were found by trying the project with other people's files. Each test holds the right value, and failed before."""
-import json
+import json, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from codegpt_nbc.core.paths import BASE_MODEL
 from codegpt_nbc.data.codexglue import imported, line_completion_samples
 from codegpt_nbc.data.text_format import spell_out
@@ -86,6 +87,50 @@ def test_codegpts_tokens_are_those_that_it_was_trained_with(tmp_path):
     words = slow_files(tmp_path/'w')
     ids = encode_batch(load_tokenizer(tmp_path/'w'), ['import os <EOL> def f'])[0]
     assert [words[i] for i in ids] == ['import', 'Ġos', '<EOL>', 'def', 'Ġf']
+
+
+STATED = {   # what a folder says of added words → is it in tokenizer_config.json, special_tokens_map.json and added_tokens.json?
+    'as CodeGPT': ({}, None, None),
+    'nothing': (None, {}, {}),
+    'objects': ({'bos_token': {'__type': 'AddedToken', 'content': '<s>', 'lstrip': False, 'rstrip': False, 'normalized': True},
+                 'add_bos_token': True, 'unk_token': None}, {'pad_token': {'content': '<p>', 'lstrip': True, 'rstrip': False,
+                 'normalized': False, 'single_word': False}}, {}),
+    'by ids': ({'added_tokens_decoder': {'200': {'content': '<b>', 'special': False}, '7': {'content': '<a>', 'special': True}},
+                'mask_token': '<m>', 'eos_token': '</s>', 'add_eos_token': True, 'add_bos_token': True},
+               {'cls_token': '<no>'}, {'<no>': 3}),
+    'both lists': ({'additional_special_tokens': ['<x>', '<y>'], 'add_prefix_space': True, 'image_token': '<i>'},
+                   {'additional_special_tokens': ['<z>'], 'audio_token': '<u>', 'sep_token': '<x>'}, {'<k>': 300, '<j>': 299}),
+    'a dictionary': ({'extra_special_tokens': {'one_token': '<1>', 'two_token': '<2>'}}, {'eos_token': ''}, {'<s>': 0}),
+}
+
+
+@pytest.mark.parametrize('name', STATED)
+def test_vocabulary_and_merges_are_converted_as_transformers_converts_them(name, tmp_path, monkeypatch):
+    transformers = pytest.importorskip('transformers')
+    slow_files(tmp_path)
+    for file, stated in zip(('tokenizer_config', 'special_tokens_map', 'added_tokens'), STATED[name]):
+        if stated is not None: (tmp_path/f'{file}.json').write_text(json.dumps(stated))
+        elif name == 'nothing': (tmp_path/f'{file}.json').unlink()
+    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path).backend_tokenizer
+    added = theirs.get_added_tokens_decoder().values()
+    theirs.add_special_tokens([AddedToken(t.content, lstrip=True, rstrip=True, normalized=False, special=True) for t in added])
+    monkeypatch.setitem(sys.modules, 'transformers', None)   # as if it were not installed
+    ours = load_tokenizer(tmp_path)
+    assert json.loads(ours.to_str()) == json.loads(theirs.to_str())
+    for text in ('import os <EOL> def f', '<s> x = 1 </s>', '<a> <b><1> <k>', ' import  os\n\tdef', 'é 漢', '',
+                 '<|endoftext|>', '<x><y> <i>'):
+        ids = theirs.encode(text).ids
+        assert ours.encode(text).ids == ids and ours.decode(ids) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize('file, text', [('vocab.json', '{"a": '), ('merges.txt', 'a'), ('merges.txt', None),
+                                        ('tokenizer_config.json', '[]'), ('added_tokens.json', '3'),
+                                        ('special_tokens_map.json', '{"bos_token": {}}')])
+def test_a_damaged_vocabulary_is_a_sentence(file, text, tmp_path):
+    slow_files(tmp_path)
+    (tmp_path/file).unlink()
+    if text: (tmp_path/file).write_text(text)
+    with pytest.raises(ValueError, match='is damaged .*: restore vocab.json and merges.txt'): load_tokenizer(tmp_path)
 
 
 def test_what_is_made_from_vocabulary_and_merges_can_be_opened_again(tmp_path):

@@ -4,14 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from typer.testing import CliRunner
 from codegpt_nbc import load
 from codegpt_nbc.core.paths import BASE_MODEL, write_json
+from codegpt_nbc.data import raw_text
 from codegpt_nbc.data.raw_text import INFILLS, RawText, begin_tokens, split_at
 from codegpt_nbc.data.raw_words import Spacing, answer_source, is_whole, to_source, to_words
 from codegpt_nbc.data.text_format import Literals, abstract, spell_out
-from codegpt_nbc.data.tokenizer import load_tokenizer, text_of
+from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, text_of
 from codegpt_nbc.engines.completion import STOPS, Answer, UntilEnd, answer_all, complete_raw, stream_raw
 from codegpt_nbc.engines.generate import Truncated
 from codegpt_nbc.engines.pytorch import TorchEngine
@@ -198,6 +199,60 @@ def test_a_long_prompt_is_cut_at_the_beginning_of_a_line():
     with pytest.warns(Truncated, match=f'the prompt has {prompt.tokens} tokens'): next(stream_raw(ENGINES['byte-level'], raw, TEXT), None)
     one_line = raw.prompts(['x = y + ' * 500], 150)[0]
     assert 140 <= len(one_line.ids) <= 150
+
+
+def words_then_ends(pattern):
+    "A byte-level tokenizer that splits as Qwen's, Llama 3's or DeepSeek's do: a line's end goes with the signs before it, or is alone."
+    tok = byte_level(('<|fim_prefix|>', '<|fim_suffix|>', '<|fim_middle|>'))
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), 'isolated'),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tok
+
+
+QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+BROKEN = normalizers.Sequence([normalizers.Replace('\n', ' ')])
+IN_PARTS = TOKENIZERS | {'Qwen': words_then_ends(QWEN), 'DeepSeek': words_then_ends(r'[\r\n]|\s?\p{L}+|\s?\p{P}+|\p{N}'),
+                         'SentencePiece that fills in': sentencepiece(('▁<PRE>', '▁<SUF>', '▁<MID>'))}
+WHOLE = {'blanks for line ends': byte_level(normalizer=BROKEN), 'stripped': byte_level(normalizer=normalizers.Strip()),
+         'merged': byte_level((), 600)}
+WHOLE['merged'].add_tokens(['x\ny'])   # a token of two lines
+WHOLE['strips'] = byte_level()
+WHOLE['strips'].add_tokens([AddedToken('x', rstrip=True)])
+PARTED = {name: (RawText(tok), RawText(tok)) for name, tok in (IN_PARTS | WHOLE).items()}
+LINES = st.lists(st.sampled_from(['x', 'y1', '\n', '\r\n', '\n\n', '    ', ' ', '\t', ')', ':', 'é', '漢', '🙂', '#', '<s>', '▁', '12',
+                                  'import os\n', '\f', '\r', 'def f(x):\n    return x', '\u2028'])).map(''.join)
+
+
+@pytest.mark.parametrize('name', [*IN_PARTS, *WHOLE])
+@given(text=LINES | st.text(max_size=60) | st.integers(0, len(TEXT)).map(lambda i: TEXT[max(0, i-900):i]), more=LINES,
+       room=st.integers(5, 90), block=st.integers(1, 30), part=st.integers(1, 40), suffix=st.none() | LINES)
+@settings(SLOW, max_examples=60)
+def test_a_text_in_parts_is_prompted_as_a_whole(name, text, more, room, block, part, suffix):
+    raw, usual = PARTED[name]
+    assert raw._joins == (name in IN_PARTS)
+    how = dict(suffixes=[suffix if raw.infill else None], block=block)
+    for typed in (text, text + more, text):   # the parts are known from the second one on
+        try: want = usual.prompts([typed], room, **how)
+        except ValueError: return   # the marks leave no room
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(raw_text, 'PART', part)
+            assert raw.prompts([typed], room, **how) == want
+
+
+def test_parts_of_a_text_are_encoded_once_and_forgotten(monkeypatch):
+    raw, encoded = RawText(byte_level()), []
+    def counted(tok, texts):
+        encoded.extend(texts)
+        return encode_batch(tok, texts)
+    monkeypatch.setattr(raw_text, 'encode_batch', counted)
+    text = TEXT*10
+    for typed in ('', 'x', 'xy'):
+        encoded.clear()
+        raw.prompts([text + typed], 150)
+        assert sum(map(len, encoded)) < (20_000 if typed else len(text) + 20_000)   # characters
+    monkeypatch.setattr(raw_text, '_KEPT', 10)
+    raw.prompts([text], 150)
+    assert len(raw._parts) == 10
 
 
 @pytest.mark.parametrize('prefix, suffix', [(TEXT, TEXT), (TEXT, 'x'), ('x', TEXT), ('', TEXT), (TEXT, ''), ('', '')])
@@ -390,6 +445,17 @@ def test_words_up_to_a_cursor_are_those_of_the_file(name):
         words = cursor.words[:-1] if cursor.words[-1] == '<EOL>' else cursor.words
         words = words[:-1]   # a number or an operator may be half of one
         assert whole[:len(words)] == words, source[:at][-80:]
+
+
+@pytest.mark.parametrize('name', ['textwrap.py', 'ast.py', 'optparse.py'])
+def test_a_string_of_several_lines_may_end_in_the_cursors_line(name):
+    source = (Path(sysconfig.get_paths()['stdlib'])/name).read_text(encoding='utf-8')
+    whole, starts = abstract(spell_out(source), LITERALS).split(), [m.end() for m in re.finditer('^', source, re.MULTILINE)]
+    ends = [t.end for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.STRING and '\n' in t.string]
+    assert len(ends) > 4
+    for row, column in ends[::1 + len(ends)//20]:
+        words = to_words(source[:starts[row-1] + column], LITERALS).words
+        assert whole[:len(words)] == words and '_LIT' in words[-1]
 
 
 @given(prefix=st.integers(0, len(TEXT)).map(lambda i: TEXT[:i]) | st.text(max_size=30))

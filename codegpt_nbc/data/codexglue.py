@@ -24,22 +24,32 @@ def _words(path: Path) -> set:
     return set(re.split('[^a-z]+', path.with_suffix('').as_posix().lower()))
 
 def split_files(folder, split: str) -> list: # of paths
-    "The text files `<split>.txt`, and the parquet files named after the split, of one data set. Raises `ValueError` for two in one folder."
+    "The text files `<split>.txt`, or the parquet files named after the split, of one data set. Raises `ValueError` for two in one folder."
     import pyarrow.parquet as pq
     folder = Path(folder)
-    found = [p for p in sorted(folder.rglob('*.txt')) if p.stem in SPLITS[split]]
+    texts, tables = [p for p in sorted(folder.rglob('*.txt')) if p.stem in SPLITS[split]], []
     for path in sorted(folder.rglob('*.parquet')):
         if not _words(path.relative_to(folder)) & SPLITS[split]: continue
         columns = set(pq.ParquetFile(path).schema_arrow.names)
-        if 'code' in columns: found.append(path)
+        if 'code' in columns: tables.append(path)
         elif not {'input', 'gt'} <= columns:
             raise ValueError(f"{path} has no field 'code': it has {', '.join(sorted(columns))}.")
-    sets = sorted({p.relative_to(folder).parts[0] for p in found if len(p.relative_to(folder).parts) > 1 and p.suffix == '.txt'}
-                  | {w for p in found if p.suffix == '.parquet' for w in ('java', 'python') if w in _words(p.relative_to(folder))})
-    if len(sets) > 1: raise ValueError(f'{folder} holds code of several data sets ({", ".join(sets)}): give the folder of one.')
-    return found
+    languages = {w: p for p in tables for w in ('java', 'python') if w in _words(p.relative_to(folder))}
+    _check_one(folder, 'code', {p.parent: p for p in texts} | (languages or dict(zip(['tables'], tables))))
+    return texts + tables
+
+def _check_one(folder: Path, what: str, sets: dict): # `sets`: mark of a data set → a file of it
+    "Raise `ValueError` where there are several, of which each could be the one, or all of them copies."
+    names = sorted(p.relative_to(folder).as_posix() for p in sets.values())
+    if len(names) > 1: raise ValueError(f'{folder} holds {what} of several data sets ({", ".join(names)}): give the folder of one.')
 
 # %% ../../nbs/data/14_codexglue.ipynb #738e8bf9
+def _joined(code, path) -> str: # '': there is none
+    "A file of a table: a line, or a list of its words."
+    words = [code] if isinstance(code, str) else code or []
+    if isinstance(words, list) and all(isinstance(w, str) for w in words): return ' '.join(words)
+    raise ValueError(f"{path} has {code!r:.40} in the field 'code': each row needs a file in CodeXGLUE's format.")
+
 def code_lines(
     folder,
     split: str,          # 'train', 'dev' or 'test'
@@ -50,14 +60,16 @@ def code_lines(
     for path in split_files(folder, split):
         if path.suffix == '.parquet':
             for batch in pq.ParquetFile(path).iter_batches(5000, columns=['code']):
-                for code in batch.column(0).to_pylist(): yield code if isinstance(code, str) else ' '.join(code)
+                for code in batch.column(0).to_pylist():
+                    line = _joined(code, path)
+                    if line or blank: yield line
             continue
-        formatted = False
+        formatted = some = False
         with open(path, encoding='utf-8-sig', errors='replace') as f:   # a byte order mark is no code
             for line in map(str.strip, f):
-                formatted = formatted or '<EOL>' in line
+                formatted, some = formatted or '<EOL>' in line, some or bool(line)
                 if line or blank: yield line
-        if not formatted: raise ValueError(f'{path} has no <EOL> in it: each line must be a file in CodeXGLUE\'s format.')
+        if some and not formatted: raise ValueError(f'{path} has no <EOL> in it: each line must be a file in CodeXGLUE\'s format.')
 
 # %% ../../nbs/data/14_codexglue.ipynb #ac5dcd70
 def code_dataset(folder, split: str, cache, change=str): # `datasets.Dataset` with a column `text`
@@ -76,9 +88,14 @@ def line_completion_samples(
 ) -> pd.DataFrame: # id, input, gt
     "Read CodeXGLUE's own line-completion test file. Raises `ValueError` naming a line that is no such object."
     if Path(path).suffix == '.parquet':
-        df = pd.read_parquet(path, columns=['id', 'input', 'gt']).fillna('')
+        df = pd.read_parquet(path, columns=['id', 'input', 'gt']).astype({'input': object, 'gt': object})
+        df = df.fillna({'input': '', 'gt': ''})
+        for field in ('input', 'gt'):
+            if not all(isinstance(text, str) for text in df[field]):
+                raise ValueError(f'{path} has something else than text in the field {field!r}: each row needs input and gt.')
         return df.assign(input=df['input'].str.strip(), gt=df['gt'].str.strip())
-    lines = enumerate(Path(path).read_text(encoding='utf-8-sig').split('\n'))   # JSON lines end at newlines alone
+    text = Path(path).read_text(encoding='utf-8-sig', errors='replace')   # as the files that it was cut from are read
+    lines = enumerate(text.split('\n'))   # JSON lines end at newlines alone
     rows = [_sample(f'{path}, line {i + 1},', i, line) for i, line in lines if line.strip()]
     return pd.DataFrame(rows, columns=['id', 'input', 'gt'])
 
@@ -116,13 +133,19 @@ def literals_of(texts) -> Literals:
     return Literals(frozenset(found['STR']), frozenset(found['NUM']))
 
 # %% ../../nbs/data/14_codexglue.ipynb #d22f37ed
+def _line_at(lines: list, number) -> str: # '': there is none
+    "The line that a sample's id counts, also where it is written as text or with a point."
+    try: i = int(number)
+    except (TypeError, ValueError, OverflowError): return ''
+    return lines[i] if 0 <= i < len(lines) else ''
+
 def answered(
     samples: pd.DataFrame, # id, input, gt
     test: list,            # The test files' lines
 ) -> pd.DataFrame: # input, gt: those with an answer
     "Look up missing answers where the file begins with the sample's input; drop samples that stay without one."
     def answer(r):
-        text = test[r.id] if not r.gt and 0 <= r.id < len(test) else ''
+        text = '' if r.gt else _line_at(test, r.id)
         if not text.startswith(r.input + ' '): return r.gt
         return text[len(r.input):].split(' <EOL>')[0].removesuffix('</s>').strip()
     out = samples.assign(gt=[answer(r) for r in samples.itertuples()])
@@ -133,6 +156,7 @@ def _samples_in(folder) -> list: # of paths
     import pyarrow.parquet as pq
     def has_samples(path): return {'id', 'input', 'gt'} <= set(pq.ParquetFile(path).schema_arrow.names)
     found = sorted(Path(folder).rglob('test.json'))
+    _check_one(Path(folder), 'samples', {p.parent: p for p in found})
     return found or [p for p in sorted(Path(folder).rglob('*.parquet')) if has_samples(p)]
 
 # %% ../../nbs/data/14_codexglue.ipynb #ae9c5427

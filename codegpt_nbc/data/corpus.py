@@ -29,6 +29,9 @@ class SourceFile:
     file: str      # where it lies on this machine; never written to the corpus
     vendored: bool = False # carried inside another project
 
+    def __post_init__(self):   # a name that is no UTF-8 is half characters to Python, which no table holds: they are spelled out
+        for name in ('project', 'path'): object.__setattr__(self, name, getattr(self, name).encode('utf-8', 'backslashreplace').decode())
+
 _VENDOR = {'_vendor', 'vendor', 'vendored', '_vendored', 'third_party', 'extern', 'externals', 'packages'}
 
 def _project_of(path: str, default: str) -> tuple: # (project, vendored)
@@ -87,10 +90,11 @@ def installed_sources(
     "Every Python file of installed distributions, except this package's own."
     out = []
     found = metadata.distributions(path=[str(folder)]) if folder else metadata.distributions()
-    for d in sorted(found, key=lambda d: d.name.lower()):
-        name = d.name.lower().replace('_', '-')
+    named = [(name, d) for d in found if (name := (d.metadata or {}).get('Name'))]   # what `pip` left behind has none
+    for name, d in sorted(named, key=lambda row: row[0].lower()):
+        name = name.lower().replace('_', '-')
         if name == 'codegpt-nbc': continue
-        version, license = d.version, _license_of(d.metadata)
+        version, license = d.metadata.get('Version', ''), _license_of(d.metadata)
         for p in d.files or []:
             if p.suffix != '.py' or '..' in p.parts: continue
             project, vendored = _project_of(str(p), name)
@@ -124,6 +128,8 @@ def read_source(
     return read_both(f)[1:]
 
 # %% ../../nbs/data/11_corpus.ipynb #981c8300
+def _row(f: SourceFile) -> dict: return {k: v for k, v in asdict(f).items() if k != 'file'}
+
 def read_all(
     sources: list,     # of `SourceFile`
     workers: int = 2,  # Processes
@@ -135,18 +141,18 @@ def read_all(
         shown = progress_bar(results, total=len(sources), desc='reading source', unit='file', mininterval=1)
         for (source, text, why), f in zip(shown, sources):
             if text is None: skipped[why] += 1
-            else: rows.append({**asdict(f), 'text': text, **({'source': source} if raw else {})})
+            else: rows.append(_row(f) | {'text': text} | ({'source': source} if raw else {}))
     if workers < 2: collect(map(read_both, sources))
     else:
         with ProcessPoolExecutor(workers) as pool: collect(pool.map(read_both, sources, chunksize=64))
     if not rows: raise ValueError(f'the corpus is empty: none of {len(sources)} files is usable ({dict(skipped)}); '
                                   'give a folder with Python files.')
-    return pd.DataFrame(rows).drop(columns='file'), skipped
+    return pd.DataFrame(rows), skipped
 
 # %% ../../nbs/data/11_corpus.ipynb #844519bc
 def split_of(project: str) -> str: # 'train', 'valid' or 'test'
     "Which split a project belongs to: about 10 % test, 5 % validation, by a hash of the name."
-    bucket = int.from_bytes(blake2b(project.encode(), digest_size=4).digest(), 'big') % 100
+    bucket = int.from_bytes(blake2b(project.encode('utf-8', 'backslashreplace'), digest_size=4).digest(), 'big') % 100
     return 'test' if bucket < 10 else 'valid' if bucket < 15 else 'train'
 
 def add_split(df: pd.DataFrame) -> pd.DataFrame:

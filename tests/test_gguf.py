@@ -3,7 +3,9 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 import numpy as np, pytest, torch
-from codegpt_nbc.core.paths import BASE_MODEL
+from tokenizers import processors
+from codegpt_nbc.core.paths import BASE_MODEL, read_json, write_json
+from codegpt_nbc.data.raw_text import begin_tokens
 from codegpt_nbc.data.samples import load_samples
 from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, save_tokenizer, train_tokenizer
 from codegpt_nbc.engines.generate import greedy
@@ -47,6 +49,32 @@ def test_transformers_reads_what_is_written(tmp_path, family, queries):
     with torch.no_grad(): torch.testing.assert_close(again(ids), model(ids))
     text = 'def g ( y ) : return f ( y )'
     assert encode_batch(words, [text]) == encode_batch(tok, [text])
+
+
+def beginning_with(folder, ids: list, **settings):
+    "The folder with a tokenizer whose post-processor puts these tokens before a text, and with these settings."
+    tok = load_tokenizer(folder)
+    first = {tok.id_to_token(i): i for i in ids}
+    tok.post_processor = processors.TemplateProcessing(single=' '.join([*first, '$A']), special_tokens=[*first.items()])
+    tok.save(str(folder/'tokenizer.json'))
+    write_json(folder/'tokenizer_config.json', settings)
+    return folder
+
+
+@pytest.mark.parametrize('settings', [{}, {'add_bos_token': False}, {'add_bos_token': True}])
+@pytest.mark.parametrize('ids', [[], [2]])
+def test_a_file_begins_a_text_as_the_folder_does(tmp_path, ids, settings):
+    folder = beginning_with(random_folder(tmp_path/'m', 'llama'), ids, **settings)
+    write_json(folder/'config.json', read_json(folder/'config.json') | {'bos_token_id': 1})
+    assert begin_tokens(load_tokenizer(folder)) == ids
+    fields = gguf.GGUFReader(export_gguf(folder, tmp_path/'m.gguf')).fields
+    assert fields['tokenizer.ggml.add_bos_token'].contents() == bool(ids)
+    assert fields['tokenizer.ggml.bos_token_id'].contents() == (ids or [1])[0]
+
+
+def test_a_text_that_begins_with_several_tokens_is_refused(tmp_path):
+    folder = beginning_with(random_folder(tmp_path/'m', 'llama'), [1, 2])
+    with pytest.raises(ValueError, match='begins a text with 2 tokens'): export_gguf(folder, tmp_path/'m.gguf')
 
 
 def test_what_gguf_cannot_say_is_refused_before_a_file_is_written(tmp_path):

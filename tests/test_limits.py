@@ -1,5 +1,5 @@
 """Limits of models and inputs: each is lifted, or said in one sentence, alike in every method."""
-import json, warnings
+import json, os, subprocess, sys, warnings
 from dataclasses import replace
 import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
@@ -7,6 +7,7 @@ from codegpt_nbc.data.tokenizer import save_tokenizer, train_tokenizer
 from codegpt_nbc.engines.generate import open_engine
 from codegpt_nbc.engines.gguf_export import export_gguf
 from codegpt_nbc.engines.onnx_export import build_graph, export_onnx
+from codegpt_nbc.engines.onnx_run import OrtEngine, operator_times
 from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.engines.session import Session
 from codegpt_nbc.methods.distill import DistillConfig, layers_of, number_of
@@ -180,6 +181,70 @@ def test_a_batch_of_rows_grows_too():
     assert cache.capacity == 7 and cache.k[0].shape == (3, 2, 7, 8) and cache.k[0][:, :, :4].all() and not cache.k[0][:, :, 4:].any()
     cache.reserve(30)
     assert cache.capacity == 32 == cache.v[1].shape[2]   # no more than the model has
+
+
+@pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
+@pytest.mark.parametrize('runtime', ['torch', 'fp32', 'int8', 'int4'])
+def test_no_row_goes_on_beyond_the_context(runtime, shape, words, tmp_path):
+    source = saved(shape, tmp_path/'m', words)
+    engine = TorchEngine(source) if runtime == 'torch' else OrtEngine(export_onnx(source, tmp_path/'o', runtime), 1)
+    ids = np.arange(300)
+    engine.start(1, 8)
+    engine.prefill(ids[None, :30], np.array([30]))
+    for n in (31, 32): assert np.isfinite(engine.step(ids[n:n+1])).all()
+    with pytest.raises(ValueError, match='a row has 33 tokens, but the model has 32 positions'): engine.step(ids[:1])
+    engine.rewind(20)
+    with pytest.raises(ValueError, match='a row has 320 tokens'): engine.extend(ids)
+    assert np.isfinite(engine.extend(ids[:12])).all()   # a refusal harms nothing
+    engine.start(1, 8)
+    with pytest.raises(ValueError, match='a row has 33 tokens'): engine.prefill(ids[None, :33], np.array([33]))
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'int8'])
+def test_more_rows_than_were_begun_are_refused(precision, words, tmp_path):
+    engine = OrtEngine(export_onnx(saved(LLAMA, tmp_path/'m', words), tmp_path/'o', precision), 1)
+    engine.start(2, 20)
+    with pytest.raises(RuntimeError): engine.prefill(np.ones((3, 20), np.int64), np.full(3, 20))
+
+
+GOES_ON = """
+import re, sys, numpy as np, torch
+from codegpt_nbc.engines.pytorch import TorchEngine
+from codegpt_nbc.model import decoder
+from codegpt_nbc.model.layers import Shape
+torch.set_num_threads(1)
+decoder.PIECE = int(sys.argv[1])
+engine = TorchEngine(decoder.Decoder(Shape(300, 8192, 112, 8, (2,), (112,), family='llama', queries=7)).init_weights())
+ids = np.random.default_rng(0).integers(0, 300, 6000)
+engine.start(1, 6000)
+engine.prefill(ids[None, :2000], np.array([2000]))
+def memory(of): return int(re.search(of + r':\\s+(\\d+)', open('/proc/self/status').read())[1])/1e3   # MB
+before = memory('VmHWM')
+logits = engine.extend(ids[2000:], 3)
+print(memory('VmHWM') - before, *logits.ravel())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads the memory of a process from /proc')
+def test_tokens_that_go_on_take_the_memory_of_a_piece():
+    "4,000 after 2,000, 7 queries a key: 800 MB in one piece, whose mask has a number for each pair."
+    def run(piece):
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        done = subprocess.run([sys.executable, '-c', GOES_ON, str(piece)], capture_output=True, text=True, env=env)
+        assert not done.returncode, done.stderr[-2000:]
+        megabytes, *logits = map(float, done.stdout.split())
+        return megabytes, logits
+    (own, logits), (whole, same) = run(512), run(6000)
+    assert own < 200 < 600 < whole
+    np.testing.assert_allclose(logits, same, atol=1e-5)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'int4'])
+def test_the_times_of_operators_are_of_whole_prompts(precision, words, tmp_path):
+    source = saved(replace(LLAMA, context=2048), tmp_path/'m', words)
+    folder = export_onnx(source, tmp_path/'o', precision)
+    def took(tokens): return sum(read for read, _ in operator_times(folder, tokens, 3, 1).values())   # ms
+    assert took(1034) > 2*took(300)   # in int4 the graph for tokens reads the last 10
 
 
 # Shares of layers

@@ -71,6 +71,29 @@ OrtStatus* read(const OrtApi* api, const OrtValue* value, Tensor& t) {
   return wrong ? wrong : CALL(api, GetTensorMutableData)((OrtValue*)value, &t.x);
 }
 
+// Why the inputs do not belong together; nullptr: they do. The forms trust what has passed here
+const char* misfit(const Call& c, const Tensor in[9]) {
+  const Tensor &q = in[0], &k = in[1], &v = in[2], &cosines = in[7], &sines = in[8];
+  const i64 own = (i64)c.heads*c.d, shared = (i64)c.groups*c.d;
+  if (c.d > MOST_CHANNELS) return "CausalAttention takes heads of at most 256 channels";
+  if (c.heads < 1 || c.groups < 1 || c.heads % c.groups) return "CausalAttention: the heads of keys do not divide the heads";
+  if (q.shape[2] < own + (k.x ? 0 : 2*shared)) return "CausalAttention: the queries are narrower than their heads";
+  for (const Tensor* t : {&k, &v})
+    if (k.x && (!t->x || t->shape[0] != c.batch || t->shape[1] != c.length || t->shape[2] != shared))
+      return "CausalAttention: keys and values have another shape than the queries";
+  for (const Tensor* t : {&in[3], &in[4]})
+    if (t->shape[0] != c.batch || t->shape[1] != c.groups || 2*t->shape[2] != c.capacity || t->shape[3] != c.d)
+      return "CausalAttention: the cache has another shape than the queries";
+  if (in[5].shape[0] != c.batch) return "CausalAttention: there must be one last position a row";
+  if (c.turned && (2*c.turned > c.d || !sines.x || sines.shape[0] < cosines.shape[0] || sines.shape[1] != c.turned))
+    return "CausalAttention: the tables of rotary positions do not fit the heads";
+  for (int b = 0; b < c.batch; b++) {
+    if (c.past(b) < 0 || c.last[b] >= c.capacity) return "CausalAttention: positions beyond the cache";
+    if (c.turned && c.last[b] >= cosines.shape[0]) return "CausalAttention: positions beyond the context of the model";
+  }
+  return nullptr;
+}
+
 OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const Kernel& k = *(Kernel*)kernel;
   const OrtApi* api = k.api;
@@ -85,7 +108,9 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   Call c;
   c.batch = (int)in[0].shape[0], c.length = (int)in[0].shape[1], c.heads = (int)k.heads, c.groups = (int)k.groups;
   c.capacity = 2*(int)in[3].shape[2], c.d = (int)in[3].shape[3], c.scale = k.scale;
-  if (c.d > MOST_CHANNELS) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, "CausalAttention takes heads of at most 256 channels");
+  c.last = (const int32_t*)in[5].x;
+  c.cosines = (const float*)in[7].x, c.sines = (const float*)in[8].x, c.turned = c.cosines ? (int)in[7].shape[1] : 0;
+  if (const char* why = misfit(c, in)) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, why);
   const i64 shape[3] = {c.batch, c.length, (i64)c.heads*c.d};
   for (int i = 0; i < 3; i++) {
     OrtValue* value = nullptr;
@@ -97,12 +122,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const bool packed = !in[1].x;   // queries, keys and values side by side
   c.k = packed ? c.q + (i64)c.heads*c.d : (const float*)in[1].x, c.v = packed ? c.k + (i64)c.groups*c.d : (const float*)in[2].x;
   c.ldk = packed ? c.ldq : in[1].shape[2];
-  c.last = (const int32_t*)in[5].x;
-  c.cosines = (const float*)in[7].x, c.sines = (const float*)in[8].x, c.turned = c.cosines ? (int)in[7].shape[1] : 0;
   c.out = (float*)out[0].x, c.keys = (u16*)out[1].x, c.values = (u16*)out[2].x;
-  const int most = *std::max_element(c.last, c.last + c.batch) + 1;
-  for (int b = 0; b < c.batch; b++)
-    if (c.past(b) < 0 || most > c.capacity) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, "CausalAttention: positions beyond the cache");
+  const int most = c.batch ? *std::max_element(c.last, c.last + c.batch) + 1 : 0;
   c.wide = (c.d + ROUND - 1)/ROUND*ROUND, c.longest = (most + ROUND - 1)/ROUND*ROUND;
   static thread_local Kept<char> kept;
   const i64 size = c.packed(c.batch, 0)*k.form->element;

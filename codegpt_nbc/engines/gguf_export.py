@@ -13,7 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from tokenizers import Tokenizer
 from torch import nn
-from ..core.paths import BASE_MODEL, atomic_path, read_json
+from ..core.paths import BASE_MODEL, atomic_path
+from ..data.raw_text import begin_tokens
 from ..data.tokenizer import load_tokenizer
 from ..methods.quantize import QuantizedDecoder, float_decoder, quantize, warn_without_ranges
 from ..methods.schemes import weight_schemes
@@ -157,7 +158,10 @@ def tokenizer_of(
     tok: Tokenizer,
     vocab: int,  # Rows of the embedding; those without a token are filled
 ) -> dict: # key of `GGUFWriter` → value
-    "The tokenizer as GGUF writes it. Raises `ValueError` as `split_name` does."
+    "The tokenizer as GGUF writes it, with the token that it puts before a text. Raises `ValueError` as `split_name` does, and for several."
+    begin = begin_tokens(tok)
+    if len(begin) > 1:
+        raise ValueError(f'the tokenizer begins a text with {len(begin)} tokens, GGUF with one: use the model in another engine.')
     spec, types = json.loads(tok.to_str())['model'], gguf().TokenType
     added = tok.get_added_tokens_decoder()
     words = {i: w for w, i in tok.get_vocab(with_added_tokens=True).items()}
@@ -166,8 +170,9 @@ def tokenizer_of(
         if i not in added: return types.NORMAL
         return types.CONTROL if added[i].special else types.USER_DEFINED
     merges = [m if isinstance(m, str) else ' '.join(m) for m in spec['merges']]
-    return dict(tokenizer_model='gpt2', tokenizer_pre=split_name(tok), token_merges=merges,
-                token_list=[words.get(i, f'[PAD{i}]') for i in range(vocab)], token_types=[int(kind(i)) for i in range(vocab)])
+    first = {'bos_token_id': begin[0]} if begin else {}
+    return first | dict(add_bos_token=bool(begin), tokenizer_model='gpt2', tokenizer_pre=split_name(tok), token_merges=merges,
+                        token_list=[words.get(i, f'[PAD{i}]') for i in range(vocab)], token_types=[int(kind(i)) for i in range(vocab)])
 
 # %% ../../nbs/engines/58_gguf.ipynb #27854f50
 def about_model(shape: Shape) -> dict: # key of `GGUFWriter` → value
@@ -219,12 +224,6 @@ def export_gguf(
     kind = {'fp32': 'ALL_F32', 'fp16': 'MOSTLY_F16', 'int8': 'MOSTLY_Q8_0', 'int4': 'MOSTLY_Q4_0'}[precision]
     about = dict(name=Path(folder).name, file_type=package.LlamaFileType[kind], quantization_version=package.GGML_QUANT_VERSION)
     ids = {k: i[0] if isinstance(i, list) else i for k, i in special_ids(folder).items()}
-    about |= about_model(model.shape) | tokenizer | ids | dict(add_bos_token=_adds_bos(folder))
+    about |= about_model(model.shape) | ids | tokenizer   # whose post-processor decides what begins a text, as in transformers
     with atomic_path(out) as tmp: _write(tmp, arch, about, tensors_of(model, precision == 'fp16'))
     return out
-
-# %% ../../nbs/engines/58_gguf.ipynb #06984670
-def _adds_bos(folder) -> bool:
-    "Does the tokenizer's configuration ask for a token at the beginning of a text?"
-    path = Path(folder)/'tokenizer_config.json'
-    return bool(path.is_file() and read_json(path).get('add_bos_token'))

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..core.native import attention_form
 from ..core.paths import check_memory, cores, export_settings, read_json
 from .attention import use_attention
-from .generate import row_pieces
+from .generate import check_positions, row_pieces, token_pieces
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #548f2f8f
 FUSED = {'QuickGelu', 'GroupQueryAttention', 'FastGelu', 'MatMulIntegerToFloat', 'GatherBlockQuantized', 'MatMulNBits'}
@@ -457,6 +457,7 @@ def start(self: OrtEngine, batch, capacity):
 @patch
 def _reserve(self: OrtEngine, positions: int): # per row
     "Make room, and for half as many more as long as the model has so many, so that growing takes little time."
+    check_positions(self, positions)
     if positions <= self.capacity: return
     room = max(positions, min(positions + positions//2, self.context))
     def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, self._room(room) - a.shape[2]), (0, 0)))
@@ -500,7 +501,7 @@ def _append(self: OrtEngine, bound, ids, filled, asked): # (b, S), (b,) and (log
 @patch
 def _append_row(self: OrtEngine, bound, tokens, filled: int, last: int): # (n,) → (last, vocab)
     "Append tokens to a single row, a piece at a time; the logits after each of the last ones."
-    for piece in np.split(tokens, range(PIECE, len(tokens) - last + 1, PIECE)):
+    for piece in token_pieces(tokens, PIECE, last):
         n = len(piece)
         logits = self._append(bound, piece[None], np.array([filled]), _pairs(0, np.arange(max(0, n - last), n)))
         filled += n
@@ -517,7 +518,7 @@ def _read(self: OrtEngine, ids, lengths, rows): # (b, S) and (b,) → (b, vocab)
 @patch
 def prefill(self: OrtEngine, ids, lengths): # (B, S) and (B,) → (B, vocab)
     "Logits after each right-padded prompt."
-    self._reserve(ids.shape[1])
+    self._reserve(int(lengths.max()))
     logits = [self._read(ids[rows], lengths[rows], rows) for rows in row_pieces(lengths, PIECE)]
     self.lengths = lengths.copy()
     return np.concatenate(logits)
@@ -553,17 +554,24 @@ def _calls(session) -> list: # of dicts operator → ms, in order
         calls.append(took)
     return calls
 
-def _reads_and_writes(calls: list, new_tokens: int) -> tuple: # two lists of dicts operator → ms
-    "The calls that read a prompt and those that wrote a token, without those of the first completion, which warms up."
-    if len(calls) == 1:
-        reads = calls[0][::new_tokens]
-        writes = [call for i, call in enumerate(calls[0]) if i % new_tokens]
-    else: writes, reads = calls
-    return reads[1:], writes[new_tokens - 1:]
+def _summed(calls: list) -> dict: # operator → ms
+    return {op: sum(c.get(op, 0) for c in calls) for op in {op for c in calls for op in c}}
+
+def _reads_and_writes(
+    calls: list,     # of each session, see `_calls`
+    pieces: list,    # Tokens of each call that reads a prompt
+    new_tokens: int,
+) -> tuple: # two lists of dicts operator → ms
+    "What each prompt took, and each token, without the first completion, which warms up."
+    queues, reads, writes = [iter(c) for c in calls], [], []
+    for _ in range(sum(map(len, calls))//(len(pieces) + new_tokens - 1)):   # completions
+        reads.append(_summed([next(queues[-1 if n >= PROMPT else 0]) for n in pieces]))
+        writes.append([next(queues[0]) for _ in range(new_tokens - 1)])
+    return reads[1:], sum(writes[1:], [])
 
 def operator_times(
     folder,             # of `export_onnx`
-    prompt_tokens: int, # 16 or more, so that the graph for prompts reads them, if there is one
+    prompt_tokens: int, # 16 or more, so that the graph for prompts reads them, if there is one; they are read as in completions
     new_tokens: int,    # at least 2
     threads: int | None = None, # Cores to use; None: `paths.cores`
     rounds: int = 3,    # Completions, after one to warm up
@@ -575,7 +583,8 @@ def operator_times(
             engine.start(1, prompt_tokens + new_tokens)
             engine.prefill(np.arange(prompt_tokens)[None] % engine.vocab, np.array([prompt_tokens]))
             for i in range(new_tokens - 1): engine.step(np.array([i]))
-        reads, writes = _reads_and_writes([_calls(s) for s in engine.sessions], new_tokens)
+        pieces = [len(p) for p in token_pieces(np.arange(prompt_tokens), PIECE)]
+        reads, writes = _reads_and_writes([_calls(s) for s in engine.sessions], pieces, new_tokens)
     def median(calls, op): return float(np.median([c.get(op, 0.) for c in calls]))
     operators = {op for call in reads + writes for op in call}
     times = {op: (median(reads, op), median(writes, op)) for op in operators}

@@ -33,7 +33,7 @@ def test_every_notebook_run_and_module_has_a_page(pages):
 
 
 def test_first_page_shows_the_pareto_picture(pages):
-    assert re.search(r'<img[^>]*src="figures/full/fig_pareto\.png"', pages['index.html'])
+    assert re.search(r'<img[^>]*src="figures/students/fig_pareto\.png"', pages['index.html'])
 
 
 def test_every_parameter_is_in_the_table_of_templates(pages):

@@ -111,17 +111,20 @@ def by_llama(model, ids: list, new: int, stop: int) -> list:
 
 
 @NO_LLAMA
-@pytest.mark.parametrize('precision', ['fp32', 'fp16', 'int8'])
+@pytest.mark.parametrize('precision', ['fp32', 'fp16', 'int8', 'int4'])
 def test_llama_cpp_writes_our_text(tmp_path, llama, precision):
-    "Of the embedded model, on held-out prompts; in int8 the codes are the same, and llama.cpp rounds the inputs of products too."
+    """Of the embedded model, on held-out prompts; in int8 and int4 the codes are the same, and llama.cpp rounds the inputs of products
+    too. int4 is of a folder that has four bits with zero points."""
     tok, prompts = load_tokenizer(), load_samples('codexglue', 12, 'test').input
     rows = [row[-400:] for row in encode_batch(tok, list(prompts))]
     dense = load_model()
     model = quantize(dense, *weight_schemes(8)[:-1]) if precision == 'int8' else dense
+    if precision == 'int4': model = quantize(dense, *weight_schemes(4, symmetric=False))
+    folder = save_model(model, tmp_path/'four', parent=BASE_MODEL) if precision == 'int4' else BASE_MODEL
     want, stop = greedy(TorchEngine(model), rows, 32, tok.token_to_id('<EOL>')), tok.token_to_id('<EOL>')
-    theirs = llama(export_gguf(BASE_MODEL, tmp_path/'m.gguf', precision))
+    theirs = llama(export_gguf(folder, tmp_path/'m.gguf', precision))
     same = [by_llama(theirs, row, 32, stop) == ours for row, ours in zip(rows, want)]
-    assert sum(same) >= {'fp32': 12, 'fp16': 12, 'int8': 10}[precision], same
+    assert sum(same) >= {'fp32': 12, 'fp16': 12, 'int8': 10, 'int4': 8}[precision], same
 
 
 @NO_LLAMA

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'NEIGHBOURS', 'BLOCK', 'KINDS', 'PRECISIONS', 'SPLITS', 'gguf', 'architecture_of',
-           'halves_to_neighbours', 'modules_of', 'block_bytes', 'in_blocks', 'tensors_of', 'split_name', 'tokenizer_of',
-           'about_model', 'export_gguf']
+           'halves_to_neighbours', 'modules_of', 'block_bytes', 'kind_of', 'each_block', 'in_blocks',
+           'warn_of_rounding', 'tensors_of', 'split_name', 'tokenizer_of', 'about_model', 'export_gguf']
 
 # %% ../../nbs/engines/58_gguf.ipynb #df3ed89a
-import json, numpy as np, torch
+import json, warnings, numpy as np, torch
 from importlib import import_module
 from pathlib import Path
 from tokenizers import Tokenizer
@@ -72,27 +72,33 @@ def modules_of(model: Decoder) -> dict: # GGUF's name → our modules, whose row
 
 # %% ../../nbs/engines/58_gguf.ipynb #a9586f5f
 BLOCK = 32
-KINDS = {4: 'Q4_0', 8: 'Q8_0'}   # bits → the type in the file
+KINDS = {(4, False): 'Q4_0', (4, True): 'Q4_1', (8, False): 'Q8_0'}   # (bits at most, with zero points?) → the type in the file
 
 def block_bytes(
     codes, # (n, d) int8
     scale, # (n, d/32) steps
-    bits: int,
+    zero,  # (n, d/32) zero points, int8
+    kind: str, # one of `KINDS`
 ) -> np.ndarray: # (n, bytes) uint8
-    "Rows of codes as blocks of Q8_0 or Q4_0."
+    "Rows of codes as blocks of a type."
+    def half(t): return t.half().numpy()[..., None].view(np.uint8)               # (n, blocks, 2)
     q = codes.unflatten(1, (-1, BLOCK)).numpy()                                  # (n, blocks, 32)
-    step = scale.half().numpy()[..., None].view(np.uint8)                        # (n, blocks, 2)
-    if bits == 8: return np.concatenate([step, q.view(np.uint8)], -1).reshape(len(q), -1)
+    if kind == 'Q8_0': return np.concatenate([half(scale), q.view(np.uint8)], -1).reshape(len(q), -1)
     unsigned = (q + 8).astype(np.uint8)
     low, high = unsigned[..., :BLOCK//2], unsigned[..., BLOCK//2:]               # (n, blocks, 16)
-    return np.concatenate([step, low | high << 4], -1).reshape(len(q), -1)
+    least = [half(-(zero.float() + 8)*scale)] if kind == 'Q4_1' else []          # what the code 0 stands for
+    return np.concatenate([half(scale), *least, low | high << 4], -1).reshape(len(q), -1)
 
-def _blocks_of(m) -> int | None: # bits
-    "Does a module hold blocks that GGUF has a type for?"
-    if getattr(m, 'scheme', None) is None: return None
-    q, bits = m.scheme.weights, m.scheme.weights.mapping.bits
-    fits = q.blocked and q.block == BLOCK and not q.mapping.shifted and m.weight.shape[1] % BLOCK == 0
-    return bits if fits and bits in KINDS else None
+def kind_of(m) -> str | None:
+    "The type that holds a module's codes as they are; None where there is none. A step for more than a block is repeated."
+    if getattr(m, 'scheme', None) is None or m.weight.shape[1] % BLOCK: return None
+    q = m.scheme.weights
+    if q.blocked and q.block % BLOCK: return None
+    return KINDS.get((4 if q.mapping.bits <= 4 else 8, q.mapping.shifted))
+
+def each_block(m, t) -> torch.Tensor: # (rows, cols/32)
+    "A module's steps or zero points, one a block."
+    return m.scheme.weights.spread(t, m.weight.shape[1]).expand(m.weight.shape)[:, ::BLOCK]
 
 # %% ../../nbs/engines/58_gguf.ipynb #d731fd5d
 PRECISIONS = ('fp32', 'fp16', 'int8', 'int4')
@@ -108,11 +114,30 @@ def in_blocks(
     quantized = isinstance(model, QuantizedDecoder)
     if quantized and min(s.weights.mapping.bits for s in model.schemes) > bits:
         raise ValueError('the model has more bits already: export it as int8, or the model it was made from as int4.')
-    if quantized and any(_blocks_of(m) for m in model.modules()): return model
+    if quantized and any(map(kind_of, model.modules())): return model
     return quantize(float_decoder(model), *weight_schemes(bits)[:-1])   # without the positions, a small table
 
+def _is_quantized(m: nn.Module) -> bool: return hasattr(m, 'dequantized')
+
 def _values(m: nn.Module) -> torch.Tensor: # (rows, cols), or (channels,) of a norm
-    return m.dequantized() if hasattr(m, 'dequantized') else m.weight.detach().float()
+    return m.dequantized() if _is_quantized(m) else m.weight.detach().float()
+
+def _rounded_again(w) -> np.ndarray: # (rows, bytes) uint8
+    "A matrix in blocks of eight bits, as llama.cpp's authors round it."
+    from gguf import GGMLQuantizationType, quants
+    return quants.quantize(w.numpy(), GGMLQuantizationType.Q8_0)
+
+def warn_of_rounding(
+    stored: Decoder,  # the model of a folder
+    written: Decoder, # what `in_blocks` makes of it
+):
+    "Say which codes of a quantised model are lost, if it is not written in floats."
+    if not isinstance(written, QuantizedDecoder): return
+    codes = {name: m for name, m in stored.named_modules() if _is_quantized(m) and name != 'positions'}
+    lost = [name for name, m in codes.items() if written is not stored or not kind_of(m)]
+    if lost:
+        others = f' and {len(lost) - 1} more' if len(lost) > 1 else ''
+        warnings.warn(f'GGUF has no type for the codes of {lost[0]}{others}, so they are rounded once more.', UserWarning, stacklevel=3)
 
 # %% ../../nbs/engines/58_gguf.ipynb #c5da1130
 def tensors_of(
@@ -123,15 +148,18 @@ def tensors_of(
     s = model.shape
     for name, modules in modules_of(model).items():
         ms = {module: model.get_submodule(module) for module in modules}
-        bits = {_blocks_of(m) for m in ms.values()}
+        kinds = {kind_of(m) for m in ms.values()}
         def joined(f): return torch.cat([_turned_alike(f'{module}.', f(m), s) for module, m in ms.items()])
-        if len(bits) == 1 and None not in bits:
-            kind = bits.pop()
-            yield f'{name}.weight', block_bytes(joined(lambda m: m.weight), joined(lambda m: m.scale), kind), KINDS[kind]
+        matrix = joined(_values).ndim == 2 and 'position' not in name       # positions are a small table
+        if matrix and len(kinds) == 1 and None not in kinds:
+            kind = kinds.pop()
+            steps, zeros = (joined(lambda m, t=t: each_block(m, getattr(m, t))) for t in ('scale', 'zero_point'))
+            yield f'{name}.weight', block_bytes(joined(lambda m: m.weight), steps, zeros, kind), kind
+        elif matrix and any(map(_is_quantized, ms.values())) and joined(_values).shape[1] % BLOCK == 0:
+            yield f'{name}.weight', _rounded_again(joined(_values)), 'Q8_0'
         else:
             w = joined(_values)
-            small = half or any(hasattr(m, 'dequantized') for m in ms.values())
-            yield f'{name}.weight', (w.half() if small and w.ndim == 2 and 'position' not in name else w).numpy(), None
+            yield f'{name}.weight', (w.half() if matrix and (half or any(map(_is_quantized, ms.values()))) else w).numpy(), None
         biases = [getattr(m, 'bias', None) for m in ms.values()]
         if biases[0] is not None: yield f'{name}.bias', joined(lambda m: m.bias.detach().float()).numpy(), None
 
@@ -221,6 +249,7 @@ def export_gguf(
     warn_without_ranges(found, 'an export to GGUF')
     arch, tokenizer = architecture_of(found.shape), tokenizer_of(load_tokenizer(folder), found.shape.vocab)
     model = in_blocks(found, precision)
+    warn_of_rounding(found, model)
     kind = {'fp32': 'ALL_F32', 'fp16': 'MOSTLY_F16', 'int8': 'MOSTLY_Q8_0', 'int4': 'MOSTLY_Q4_0'}[precision]
     about = dict(name=Path(folder).name, file_type=package.LlamaFileType[kind], quantization_version=package.GGML_QUANT_VERSION)
     ids = {k: i[0] if isinstance(i, list) else i for k, i in special_ids(folder).items()}

@@ -4,7 +4,8 @@
 
 Each is imported when it is first asked for, so that importing the package imports nothing else. They are defined in `codegpt_nbc.runs.api`.
 
-After the import, transformers' automatic classes open every folder with safetensors that this package writes, whichever of the two is imported first.
+After the import, transformers' automatic classes open every folder with safetensors that this package writes, whichever of the two is
+imported first.
 """
 import sys
 

@@ -17,14 +17,14 @@ from .warm import preload
 
 # %% ../../nbs/runs/75_notebooks.ipynb #19824625
 _BAR = re.compile(r'\d+(%\||\w* \[\d+:\d\d).*\]\s*$')       # as tqdm writes it
-_NO_WIDGET = re.compile('IProgress not found|from .autonotebook')
+_NOISE = re.compile('IProgress not found|from .autonotebook|before absl::InitializeLog|^E0000 ')   # of libraries, which no reader can use
 
 def _last_state(text: str, bars: bool) -> str:
     "Text as a terminal shows it in the end, without places of this machine."
     text = re.sub(r'\n[^\n]*\x1b\[A', '', text)               # a bar below another, and up again
     text = re.sub(r'\S*/ipykernel_\d+/\d+\.py', 'this cell', text)
     lines = [line.split('\r')[-1] for line in text.replace(f'{PACKAGE.parent}/', '').split('\n')]
-    lines = [line for line in lines if not _NO_WIDGET.search(line)]
+    lines = [line for line in lines if not _NOISE.search(line)]
     return '\n'.join(line for line in lines if bars or not _BAR.search(line))
 
 # %% ../../nbs/runs/75_notebooks.ipynb #89ca619b

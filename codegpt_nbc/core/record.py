@@ -59,7 +59,7 @@ class Memory(Strict):
 class Train(Strict):
     "The training that a run did."
     tokens: int
-    seconds: float
+    seconds: float                          # of computing, see `model.train.computing_time`
     curve: list[tuple[float, float]] = []   # (tokens, loss)
     processor: str = ''                     # that trained, as far as it was noted
 

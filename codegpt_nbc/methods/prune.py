@@ -712,7 +712,8 @@ def save_pruned(
     on_file = measured_sparsity(folder, report.params_before)
     if abs(on_file - report.sparsity) >= 1e-6:
         raise RuntimeError(f'{folder} has a sparsity of {on_file:.6f}, but {report.sparsity:.6f} was reached in training: write it again.')
-    train = Train(tokens=report.tokens, seconds=report.seconds, curve=report.curve)
+    trained_on = report.train[-1].processor if report.train else ''
+    train = Train(tokens=report.tokens, seconds=report.seconds, curve=report.curve, processor=trained_on)
     return StepResult(folder, train, report.details | {'sparsity': on_file})
 
 # %% ../../nbs/methods/30_prune.ipynb #1242eeb4

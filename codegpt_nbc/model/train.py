@@ -6,10 +6,12 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'newton_schulz', 'ExactMuon', 'make_optimizers',
            'lr_factor', 'Windows', 'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough',
            'training_rows', 'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows', 'share',
-           'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'fit', 'batches_loss', 'keep_zeros']
+           'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time', 'Clocks', 'fit',
+           'batches_loss', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -277,7 +279,7 @@ def share(
 class TrainResult:
     "The record of a training run."
     tokens: int     # target tokens seen, over all calls
-    seconds: float  # wall time in the loop, over all calls
+    seconds: float  # of computing in the loop, see `computing_time`, over all calls
     curve: list     # [tokens, mean loss since the last point]
     step: int       # steps done
     processor: str = '' # that did them
@@ -356,11 +358,24 @@ def _descend(acc, model, optimizers: list, l, clip: float, before_step):
     for o in optimizers: o.step()
     for o in optimizers: o.zero_grad(set_to_none=True)
 
-def _seconds_of(f, *args) -> float:
-    "How long a call takes."
-    begun = time.time()
-    f(*args)
-    return time.time() - begun
+def computing_time() -> float: # seconds
+    """How long this process has computed. On processors its threads' time, per thread: a pause does not count, nor what other programs
+    take from it. Beside a GPU the time of day."""
+    return time.time() if torch.cuda.is_available() else time.process_time()/torch.get_num_threads()
+
+class Clocks:
+    "Time of day and of computing since the start, but for what happens in `with clocks.stopped(): …`."
+    def __init__(self): self.began = self._now()
+    def _now(self): return np.array([time.time(), computing_time()])
+    @property
+    def passed(self) -> tuple: # (seconds of the day, seconds of computing)
+        return tuple((self._now() - self.began).tolist())
+
+    @contextmanager
+    def stopped(self):
+        at = self._now()
+        yield
+        self.began += self._now() - at
 
 # %% ../../nbs/model/24_train.ipynb #7716b31b
 def fit(
@@ -388,24 +403,25 @@ def fit(
     def keep():
         if checkpoint and main: save_checkpoint(checkpoint, model, optimizers, asdict(r))
     bar = _bar(c, r.step, desc if main else None)
-    begun = saved = time.time()
+    clocks, saved = Clocks(), time.time()
     before, recent, late = r.seconds, [], stop_s <= 0
     while r.step < c.steps and not late:
         lr = c.lr*lr_factor(r.step, c)
         _set_rate(optimizers, lr)
         batch = batches(r.step)
         l = _own_loss(acc, wrapped, loss, batch, c.precision)
-        value, late = _agreed(acc, l, time.time() - begun >= stop_s)
+        value, late = _agreed(acc, l, clocks.passed[0] >= stop_s)
         _check_finite(value, r.step, lr)
         _descend(acc, model, optimizers, l, c.clip, before_step)
         if after_step: after_step(model, lr)
         r.step += 1
         r.tokens += int((batch[1] != -100).sum())
-        r.seconds = before + time.time() - begun
+        r.seconds = before + clocks.passed[1]
         recent.append(value)
         bar.update()
         _add_to_curve(r, recent, c, bar)
-        if observe and main: begun += _seconds_of(observe, r)
+        if observe and main:
+            with clocks.stopped(): observe(r)
         if checkpoint and time.time() - saved > checkpoint_s:
             keep()
             saved = time.time()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIONS', 'PEERS_PROFILES', 'published', 'studies',
            'printed_pruning', 'accuracy_columns', 'held_out_columns', 'cost_columns', 'planned_runs', 'judged_by',
-           'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'frame', 'first_few', 'absent',
-           'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus', 'loss_test',
-           'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking',
+           'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere', 'frame', 'first_few',
+           'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus',
+           'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking',
            'published_systems', 'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame',
            'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'hours_of']
 
@@ -146,10 +146,21 @@ def elsewhere_results(results: dict) -> dict: # name of the code → (run id of 
     "What the models of a profile answered about other code than the frozen corpus; `results`: run id → `Result`."
     out = {}
     for r in results.values():
-        if r.method != 'evaluate': continue
+        if not asked_elsewhere(r, results): continue
         code = r.config['data'].rpartition(':')[2].rstrip('/').rpartition('/')[2]   # of installed:optuna, or of a path
-        out.setdefault(code, {})[r.config['model']] = r
+        model = r.config['model'] if r.method == 'evaluate' else _same_answer(r, results)
+        if model: out.setdefault(code, {})[model] = r
     return out
+
+def asked_elsewhere(r: Result, results: dict) -> bool:
+    "Was a model, or what needs none, asked about other code than the profile's models are?"
+    own = results['baseline'].config.get('data', '') if 'baseline' in results else ''
+    return r.method == 'evaluate' or r.method == 'no_model' and r.config.get('data', '') != own
+
+def _same_answer(r: Result, results: dict) -> str | None: # run id
+    "The run that gives the same answers without a model about the profile's own code."
+    return next((i for i, o in results.items() if o.method == 'no_model' and o.config['answer'] == r.config['answer']
+                 and not asked_elsewhere(o, results)), None)
 
 WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
@@ -160,7 +171,8 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     results, planned = load_results(profile), planned_runs(profile)
     measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
-    shown = [i for i in order if results[i].method not in WITHOUT_ROW and (results[i].metrics or results[i].size)]
+    apart = {i for i in order if asked_elsewhere(results[i], results)}
+    shown = [i for i in order if results[i].method not in WITHOUT_ROW and i not in apart and (results[i].metrics or results[i].size)]
     protocol = judged_by(results)
     rows = [row_of(results[i], results, protocol, measured.get(i)) for i in shown]
     df = pd.DataFrame(rows, index=pd.Index(shown, name='run_id')).reindex(columns=COLUMNS)
@@ -318,7 +330,8 @@ def ranking(
     from itertools import combinations
     from scipy.stats import kendalltau
     protocol = fr.attrs['protocol']
-    there = {i: r.metrics[protocol] for i, r in fr.attrs['elsewhere'][code].items() if protocol in r.metrics and i in fr.index}
+    models = fr.index[fr.method != 'no_model']
+    there = {i: r.metrics[protocol] for i, r in fr.attrs['elsewhere'][code].items() if protocol in r.metrics and i in models}
     here = {i: fr.result[i].metrics[protocol] for i in there}
     signs = [(_told_apart(here[a], here[b]), _told_apart(there[a], there[b])) for a, b in combinations(there, 2)]
     both = [x*y for x, y in signs if x]   # 1: as here, 0: not told apart there, −1: the other way round

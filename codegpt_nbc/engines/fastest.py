@@ -30,10 +30,6 @@ def _code() -> str:
     "A name for the code of `WINGS`."
     return digest(*(file.read_text(encoding='utf-8') for wing in WINGS for file in sorted((PACKAGE/wing).glob('*.py'))))
 
-def _name_of(folder: Path) -> str:
-    "A name for the model."
-    return digest(folder, (folder/'config.json').read_text(encoding='utf-8'))
-
 def _precision(folder) -> str: # 'fp32', 'int8' or 'int4'
     "The precision of an export that keeps what the folder stores."
     from codegpt_nbc.methods.quantize import QuantizedDecoder
@@ -89,7 +85,7 @@ def fastest_folder(
     "The form of a model that runs fastest here. Measured once for these weights, this processor and these versions."
     folder, threads = Path(folder), threads or cores()
     if runtime_of(folder): return folder
-    name, place = _name_of(folder), models_dir('engines')
+    name, place = digest(folder), models_dir('engines')
     found = {engine: _attempted(engine, _exported, folder, engine, place/name) for engine in EXPORTS}
     exports = {engine: export for engine, export in found.items() if export}
     def measured():

@@ -150,16 +150,16 @@ def tensors_of(
         ms = {module: model.get_submodule(module) for module in modules}
         kinds = {kind_of(m) for m in ms.values()}
         def joined(f): return torch.cat([_turned_alike(f'{module}.', f(m), s) for module, m in ms.items()])
-        matrix = joined(_values).ndim == 2 and 'position' not in name       # positions are a small table
+        matrix = next(iter(ms.values())).weight.ndim == 2 and 'position' not in name       # positions are a small table
+        quantized = any(map(_is_quantized, ms.values()))
         if matrix and len(kinds) == 1 and None not in kinds:
             kind = kinds.pop()
             steps, zeros = (joined(lambda m, t=t: each_block(m, getattr(m, t))) for t in ('scale', 'zero_point'))
             yield f'{name}.weight', block_bytes(joined(lambda m: m.weight), steps, zeros, kind), kind
-        elif matrix and any(map(_is_quantized, ms.values())) and joined(_values).shape[1] % BLOCK == 0:
-            yield f'{name}.weight', _rounded_again(joined(_values)), 'Q8_0'
         else:
             w = joined(_values)
-            yield f'{name}.weight', (w.half() if matrix and (half or any(map(_is_quantized, ms.values()))) else w).numpy(), None
+            if matrix and quantized and w.shape[1] % BLOCK == 0: yield f'{name}.weight', _rounded_again(w), 'Q8_0'
+            else: yield f'{name}.weight', (w.half() if matrix and (half or quantized) else w).numpy(), None
         biases = [getattr(m, 'bias', None) for m in ms.values()]
         if biases[0] is not None: yield f'{name}.bias', joined(lambda m: m.bias.detach().float()).numpy(), None
 

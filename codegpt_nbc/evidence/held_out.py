@@ -87,9 +87,10 @@ def held_out_of(
     alike = (model.shape.vocab == dense.shape.vocab
              and load_tokenizer(folder).get_vocab() == load_tokenizer(c.reference_folder).get_vocab())
     rows = held_out_rows(c, folder, min(model.shape.context, dense.shape.context))
-    own, kept, found = Path(folder) == Path(c.reference_folder), models_dir(c.profile)/'held-out-states', {}
-    if alike and not own: states = states_of(dense, rows, kept/f'{digest(c.reference_folder, rows.tolist())}.npy')
-    figures = figures_of_rows(model, dense, rows, states) if alike and not own else figures_of_rows(model, model, rows)
+    compared, found = alike and Path(folder) != Path(c.reference_folder), {}
+    kept = models_dir(c.profile)/'held-out-states'/f'{digest(c.reference_folder, rows.tolist())}.npy'
+    states = states_of(dense, rows, kept) if compared else None
+    figures = figures_of_rows(model, dense if compared else model, rows, states)
     for name, x in zip(('loss', 'kl') if alike else ('loss',), figures):
         found |= {name: round(float(x.mean()), 5), f'{name}_ci': interval_of_means(x), f'{name}_each': ' '.join(f'{v:.5f}' for v in x)}
     return HeldOut(tokens=rows[:, 1:].numel(), reference=c.reference, **found)

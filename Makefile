@@ -39,7 +39,7 @@ export: $(VENV)/ready  ## Write the package from the notebooks; execute those wh
 	OMP_NUM_THREADS=1 python -c "from codegpt_nbc.runs.notebooks import refresh; refresh(every=bool('$(ALL)'))"
 	nbdev_clean --fname nbs
 
-readme: $(VENV)/ready  ## Write README.md and docs/results.md from the results
+readme: $(VENV)/ready  ## Write README.md, the results page and the answers to the audit
 	python -c "from codegpt_nbc.report.publish import readme; readme()"
 
 site: $(VENV)/ready  ## Build the site into _site/; its search works when it is served: python -m http.server -d _site

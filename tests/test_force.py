@@ -1,5 +1,5 @@
 """`--force`: without it nothing is replaced; with it only an earlier output of ours of the same kind, when the new one is whole."""
-import json, os, random, shutil, signal, subprocess, sys
+import json, os, shutil, signal, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
 from codegpt_nbc import compress
@@ -12,7 +12,6 @@ from codegpt_nbc.model.layers import Shape
 from codegpt_nbc.runs.grid import Recipe, run_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = int(os.environ.get('CODEGPT_NBC_KILLS', 3))
 QUANTIZE = Recipe(about='int8', steps=[{'method': 'quantize'}])
 OTHER = Recipe(about='int8 for each tensor', steps=[{'method': 'quantize', 'granularity': 'tensor'}])
 ONNX = Recipe(about='ONNX', steps=[{'method': 'onnx', 'precision': 'int8'}])
@@ -101,20 +100,38 @@ def test_the_old_one_stays_when_the_new_one_fails_half_way(home, monkeypatch):
     assert contents('small') == before and not list(home.glob('.tmp-*'))
 
 
-def test_the_old_one_or_the_new_one_is_there_after_a_kill(home):
-    chance, kills = random.Random(0), 0
+# function → in what state a kill before or after it leaves the folder
+KILLED = {'shutil.copytree': ('old', 'old'), 'codegpt_nbc.core.paths._exchanged': ('old', 'new')}
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+@pytest.mark.parametrize('function', KILLED)
+def test_the_old_one_or_the_new_one_is_there_after_a_kill(home, function, when):
     small()
-    command = [sys.executable, '-m', 'codegpt_nbc.runs.cli', 'compress', 'mine', '-o', 'small', '--n', '0', '--force']
+    module, _, name = function.rpartition('.')
+    begun = f"""import {module} as module, os, signal
+from pathlib import Path
+from codegpt_nbc import compress
+from codegpt_nbc.runs.grid import Recipe
+real = module.{name}
+def killed(first, *more, **how):
+    if Path(first).parent.parent != Path.cwd(): return real(first, *more, **how)   # of a step's folder
+    if {when!r} == 'after': real(first, *more, **how)
+    os.kill(os.getpid(), signal.SIGKILL)
+def copied(source, to, **how):   # its second argument is the place
+    if Path(to).parent.parent != Path.cwd(): return real(source, to, **how)
+    if {when!r} == 'after': real(source, to, **how)
+    os.kill(os.getpid(), signal.SIGKILL)
+module.{name} = copied if {name!r} == 'copytree' else killed
+compress('mine', Recipe(**{OTHER.model_dump()!r}), 'small', budgets={{}}, progress=False, force=True)"""
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while kills < KILLS:
-        with subprocess.Popen(command, env=env, start_new_session=True, **quiet) as p:
-            try: p.wait(chance.uniform(1, 8))
-            except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
-        kills += 1
-        listed = json.loads((home/'small'/OWN_FILES).read_text())['files']
-        assert sorted(contents('small')) == sorted([*listed, OWN_FILES])
-        open_engine(home/'small')
+    done = subprocess.run([sys.executable, '-c', begun], env=env, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    listed = json.loads((home/'small'/OWN_FILES).read_text())['files']
+    assert sorted(contents('small')) == sorted([*listed, OWN_FILES])
+    state = {'channel': 'old', 'tensor': 'new'}[recipe_of('small')[-1]['granularity']]
+    assert state == KILLED[function][when == 'after']
+    open_engine(home/'small')
 
 
 @pytest.mark.parametrize('how, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -5,11 +5,12 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 from codegpt_nbc.core import paths, record
 from codegpt_nbc.core.ledger import Ledger
-from codegpt_nbc.core.paths import write_json
+from codegpt_nbc.core.paths import code_of, digest, runs_dir, write_json
 from codegpt_nbc.data.tokenizer import load_tokenizer, save_tokenizer
 from codegpt_nbc.evidence.evaluate import size_of, weight_files, zip_bytes
 from codegpt_nbc.model.decoder import Decoder
-from codegpt_nbc.model.folder import digest, load_model, read_tensors, save_model
+from codegpt_nbc.methods.quantize import in_precision
+from codegpt_nbc.model.folder import load_model, read_tensors, recipe_of, save_model
 from codegpt_nbc.model.layers import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,3 +169,59 @@ def test_two_runs_on_other_code_are_not_compared():
     result = own.result['onnx-dense-int8']
     own.at['onnx-dense-int8', 'result'] = result.model_copy(update={'config': result.config | {'data': 'elsewhere'}})
     assert versus(own, 'onnx-dense-int8', 'baseline') is None
+
+
+@pytest.mark.parametrize('given', ['int8', {'quant_method': 'gptq'}, {'quant_method': ['gptq']}])
+def test_a_foreign_quantisation_is_refused_before_its_weights_are_read(tmp_path, given):
+    folder = tiny(tmp_path/'m')
+    changed(folder, quantization_config=given)
+    (folder/'model.safetensors').unlink()
+    with pytest.raises(ValueError, match="m is quantised by .*(int8|gptq)'.*, which is not supported: use one of"): load_model(folder)
+
+
+@pytest.mark.parametrize('lineage', ['[]', '{}', '{"chain": "prune"}', '{"chain": [1]}'])
+def test_a_foreign_recipe_json_is_named(tmp_path, lineage):
+    folder = tiny(tmp_path/'m')
+    (folder/'recipe.json').write_text(lineage)
+    with pytest.raises(ValueError, match='recipe.json'): recipe_of(folder)
+
+
+def test_a_list_where_an_object_belongs_is_named(tmp_path):
+    from codegpt_nbc.data.raw_text import stated_ids
+    (tmp_path/'generation_config.json').write_text('[1, 2]')
+    with pytest.raises(ValueError, match='generation_config.json is not a JSON object: restore it'): stated_ids(tmp_path, 'eos_token_id')
+
+
+@pytest.mark.parametrize('name', ['full\n', 'full/..', '.full', ''])
+def test_what_cannot_name_a_profile(name):
+    with pytest.raises(ValueError, match='cannot name a profile'): runs_dir(name)
+
+
+@pytest.mark.parametrize('step', [
+    {'method': 'prune', 'pattern': 'structured'}, {'method': 'prune', 'pattern': 'unstructured'}, {'method': 'distill', 'layers': 1},
+    {'method': 'reshape', 'heads': [1], 'neurons': [32], 'channels': 16}, {'method': 'mixed', 'bits': {'blocks.0.mlp.up': '8'}}])
+def test_a_quantised_model_is_not_trained(tmp_path, step, monkeypatch):
+    from codegpt_nbc.runs.steps import apply_step
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
+    folder = tiny(tmp_path/'m')
+    small = save_model(in_precision(load_model(folder), 'int8'), tmp_path/'small', folder)
+    with pytest.raises(ValueError, match='small is quantised: .* the float model that it was made from.'):
+        apply_step(step, small, tmp_path/'out', {})
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_parameter_of_another_type_is_an_error_not_the_default():
+    from codegpt_nbc.data.inputs import RunConfig
+    for own, name in ((dict(model=Path('nowhere')), 'model'), (dict(seed=b'seven'), 'seed')):
+        with pytest.raises(ValueError, match=f'parameter {name!r} of RunConfig'): RunConfig.from_cell(dict(run_id='a', Path=Path) | own)
+
+
+def test_what_other_code_made_is_made_again(tmp_path, monkeypatch):
+    from codegpt_nbc.runs import steps
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    step = {'method': 'quantize'}
+    own = steps.step_config(step, paths.BASE_MODEL, {}).out_folder
+    assert own == steps.step_config(step, paths.BASE_MODEL, {}).out_folder
+    assert len({code_of('core'), code_of('model'), code_of('core/paths')}) == 3
+    monkeypatch.setattr(steps, 'code_of', lambda *wings: 'another')
+    assert steps.step_config(step, paths.BASE_MODEL, {}).out_folder != own

@@ -320,6 +320,15 @@ def test_the_library_reads_raw_source(folder):
     assert isinstance(model.complete('print("<s> <EOL>")\n', 4), str)
 
 
+def test_a_model_of_raw_source_is_compressed_at_the_shell(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
+    done = shell('compress', folder, '-o', tmp_path/'small', '--recipe', 'int8', '--n', 2)
+    assert done.exit_code == 0 and 'ES %' in done.output, done.output
+    assert text_of(tmp_path/'small') == 'raw'
+    done = shell('compress', folder, '-o', tmp_path/'other', '--recipe', 'int8', '--n', 99_999)
+    assert done.exit_code == 1 and '99999 samples asked, but line has' in done.output, done.output
+
+
 @pytest.mark.parametrize('stated', [None, 'raw', 'codexglue'])
 def test_every_step_carries_the_text_on(folder, stated, tmp_path):
     import shutil

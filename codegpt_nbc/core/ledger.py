@@ -6,9 +6,10 @@
 __all__ = ['Ledger']
 
 # %% ../../nbs/core/03_ledger.ipynb #1a071766
-import json, sqlite3, sys
-from contextlib import closing, contextmanager
+import json, sqlite3
+from contextlib import closing
 from pathlib import Path
+from .paths import waiting_lock
 
 # %% ../../nbs/core/03_ledger.ipynb #75e103d8
 class Ledger:
@@ -51,17 +52,10 @@ class Ledger:
         self.measured += 1
         return self.put(key, measure())
 
-    @contextmanager
     def alone(self,
         what: str, # is measured: names the lock
-    ):
+    ): # → context
         "Within the block, no other process measures the same. Says so where it has to wait."
-        from filelock import FileLock, Timeout
-        lock = FileLock(self.path.with_suffix(f'.{what}.lock'))
-        try: lock.acquire(timeout=0)
-        except Timeout:
-            print(f'another process is measuring {what}: waiting for it.', file=sys.stderr, flush=True)
-            lock.acquire()
-        with lock: yield
+        return waiting_lock(self.path.with_suffix(f'.{what}.lock'), f'another process is measuring {what}')
 
     def __len__(self) -> int: return self._run('SELECT COUNT(*) FROM figures')[0][0]

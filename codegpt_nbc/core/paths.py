@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
            'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'check_memory', 'atomic_path',
-           'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out', 'new_folder', 'sha256',
-           'contents_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal', 'export_settings']
+           'waiting_lock', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out', 'new_folder',
+           'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal',
+           'export_settings']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
-import ctypes, errno, hashlib, json, os, re, shutil, tempfile, warnings
+import ctypes, errno, hashlib, json, os, re, shutil, sys, tempfile, warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 # %% ../../nbs/core/00_paths.ipynb #f1e8279b
@@ -32,7 +34,7 @@ def project_root() -> Path: # The checkout, or the working directory where there
 NAME = r'^[\w-][\w.-]*$'   # of a profile or run: a part of a path, and not one that leads elsewhere
 
 def _place(kind: str, profile: str) -> Path:
-    if not re.match(NAME, str(profile)): raise ValueError(f'{profile!r} cannot name a profile: use letters, digits, - and _.')
+    if not re.fullmatch(NAME, str(profile)): raise ValueError(f'{profile!r} cannot name a profile: use letters, digits, - and _.')
     return project_root()/kind/profile
 
 def runs_dir(profile: str) -> Path:
@@ -128,6 +130,22 @@ def _disk_refuses(e: Exception) -> str | None:
         if getattr(e, 'errno', None) == code or (type(e).__name__ == 'SafetensorError' and words in str(e)): return words
     return None
 
+@contextmanager
+def waiting_lock(
+    path,      # Of the lock's own file
+    said: str, # Where another process holds it
+):
+    "Within the block, no other process holds the same lock. Says so where it has to wait."
+    from filelock import FileLock, Timeout
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        print(f'{said}: waiting for it.', file=sys.stderr, flush=True)
+        lock.acquire()
+    with lock: yield
+
+
 # %% ../../nbs/core/00_paths.ipynb #13e95e59
 def _put(tmp: Path, path: Path):
     "Let what was written take its place. Raises `FileExistsError` where that is a folder with files that were not written here."
@@ -169,11 +187,16 @@ def write_json(path, obj) -> Path:
     "Write `obj` as indented JSON to `path` atomically."
     return write_text(path, json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
 
-def read_json(path) -> dict:
-    "Read a JSON file. Raises `ValueError`, which names the file, if it is damaged."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
+def read_json(
+    path,
+    kind: type = dict, # what it holds: an object, or a `list`
+): # of that kind
+    "Read a JSON file. Raises `ValueError`, which names the file, if it is damaged or holds anything else."
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not valid JSON ({e}): delete it and run again what made it.') from None
+    if isinstance(found, kind): return found
+    raise ValueError(f'{path} is not a JSON {"object" if kind is dict else kind.__name__}: restore it from where it came from.')
 
 # %% ../../nbs/core/00_paths.ipynb #8da90db5
 OWN_FILES = '.codegpt_nbc.json'   # in every folder written here: its kind, and the names of its files
@@ -252,6 +275,28 @@ def contents_of(folder) -> dict: # file name → SHA-256
     files = (p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.suffix != '.md' and not p.name.startswith('.'))
     return {p.name: sha256(p) for p in files}
 
+def digest(
+    *parts, # Folders (`Path`), rows of token ids (lists), settings (anything that prints)
+) -> str: # 16 hexadecimal digits
+    "One name for models, token ids and settings. It changes with any file of a folder."
+    h = hashlib.sha256()
+    for p in parts:
+        if isinstance(p, Path): h.update(repr(contents_of(p)).encode())
+        elif isinstance(p, list):
+            import numpy as np   # brought where there are ids
+            lengths = np.array([len(p), *map(len, p)])
+            h.update(lengths.tobytes() + b''.join(np.array(row, np.int32).tobytes() for row in p))
+        else: h.update(str(p).encode())
+    return h.hexdigest()[:16]
+
+@cache
+def code_of(
+    *places, # Wings ('model') and rooms ('evidence/other_engines') of the package
+) -> str: # 16 hexadecimal digits
+    "A name for code. What other code made is made again."
+    files = [file for place in places for file in sorted((PACKAGE/place).glob('*.py')) or [PACKAGE/f'{place}.py']]
+    return digest(*(file.read_text(encoding='utf-8') for file in files))
+
 def verify_checksums(
     folder, # Holds `checksums.json`: file name → SHA-256
 ):
@@ -290,7 +335,6 @@ def check_seal(folder) -> dict: # its config.json
     path = Path(folder)/'config.json'
     if not path.is_file(): raise FileNotFoundError(f'{folder} holds no config.json: export the model again.')
     config = read_json(path)
-    if not isinstance(config, dict): raise ValueError(f'{path} is not a JSON object: export the model again.')
     if SEAL not in config:
         said = f'{path} states no checksums, so that damage would not be noticed: export the model again.'
         warnings.warn(said, UserWarning, stacklevel=3)

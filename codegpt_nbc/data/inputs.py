@@ -135,7 +135,7 @@ def from_cell(cls: RunConfig,
 ):
     "The configuration that the parameter cells define. Raises `ValueError` for an unknown name or a bad value."
     named = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out')}
-    config = cls(**{k: v for k, v in named.items() if isinstance(v, _PLAIN)})
+    config = cls(**{k: v for k, v in named.items() if isinstance(v, _PLAIN) or k in cls.model_fields})   # imports are no parameters
     config.check()
     return config
 
@@ -170,6 +170,16 @@ def check(self: RunConfig):
         if getattr(self, protocol): self.check_protocol(protocol)
     self.check_samples()
     if self.held_out: self.reference_folder
+
+@patch
+def with_samples(self: RunConfig,
+    n: int,
+    protocol: str | None = None, # None: the first one of the model's text
+) -> RunConfig:
+    "So many samples of one protocol, and none of the others."
+    from codegpt_nbc.data.samples import PROTOCOLS, protocols_of
+    asked = protocol or protocols_of(self.text)[0]
+    return self.model_copy(update=dict.fromkeys(PROTOCOLS, 0) | {asked: n})
 
 @patch(as_prop=True)
 def judged(self: RunConfig) -> int:

@@ -8,10 +8,9 @@ __all__ = ['INSTALLED', 'FEWEST', 'PER_FILE', 'repository_files', 'is_repository
 
 # %% ../../nbs/data/14_repository.ipynb #73960fc0
 import os, pandas as pd
-from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from ..core.paths import CORPUS, new_folder, project_root, read_json, write_json
+from ..core.paths import new_folder, project_root, write_json
 from .corpus import SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
 from .samples import FORMS, PROTOCOLS, cut_samples, draw_places
 from .text_format import Literals, abstract
@@ -125,17 +124,12 @@ def repository_tables(
     return {name.removeprefix('/'): t for name, t in tables.items()}
 
 # %% ../../nbs/data/14_repository.ipynb #0b0e7b5f
-@cache
-def _frozen_literals() -> Literals:
-    kept = read_json(CORPUS/'literals.json')
-    return Literals(frozenset(kept['str']), frozenset(kept['num']))
-
 def imported_repository(
     folder,
     literals: Literals | None = None, # Kept in CodeXGLUE's format; None: those of the frozen corpus
 ) -> Path:
     "A folder in the frozen corpus's layout, made once a state of the files. Raises `ValueError` for too few files."
-    literals = literals or _frozen_literals()
+    literals = literals or Literals.of_corpus()
     files = [(f, os.stat(f.file)) for f in repository_files(folder)]
     state = [(f.path, s.st_size, s.st_mtime_ns) for f, s in files]
     key = blake2b(repr((str(Path(folder).resolve()), state, literals.tokens)).encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()

@@ -126,7 +126,7 @@ def draw_places(
     protocol: str,        # Of `PROTOCOLS`
     n: int,               # Samples
     seed: int = 42,       # Of the order of the files and of the cuts
-    per_project: float = .1, # At most this share of the samples from one project
+    per_project: float = .1, # At most this share of the `n` files from one project
 ) -> pd.DataFrame: # file (row of `df`), start, end
     "Draw `n` places, none twice: one a file while files last, then another. Raises `ValueError` if too few."
     rng, places = np.random.default_rng(seed), df.text.map(protocol_named(protocol).places)

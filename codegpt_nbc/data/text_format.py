@@ -9,8 +9,10 @@ __all__ = ['QUOTES', 'decoded', 'source_lines', 'spell_out', 'Literals', 'abstra
 import io, re, tokenize
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from token import (COMMENT, DEDENT, ENCODING, ENDMARKER, ERRORTOKEN, EXACT_TOKEN_TYPES, INDENT, NAME, NEWLINE, NL, NUMBER, STRING,
                    tok_name)
+from ..core.paths import CORPUS, read_json
 
 # %% ../../nbs/data/10_text_format.ipynb #238294a8
 def decoded(data: bytes) -> str:
@@ -137,6 +139,12 @@ class Literals:
         def top(kind, n): # of the n most frequent, those that make a token
             return frozenset(x for x, _ in counts[kind].most_common(n) if x and len(x) <= 40 and '>' not in x)
         return cls(top('STR', n_str), top('NUM', n_num))
+
+    @classmethod
+    def of_corpus(cls, folder=CORPUS) -> 'Literals':
+        "The literals that a frozen corpus spells out."
+        kept = read_json(Path(folder)/'literals.json')
+        return cls(frozenset(kept['str']), frozenset(kept['num']))
 
     @classmethod
     def among(cls, words) -> 'Literals': # `words`: of a vocabulary

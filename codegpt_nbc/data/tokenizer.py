@@ -123,7 +123,7 @@ def own_settings(folder) -> dict: # for config.json
     "The folder's entry `codegpt_nbc`. Raises `ValueError` where it names an unknown text."
     path = Path(folder)/'config.json'
     config = read_json(path) if path.is_file() else {}
-    own = config.get('codegpt_nbc') if isinstance(config, dict) else None
+    own = config.get('codegpt_nbc')
     if own is None: return {}
     if not isinstance(own, dict) or own.get('text', 'raw') not in TEXTS:
         raise ValueError(f'{path} has {own!r} under codegpt_nbc: write {{"text": "raw"}} or {{"text": "codexglue"}}, or remove it.')

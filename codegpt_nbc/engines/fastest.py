@@ -7,28 +7,21 @@ __all__ = ['EXPORTS', 'WINGS', 'PROMPT', 'WRITTEN', 'SECONDS', 'time_of', 'faste
 
 # %% ../../nbs/engines/59_fastest.ipynb #3f7da278
 import shutil, warnings, numpy as np
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from time import perf_counter
 from ..core.ledger import Ledger
-from ..core.paths import PACKAGE, cores, models_dir
+from ..core.paths import code_of, cores, digest, models_dir
 from ..core.native import attention_form
 from ..core.record import cpu_model, versions
 from .generate import Engine, engine_of, runtime_of
-from ..model.folder import digest
 
 # %% ../../nbs/engines/59_fastest.ipynb #7bfb7bf1
 # Engine → the library it needs, the function that writes its folder, and the package whose version that depends on
 EXPORTS = {'onnx': ('onnxruntime', 'engines.onnx_export.export_onnx', None),   # its graphs are of a fixed version
            'openvino': ('openvino', 'engines.openvino.export_openvino', 'openvino')}
 WINGS = 'core', 'model', 'methods', 'engines'   # whose code decides what is exported
-
-@cache
-def _code() -> str:
-    "A name for the code of `WINGS`."
-    return digest(*(file.read_text(encoding='utf-8') for wing in WINGS for file in sorted((PACKAGE/wing).glob('*.py'))))
 
 def _precision(folder) -> str: # 'fp32', 'int8' or 'int4'
     "The precision of an export that keeps what the folder stores."
@@ -42,7 +35,7 @@ def _exported(folder: Path, engine: str, under: Path) -> Path | None:
     "The export for an engine, made where it is missing, in place of an older one; None: this engine cannot run the model."
     library, export, package = EXPORTS[engine]
     if find_spec(library) is None: return None
-    out = under/f'{engine}-{digest(_code(), versions().get(package))}'
+    out = under/f'{engine}-{digest(code_of(*WINGS), versions().get(package))}'
     if out.is_dir(): return out
     try: resolve_name(f'codegpt_nbc.{export}')(folder, out, _precision(folder))
     except ValueError: return None   # a shape or scheme that it does not offer
@@ -91,7 +84,7 @@ def fastest_folder(
     def measured():
         times = {engine: _attempted(engine, time_of, export, threads) for engine, export in exports.items()}
         return {'torch': time_of(folder, threads)} | {engine: time for engine, time in times.items() if time is not None}
-    key = digest(name, _code(), cpu_model(), attention_form(), versions())
+    key = digest(name, code_of(*WINGS), cpu_model(), attention_form(), versions())
     times = Ledger(place/'times.sqlite').known(f'{key}/{threads}', measured)
     forms = {'torch': folder} | exports
     return forms[min(forms, key=lambda engine: times.get(engine, float('inf')))]

@@ -40,7 +40,7 @@ def architecture_of(shape: Shape) -> str:
     if not is_regular(shape):
         raise ValueError('a GGUF file has one number of heads and of neurons for all layers, but the layers of this model differ in size: '
                          'export it to ONNX or OpenVINO, or prune it with the pattern unstructured.')
-    if getattr(shape, 'scaling', None):
+    if shape.scaling:
         raise ValueError('scaled rotary positions are not written to GGUF: use a model with plain ones.')
     return ARCHITECTURES[shape.family]
 
@@ -209,8 +209,8 @@ def about_model(shape: Shape) -> dict: # key of `GGUFWriter` → value
     about = dict(context_length=s.context, embedding_length=s.d_model, block_count=s.n_layer, feed_forward_length=s.inner[0],
                  head_count=heads*s.queries, head_count_kv=heads, key_length=s.d_head, value_length=s.d_head, vocab_size=s.vocab)
     about['layer_norm_rms_eps' if FAMILIES[s.family].norm is nn.RMSNorm else 'layer_norm_eps'] = s.eps
-    if not FAMILIES[s.family].learned: about |= dict(rope_dimension_count=getattr(s, 'turned', None) or s.d_head, rope_freq_base=s.theta)
-    if s.family == 'gpt_neox': about['parallel_residual'] = getattr(s, 'parallel', None) is not False
+    if not FAMILIES[s.family].learned: about |= dict(rope_dimension_count=s.turned or s.d_head, rope_freq_base=s.theta)
+    if s.family == 'gpt_neox': about['parallel_residual'] = s.parallel is not False
     return about
 
 def _check_target(path: Path):

@@ -542,7 +542,7 @@ def extend(self: OrtEngine, tokens, last=1): # (n,) → (last, vocab)
 # %% ../../nbs/engines/53_onnx_run.ipynb #7643709a
 def _calls(session) -> list: # of dicts operator → ms, in order
     "The time of each operator in each call of a session that was profiled."
-    events = read_json(session.end_profiling())
+    events = read_json(session.end_profiling(), list)
     nodes = sorted((e for e in events if e.get('cat') == 'Node' and e['name'].endswith('kernel_time')), key=lambda e: e['ts'])
     calls, at = [], 0
     for run in sorted((e for e in events if e['name'] == 'model_run'), key=lambda e: e['ts']):

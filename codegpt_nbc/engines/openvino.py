@@ -13,7 +13,7 @@ from typing import Literal
 from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
-from ..core.paths import BASE_MODEL, check_seal, cores, new_folder
+from ..core.paths import BASE_MODEL, cores, export_settings, new_folder
 from ..core.record import StepResult, cpu_model
 from ..data.inputs import RunConfig
 from ..model.decoder import Decoder, count_parameters
@@ -272,11 +272,12 @@ class OpenvinoEngine:
         threads: int | None = None,  # Cores to use; None: `paths.cores`
         hint: dict | None = None,    # Compile options; None: `_hint`
     ):
-        ov, config = openvino(), check_seal(folder)
-        shape, path = shape_of_config(config)[0], Path(folder)/OPENVINO_FILE
+        ov, how = openvino(), export_settings(folder, 'openvino')   # after its checksums
+        if how.get('precision') not in OPENVINO_PRECISIONS: raise ValueError(f'{folder} does not say how it was exported: export it again.')
+        shape, path = shape_of_config(read_config(folder))[0], Path(folder)/OPENVINO_FILE
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
         self.context, self.vocab = shape.context, shape.vocab
-        hint = _hint(config['openvino']['precision']) if hint is None else hint
+        hint = _hint(how['precision']) if hint is None else hint
         options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or cores())} | hint
         try: self.compiled = ov.Core().compile_model(path, 'CPU', options)
         except RuntimeError as e:

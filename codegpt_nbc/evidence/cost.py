@@ -12,7 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 from pydantic import Field
-from ..core.paths import new_folder, write_json, write_text
+from ..core.paths import cores, new_folder, write_json, write_text
+from ..core.progress import progress_bar
 from ..data.inputs import RunConfig
 from .measure import peak_memory
 
@@ -30,11 +31,9 @@ def codexglue_layout(folder, texts: int | None = None):
 
 def large_tokenizer(texts: list, words: int): # of exactly so many words
     "A byte-level BPE, padded with words that never occur if the texts do not yield enough."
-    from codegpt_nbc.core.paths import CORPUS, read_json
     from codegpt_nbc.data.text_format import Literals
     from codegpt_nbc.data.tokenizer import train_tokenizer
-    kept = read_json(CORPUS/'literals.json')
-    tok = train_tokenizer(texts, Literals(frozenset(kept['str']), frozenset(kept['num'])).tokens, words)
+    tok = train_tokenizer(texts, Literals.of_corpus().tokens, words)
     tok.add_tokens([f'<unused{i}>' for i in range(words - tok.get_vocab_size())])
     return tok
 
@@ -140,7 +139,7 @@ class CostConfig(RunConfig):
 def _worker(task: str, folder: str, out: str, settings: str):
     "Do one task and print its cost."
     import torch
-    torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or torch.get_num_threads()))
+    torch.set_num_threads(cores())
     for module in _MODULES: import_module(module)
     c, floor = CostConfig(**json.loads(settings)), peak_memory()
     began, cpu = time.time(), time.process_time()
@@ -171,8 +170,7 @@ def costs(c: CostConfig, work): # DataFrame: size, params, task, seconds, cpu_se
     import pandas as pd
     from codegpt_nbc.model.decoder import Decoder, count_of
     from codegpt_nbc.model.folder import save_model
-    from tqdm import tqdm
-    rows, bar = [], tqdm(total=len(c.sizes)*len(c.tasks), desc='costs', unit='task')
+    rows, bar = [], progress_bar(total=len(c.sizes)*len(c.tasks), desc='costs', unit='task')
     for name, size in c.sizes.items():
         shape = shape_of_size(size)
         with tempfile.TemporaryDirectory(dir=work) as d:

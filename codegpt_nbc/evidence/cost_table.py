@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from ..core.ledger import Ledger
 from ..core.paths import BASE_MODEL, cores
 from ..core.native import attention_form
+from ..core.progress import progress_bar
 from ..core.record import cpu_model, versions
 from ..engines.generate import engine_of
 from ..engines.onnx_export import export_onnx
@@ -307,17 +308,16 @@ def measured_costs(
     desc: str | None = None, # name of a progress bar; None: no bar
 ) -> CostTable:
     "The table of a space on this machine. What was measured before is read. One process measures at a time."
-    from tqdm import tqdm
     if work.prompt_tokens + work.new_tokens > s.context:
         work = replace(work, prompt_tokens=max(1, s.context - work.new_tokens))
     figures = {}
     with ledger.alone('costs'):
-        for p in tqdm(probes_of(space, s), desc=desc, disable=desc is None, unit='probe'):
+        for p in progress_bar(probes_of(space, s), desc=desc, disable=desc is None, unit='probe'):
             figures[p] = ledger.known(_key(p, s, work), lambda p=p: probed(p, s, work, parent))
         table = CostTable(figures, s, work)
         for engine in space.engines:
             points = calibration_points(space, s, engine)
-            shown = tqdm(points, desc=desc and f'{desc}, whole models', disable=desc is None, unit='model')
+            shown = progress_bar(points, desc=desc and f'{desc}, whole models', disable=desc is None, unit='model')
             ratios = [whole_model(table, p, ledger, parent) for p in shown]
             table.factors[engine] = fitted_factors([p.channels for p in points], np.array(ratios))
     table.made.clear()

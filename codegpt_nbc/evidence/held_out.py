@@ -10,37 +10,38 @@ import numpy as np, torch
 from itertools import zip_longest
 from pathlib import Path
 from torch.nn import functional as F
-from ..core.paths import atomic_path, models_dir
+from ..core.paths import atomic_path, digest, models_dir
 from ..core.record import HeldOut
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, protocols_of
 from ..data.tokenizer import encode_batch, load_tokenizer, text_of
 from ..engines.generate import runtime_of
 from ..model.decoder import Decoder
-from ..model.folder import digest, load_model
+from ..model.folder import load_model
 from ..model.train import cut_rows
 from .metrics import interval
 
 # %% ../../nbs/evidence/67_held_out.ipynb #45313795
-ROW = 256   # tokens of a row, or the context where that is shorter
+ROW = 512   # tokens of a row, or the context where that is shorter: early positions alone would hide what short rows of training unlearn
 
 def held_out_rows(
     c: RunConfig,      # `held_out`: tokens; `skip`, `data_folder`
     folder,            # A model folder, whose tokenizer is used
     context: int,      # The shortest of the models'
 ) -> torch.Tensor: # (rows, length + 1)
-    "Whole rows of held-out files, in turns. Raises `ValueError` where there are fewer than asked."
+    "Whole rows of held-out files, of each file one, drawn at random, before any has a second. Raises `ValueError` for more than there are."
     length, asked = min(ROW, context), c.held_out
     samples = load_samples(protocols_of(text_of(folder))[0], folder=c.data_folder, skip=c.skip).drop_duplicates(['project', 'path'])
     files = encode_batch(load_tokenizer(folder), samples.input.tolist())
-    in_turns = zip_longest(*(cut_rows([file], length, length + 1) for file in files))
-    rows = [row for turn in in_turns for row in turn if row][:max(1, round(asked/length))]
+    rng = np.random.default_rng(0)       # the same for all models
+    shuffled = ([rows[i] for i in rng.permutation(len(rows))] for rows in (cut_rows([file], length, length + 1) for file in files))
+    rows = [row for turn in zip_longest(*shuffled) for row in turn if row][:max(1, round(asked/length))]
     if not rows or len(rows)*length < asked - length:
         raise ValueError(f'{asked} held-out tokens asked, but the test files give {len(rows)*length}: ask for fewer.')
     return torch.tensor(rows)
 
 # %% ../../nbs/evidence/67_held_out.ipynb #92a2eadb
-BATCH = 4   # rows at a time
+BATCH = 2   # rows at a time
 
 @torch.no_grad()
 def states_of(

@@ -18,6 +18,7 @@ from time import sleep
 from typing import ClassVar
 from pydantic import Field
 from ..core.paths import BASE_MODEL, CORPUS, PACKAGE, cores
+from ..core.progress import progress_bar
 from ..core.record import Memory, Speed, versions
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import text_of
@@ -84,7 +85,7 @@ class Worker:
     "A process that holds one model. Raises `RuntimeError` with the last line of its errors if it ends early."
     def __init__(self, folder, prompt_tokens: int, new_tokens: int, threads: int, data=CORPUS, batch: int = 1,
                  opener: str = OURS, python: str = sys.executable, text: str = 'codexglue'):   # `text`: that the model reads
-        self.folder = folder
+        self.folder, prompts = folder, prompts_of(data, text)   # before there is a process that a failure would leave behind
         arguments = f'{opener!r}, {str(folder)!r}, {prompt_tokens}, {new_tokens}, {threads}, {batch}'
         code = f'from codegpt_nbc.evidence.measure import serve; serve({arguments})'
         env = os.environ | {'OMP_NUM_THREADS': str(threads), 'HF_HUB_OFFLINE': '1',
@@ -93,7 +94,7 @@ class Worker:
         self.err = tempfile.TemporaryFile('w+')   # a pipe that nobody reads would fill up
         self.process = subprocess.Popen([python, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.err, text=True, env=env)
-        self.feed = Thread(target=self.say, args=[prompts_of(data, text)])   # more than a pipe holds: the next worker need not wait
+        self.feed = Thread(target=self.say, args=[prompts])   # more than a pipe holds: the next worker need not wait
         self.feed.start()
 
     def __enter__(self): return self
@@ -137,9 +138,8 @@ def take_turns(
     meters: dict | None = None, # name → `energy.Meter` around its completions
 ) -> dict: # name → its answers, one a round
     "Let workers run in turn, a different one first each round."
-    from tqdm import tqdm
     names, answers = [*workers], {name: [] for name in workers}
-    for r in tqdm(range(rounds), desc, unit='round', disable=desc is None):
+    for r in progress_bar(range(rounds), desc, unit='round', disable=desc is None):
         first = r % len(names)
         for name in names[first:] + names[:first]:
             sleep(SETTLE)

@@ -11,14 +11,14 @@ __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'OWN', 'TEXT_TOKENS', 'Peer
            'weights_of_blocks', 'floor', 'PeersConfig', 'source_of', 'benchmark']
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #cb470b41
-import hashlib, json, os, re, shutil, subprocess, sys, tempfile
+import json, os, re, shutil, subprocess, sys, tempfile
 from contextlib import ExitStack
 from functools import cached_property
 from fastcore.basics import patch
 from pathlib import Path
 from time import perf_counter
 from pydantic import Field
-from ..core.paths import PACKAGE, atomic_path, cores, models_dir, new_folder, project_root, read_json, write_json
+from ..core.paths import PACKAGE, atomic_path, code_of, cores, digest, models_dir, new_folder, project_root, read_json, write_json
 from ..data.inputs import RunConfig, resolve_model
 from .measure import Worker, compared, take_turns
 
@@ -490,19 +490,15 @@ def python_of(name: str) -> str:
     "The interpreter that runs an engine."
     return peers_python() if name in PEERS or name.startswith('openvino') else sys.executable
 
-# Modules whose code decides what a converted folder holds
-_CONVERTING = ('model/decoder', 'model/families', 'model/folder', 'model/layers',
-               'methods/int8', 'methods/quantize', 'methods/ranges', 'methods/schemes',
-               'engines/attention', 'engines/onnx_export', 'engines/openvino', 'engines/gguf_export', 'evidence/other_engines')
+_CONVERTING = 'core', 'model', 'methods', 'engines', 'evidence/other_engines'   # whose code decides what a converted folder holds
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
 def prepare(name: str, source, folder) -> Path:
     """An engine's folder under `folder`, converted unless this code and these pins have done so; older ones are removed.
 
     Raises `RuntimeError` with one sentence for a model that the engine cannot take."""
-    files = [*(PACKAGE/f'{m}.py' for m in _CONVERTING), project_root()/'requirements-peers.txt']
-    code = b''.join(p.read_bytes() for p in files if p.is_file())
-    made = Path(folder)/f'made-{hashlib.sha256(code).hexdigest()[:8]}'
+    pins = project_root()/'requirements-peers.txt'
+    made = Path(folder)/f'made-{digest(code_of(*_CONVERTING), pins.read_text(encoding="utf-8") if pins.is_file() else "")}'
     for old in Path(folder).glob('made-*'):
         if old != made: shutil.rmtree(old)
     out = made/name.replace(' ', '-')
@@ -629,7 +625,7 @@ def source_of(cfg: PeersConfig) -> Path:
     from codegpt_nbc.methods.quantize import float_decoder
     from codegpt_nbc.methods.vocabulary import CODEGPT
     from codegpt_nbc.model.decoder import Decoder
-    from codegpt_nbc.model.folder import digest, load_model, save_model
+    from codegpt_nbc.model.folder import load_model, save_model
     random = cfg.geometry == 'codegpt'
     out = models_dir(cfg.profile)/f'peers-{"random" if random else digest(cfg.model_folder)[:8]}'/'source'
     if out.is_dir(): return out

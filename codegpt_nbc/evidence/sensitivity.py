@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from fastcore.basics import patch
 from ..core.ledger import Ledger
+from ..core.progress import progress_bar
 from ..data.tokenizer import encode_batch
 from ..methods.eight_bits import Divergence
 from ..methods.mixed import mixed_schemes
@@ -196,10 +197,9 @@ def measured_sensitivities(
     desc: str | None = None, # name of a progress bar; None: no bar
 ) -> Sensitivities:
     "The losses of all parts. What was measured before is read. One process measures at a time."
-    from tqdm import tqdm
     found = {}
     with ledger.alone('losses'):
-        for key in tqdm(parts_of(space, judge.model.shape), desc=desc, disable=desc is None, unit='part'):
+        for key in progress_bar(parts_of(space, judge.model.shape), desc=desc, disable=desc is None, unit='part'):
             found[key] = ledger.known(f'{name} {key}', lambda key=key: _measure(key, judge, vocabulary))
     return Sensitivities(found, judge.model.shape)
 
@@ -223,9 +223,8 @@ def checked(
     desc: str | None = None,
 ) -> Agreement:
     "Predicted and real divergences of points, but for their vocabulary, whose loss is the same in both."
-    from tqdm import tqdm
     predicted, measured = [], []
-    for p in tqdm(points, desc=desc, disable=desc is None, unit='point'):
+    for p in progress_bar(points, desc=desc, disable=desc is None, unit='point'):
         predicted.append(sensitivities.of(p) - sensitivities.found['vocab', p.vocab])
         measured.append(real_loss(judge, p, ledger, name))
     return Agreement(predicted, measured)

@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from ..core.config import Strict
-from ..core.paths import (BASE_MODEL, atomic_path, models_dir, new_folder, read_json, runs_dir, write_checksums, write_json,
-                                    write_text)
+from ..core.paths import (BASE_MODEL, atomic_path, digest, models_dir, new_folder, read_json, runs_dir, write_checksums,
+                                    write_json, write_text)
 from ..core.record import Result, StepResult, load_result
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, with_layers
-from ..model.folder import digest, load_model, read_config, save_model, shape_of_config
+from ..model.folder import load_float, load_model, read_config, save_model, shape_of_config
 from ..model.layers import Shape
 from ..model.losses import OverVocabulary, hard_loss
 from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, corpus_folder,
@@ -389,10 +389,7 @@ def load_pair(
     rows: list,      # From `training_rows`
 ) -> tuple: # (student, teacher, indices of the layers of `model` that the student has)
     "Student and teacher of a run. Raises `ValueError` where they do not fit together."
-    start, teacher = load_model(c.model_folder), load_model(c.teacher_folder)
-    for model, folder in ((start, c.model_folder), (teacher, c.teacher_folder)):
-        if hasattr(model, 'to_quantized_disk'):
-            raise ValueError(f'{folder.name} is quantised, and can neither be trained nor teach: distil first and quantise afterwards.')
+    start, teacher = load_float(c.model_folder, 'distil'), load_float(c.teacher_folder, 'learn from')
     c.check_pair()
     shape = c.shape.of(start.shape) if c.shape else start.shape
     c.loss(shape, teacher.shape).check(shape, teacher.shape)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from ..core.record import StepResult
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
-from ..model.folder import load_model, save_model
+from ..model.folder import load_float, load_model, save_model
 from ..model.train import Samples, cut_to_context, fit
 from .distill import BETAS, DistillLoss, Pair, TaughtConfig, clip_each, pair_loss, trained_details
 from .gptq import calibration_windows, gptq
@@ -83,8 +83,7 @@ def mixed_step(
     keep_work: bool = False, # Leave the folder `c.work` of a resumable run for the caller to remove
 ) -> StepResult: # details: precision → number of matrices
     "Quantise the model of `c.model_folder`, each matrix with its own precision, trained through it if so asked."
-    model, tok, work, train = load_model(c.model_folder), load_tokenizer(c.model_folder), c.work, None
-    if isinstance(model, QuantizedDecoder): raise ValueError(f'{c.model_folder.name} is quantised already: start from a float model.')
+    model, tok, work, train = load_float(c.model_folder, 'quantise'), load_tokenizer(c.model_folder), c.work, None
     mixed_schemes(c.bits)[0].placement.select(model)     # refuses a module that is not there
     c, details = cut_to_context(c, *c.shapes), {'matrices': {p: [*c.bits.values()].count(p) for p in PRECISIONS if p in c.bits.values()}}
     if c.tokens:

@@ -24,7 +24,7 @@ from ..data.inputs import RunConfig
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of, count_parameters, halves
 from ..model.families import FAMILIES, resolved
-from ..model.folder import load_model, save_model
+from ..model.folder import load_float, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import Samples, TrainConfig, autocast, batches_loss, cut_rows, cut_to_context, fit, next_token_loss
 
@@ -87,6 +87,10 @@ class Masked:
             direction = torch.where(norm > 0, w/norm.clamp_min(1e-12), 0.)
             p.grad.add_(direction, alpha=self.alpha)
             p.grad.masked_fill_(w == 0, 0.)
+
+    def begin(self, model, importance, loss) -> dict: # of details
+        "What is decided before the training: nothing."
+        return {}
 
     def penalty(self, steps: int = 0) -> dict:
         "Hooks of `fit` before the cut."
@@ -260,6 +264,8 @@ def survivor_importance(
 
 IMPORTANCES = {'norm': norm_importance, 'taylor': taylor_importance, 'survivors': survivor_importance}
 
+def _scores(model: Decoder, groups: list, by: str, **how) -> list: return IMPORTANCES[by](model, groups, **how)   # by: of `IMPORTANCES`
+
 # %% ../../nbs/methods/30_prune.ipynb #57e8c398
 def unit_costs(s: Shape, d: int) -> dict: # kind → (parameters of a unit, parameters that all units of half a layer share)
     "The parameters that a head or neuron frees at width `d`. Output biases and norms of queries and keys go with the last unit of a half."
@@ -378,9 +384,15 @@ def choose(
 ) -> tuple: # (kept indices, dict channels → loss)
     """The allocation of least loss that reaches `sparsity` to within 1 %, or that comes closest where heads are too large for that.
     Raises `ValueError` where no model is so small."""
-    found = {d: keep_at_width(model.shape, groups, scores, sparsity, d) for d in widths(model.shape.d_model)}
+    return _of_least_loss(model, groups, sparsity, loss, lambda d: keep_at_width(model.shape, groups, scores, sparsity, d))
+
+def _out_of_reach(sparsity: float) -> ValueError:
+    return ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
+
+def _of_least_loss(model: Decoder, groups: list, sparsity: float, loss, keep_at) -> tuple: # keep_at: channels → kept indices or None
+    found = {d: keep_at(d) for d in widths(model.shape.d_model)}
     found = {d: keep for d, keep in found.items() if keep is not None}
-    if not found: raise ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
+    if not found: raise _out_of_reach(sparsity)
     shares = {d: count_of(sliced_shape(model.shape, groups, keep))/count_of(model.shape) for d, keep in found.items()}
     enough = min(1 - sparsity - .01, max(shares.values()))         # the share that a candidate leaves, at least
     losses = {d: loss(slice_model(model, groups, keep)) for d, keep in found.items() if shares[d] >= enough}
@@ -392,6 +404,10 @@ class Structured:
     lr = 3e-4
 
     def __init__(self, lam: float = .05): self.lam = lam    # λ of the proximal step
+
+    def begin(self, model, importance, loss) -> dict: # of details
+        "What is decided before the training: nothing."
+        return {}
 
     def penalty(self, steps: int = 0) -> dict:
         """Hooks of `fit` before the cut: the proximal step of heads and neurons.
@@ -421,11 +437,15 @@ class Structured:
         return slice_model(model, groups, keep), {}, {'loss_by_channels': {str(d): round(l, 4) for d, l in losses.items()}}
 
 # %% ../../nbs/methods/30_prune.ipynb #18071ad8
-def even_counts(s: Shape, sparsity: float) -> tuple: # (channels, heads, neurons) to keep, of all layers together
-    "Keep the same share of channels, heads and neurons, such that `sparsity` of all parameters goes."
+def even_counts(
+    s: Shape,
+    sparsity: float,      # Over all parameters
+    d: int | None = None, # Channels to keep; None: the same share as of heads and neurons
+) -> tuple: # (channels, heads, neurons) to keep, of all layers together
+    "Keep the same share of heads and neurons, such that `sparsity` of all parameters goes."
     room, layers, step = (1 - sparsity)*count_of(s), s.n_layer, 8 if s.d_model >= 64 else 1
     units = {'heads': sum(s.heads), 'neurons': sum(s.inner)}
-    def channels(share): return max(step, step*round(share*s.d_model/step))
+    def channels(share): return d or max(step, step*round(share*s.d_model/step))
     def size(d, kept): # parameters that stay; kept: kind → units
         fixed = count_of(replace(s, d_model=d, heads=(0,)*layers, inner=(0,)*layers))
         return fixed + sum(kept[kind]*unit + layers*shared for kind, (unit, shared) in unit_costs(s, d).items())
@@ -434,19 +454,19 @@ def even_counts(s: Shape, sparsity: float) -> tuple: # (channels, heads, neurons
     for _ in range(40):
         middle = (low + high)/2
         low, high = (middle, high) if evenly(middle) <= room else (low, middle)
-    d, heads = channels(low), max(1, round(low*units['heads']))
-    left = room - size(d, {'heads': heads, 'neurons': 0})
-    return d, heads, min(units['neurons'], max(1, int(left//unit_costs(s, d)['neurons'][0])))     # they fill what the others leave
+    kept, heads = channels(low), max(1, round(low*units['heads']))
+    left = room - size(kept, {'heads': heads, 'neurons': 0})
+    return kept, heads, min(units['neurons'], max(1, int(left//unit_costs(s, kept)['neurons'][0])))     # they fill what the others leave
 
 def keep_evenly(
     shape: Shape,
     groups: list,      # From `coupled_groups`
     scores: list,      # One tensor (count,) for each of `groups`, compared within a kind
     sparsity: float,   # Over all parameters
-) -> list: # Kept indices, one tensor for each of `groups`
-    """Drop the lowest channels and heads down to `even_counts`, and the lowest neurons until `sparsity` is reached.
-    Raises `ValueError` if it cannot be."""
-    d, heads, neurons = even_counts(shape, sparsity)
+    d: int | None = None, # Channels to keep, see `even_counts`
+) -> list | None: # Kept indices, one tensor for each of `groups`; None: `sparsity` cannot be reached so
+    "Drop the lowest channels and heads down to `even_counts`, and the lowest neurons until `sparsity` is reached."
+    d, heads, neurons = even_counts(shape, sparsity, d)
     kept = [torch.ones(g.count, dtype=torch.bool) for g in groups]
     kept[-1][scores[-1].argsort()[:groups[-1].count - d]] = False
     room = (1 - sparsity)*count_of(shape)
@@ -461,8 +481,7 @@ def keep_evenly(
             if last and _needs_a_unit(shape): continue
             kept[i][unit] = False
             left, units = left - of_unit - shared*last, units - 1
-    if left > room: raise ValueError(f'sparsity {sparsity} is out of reach: no model of whole channels is so small, so ask for less.')
-    return indices()
+    return indices() if left <= room else None
 
 # %% ../../nbs/methods/30_prune.ipynb #78f7c0d7
 @dataclass
@@ -494,11 +513,20 @@ class Lasso(Structured):
         sparsity: float,
         lam: float | None = None, # λ; None: derived from the sparsity, see above; 0: no penalty
     ):
-        self.sparsity, self.lam, self.kinds, self.history = sparsity, lam, None, []
+        self.sparsity, self.lam, self.d, self.kinds, self.history = sparsity, lam, None, None, []
+
+    def begin(self, model, importance, loss) -> dict: # of details
+        "The width of least loss, once and for all, so that only heads and neurons are left to choose by what the training does."
+        groups = coupled_groups(model.shape)
+        scores = importance(model, groups)
+        keep, losses = _of_least_loss(model, groups, self.sparsity, loss,
+                                      lambda d: keep_evenly(model.shape, groups, scores, self.sparsity, d))
+        self.d = len(keep[-1])
+        return {'loss_by_channels': {str(d): round(l, 4) for d, l in losses.items()}}
 
     def start(self, model: Decoder):
         "Take in the model's heads and neurons, and how many of them are to vanish."
-        _, *keep = even_counts(model.shape, self.sparsity)
+        _, *keep = even_counts(model.shape, self.sparsity, self.d)
         groups = coupled_groups(model.shape)
         of_kind = {kind: [g for g in groups if g.kind == kind] for kind in ('heads', 'neurons')}
         self.kinds = {kind: KindOfGroups(of, sum(g.count for g in of) - left) for (kind, of), left in zip(of_kind.items(), keep)}
@@ -542,7 +570,8 @@ class Lasso(Structured):
     ) -> tuple: # (model, further hooks of the recovery, details)
         "Slice out the channels, heads and neurons of least importance; details say how many of the latter were at zero."
         groups = coupled_groups(model.shape)
-        keep = keep_evenly(model.shape, groups, importance(model, groups), sparsity)
+        keep = keep_evenly(model.shape, groups, importance(model, groups), sparsity, self.d)
+        if keep is None: raise _out_of_reach(sparsity)
         small, gone = slice_model(model, groups, keep), {}
         for group, kept, norms in zip(groups, keep, [g.norms(model) for g in groups]):
             if group.kind == 'channels': continue
@@ -655,14 +684,15 @@ def prune(
     penalised, recover = _phases(c, pattern.lr, data.per_epoch)
     new, seen = list(more_rows) or rows, c.penalty_steps*c.batch
     under = replace(data, rows=new[:seen]) if seen else data
-    runs, details, hooks = [], {}, pattern.recovery()
+    importance = partial(_scores, batches=under, n=min(32, under.per_epoch))
+    judge = partial(batches_loss, batches=under, n=min(8, under.per_epoch))
+    runs, hooks = [], pattern.recovery()
+    details = pattern.begin(model, partial(importance, by='taylor'), judge) if c.sparsity else {}
     if c.epochs > 1 or c.penalty_steps:
         runs.append(fit(model, under, penalised, **pattern.penalty(penalised.steps), desc='training under the penalty'))
     if c.sparsity:
-        importance = partial(IMPORTANCES[c.importance], batches=under, n=min(32, under.per_epoch))
-        judge = partial(batches_loss, batches=under, n=min(8, under.per_epoch))
-        model, more_hooks, details = pattern.cut(model, c.sparsity, importance, judge)
-        hooks = hooks | more_hooks
+        model, more_hooks, found = pattern.cut(model, c.sparsity, partial(importance, by=c.importance), judge)
+        hooks, details = hooks | more_hooks, details | found
     runs.append(fit(model, replace(data, seed=c.seed + 1), recover, loss, **hooks, desc='recovery'))
     if c.recovery_steps:
         more = Samples(new[seen:] or new, c.batch, c.length, c.seed + 2)
@@ -725,5 +755,5 @@ def prune_step(
     Raises `ValueError` for the backend itrex, which has a step of its own."""
     if c.backend == 'itrex': raise ValueError('the backend itrex prunes with the toolkit: call methods.itrex.itrex_prune_step.')
     rows, more_rows = pruning_rows(c)
-    pruned, report = prune(load_model(c.model_folder), rows, c, more_rows)
+    pruned, report = prune(load_float(c.model_folder, 'prune'), rows, c, more_rows)
     return save_pruned(pruned, report, c, out)

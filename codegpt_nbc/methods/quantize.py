@@ -9,7 +9,7 @@ __all__ = ['AT_ONCE', 'PRECISIONS', 'QuantizedDecoder', 'StoredTensor', 'quantiz
 
 # %% ../../nbs/methods/34_quantize.ipynb #06cb1757
 import copy, torch, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 from fastcore.basics import patch
@@ -227,16 +227,16 @@ def simulated(model: Decoder, *schemes: Scheme):
 
 # %% ../../nbs/methods/34_quantize.ipynb #179c8985
 def finetune_quantized(
-    model: Decoder,     # Float; is not changed
-    scheme: Scheme,
-    batches,            # Function: step → (ids, targets), each (batch, n)
+    model: Decoder,       # Float; is not changed
+    scheme: Scheme | None, # None: the control, which trains alike and stays float
+    batches,              # Function: step → (ids, targets), each (batch, n)
     c: TrainConfig,
-) -> tuple: # (QuantizedDecoder, `TrainResult`)
+) -> tuple: # (QuantizedDecoder, or a Decoder without `scheme`; `TrainResult`)
     "Quantisation-aware fine-tuning, then quantisation. Zeros of a pruned model stay."
     model = copy.deepcopy(model)
-    with simulated(model, scheme):
+    with simulated(model, scheme) if scheme else nullcontext():
         result = fit(model, batches, c, after_step=keep_zeros(model), desc='fine-tuning, quantised')
-    return quantize(model, scheme), result
+    return quantize(model, scheme) if scheme else model, result
 
 # %% ../../nbs/methods/34_quantize.ipynb #2d1dc25b
 class QuantizeConfig(RunConfig):
@@ -244,7 +244,7 @@ class QuantizeConfig(RunConfig):
     backend: Backend = 'codegpt_nbc'            # or itrex: the first study's toolkit, with its own settings
     symmetric: bool = True                      # or affine
     granularity: Literal['channel', 'tensor'] = 'channel' # of the weights
-    placement: Literal['all', 'weights'] = 'all' # weights and activations, or weights alone
+    placement: Literal['all', 'weights', 'none'] = 'all' # weights and activations, weights alone, or fine-tuning alone, as a control
     half_range: bool = False                    # the study's equation 6 as printed
     blocks: bool = True                         # False: what happens when `Conv1D` is missed
     finetune_samples: int = Field(0, ge=0)      # the study: 100
@@ -259,12 +259,15 @@ class QuantizeConfig(RunConfig):
         changed = [k for k in self.OWN if getattr(self, k) != QuantizeConfig.model_fields[k].default]
         if self.backend == 'itrex' and changed:
             raise ValueError(f'the backend itrex quantises with its own settings: leave {changed[0]} as it is.')
+        if self.placement == 'none' and not self.finetune_samples:
+            raise ValueError('the placement none is fine-tuning without quantisation: give finetune_samples, or another placement.')
         super().check()
 
 # %% ../../nbs/methods/34_quantize.ipynb #2d1dc25c
 @patch(as_prop=True)
-def scheme(self: QuantizeConfig) -> Scheme:
+def scheme(self: QuantizeConfig) -> Scheme | None: # None: nothing is quantised
     "The modules to quantise, and how."
+    if self.placement == 'none': return None
     s = study_scheme(self.symmetric, self.granularity, self.placement, self.half_range)
     return s if self.blocks else s.model_copy(update={'placement': MISSED_BLOCKS})
 

@@ -12,7 +12,7 @@ from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of, with_layers
-from ..model.folder import load_model, save_model
+from ..model.folder import load_float, save_model
 from ..model.train import Samples, within_context
 from .prune import coupled_groups, slice_model, taylor_importance
 
@@ -99,9 +99,7 @@ def reshape_step(
     out=None,   # Folder to write; None: `c.out_folder`
 ) -> StepResult: # details: parameters before and after
     "Cut the model of `c.model_folder` to the sizes asked. Nothing is trained."
-    model = load_model(c.model_folder)
-    if hasattr(model, 'to_quantized_disk'):
-        raise ValueError(f'{c.model_folder.name} is quantised: reshape it first and quantise afterwards.')
+    model = load_float(c.model_folder, 'reshape')
     check_sizes(model.shape, c.heads, c.neurons, c.channels)
     ranking = ranking_of(model, ranking_rows(c, c.samples), within_context(c.length, model.shape), seed=c.seed)
     small = reshaped(model, ranking, c.heads, c.neurons, c.channels)

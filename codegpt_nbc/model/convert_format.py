@@ -14,14 +14,14 @@ from typing import ClassVar
 from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
-from ..core.paths import CORPUS, read_json, write_json
+from ..core.paths import write_json
 from ..core.record import StepResult
 from ..data.hub import gguf_of
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import SPECIAL, encode_batch, load_tokenizer, save_tokenizer
 from .decoder import Decoder
-from .folder import load_model, recipe_of, save_model
+from .folder import load_float, recipe_of, save_model
 from .gguf_import import read_gguf
 from .losses import hard_loss
 from .train import Samples, TrainConfig, batches_loss, files_enough, fit, training_rows
@@ -38,8 +38,7 @@ def spelled(word: str) -> str:
 def format_words() -> list:
     "The words of the frozen corpus' format."
     from codegpt_nbc.data.text_format import Literals
-    kept = read_json(CORPUS/'literals.json')
-    return [*SPECIAL, *Literals(frozenset(kept['str']), frozenset(kept['num'])).tokens]
+    return [*SPECIAL, *Literals.of_corpus().tokens]
 
 def with_words(
     model: Decoder,   # Float; is not changed
@@ -132,9 +131,7 @@ class AdoptConfig(RunConfig):
 def adopt(c: AdoptConfig) -> tuple: # (Decoder, Tokenizer); the model is not trained yet
     "Read a model and give it the words of the format. Raises `ValueError` for a quantised model, or rows longer than the context."
     if c.origin: model, tok = read_gguf(gguf_of(c.origin))
-    else: model, tok = load_model(c.model_folder), load_tokenizer(c.model_folder)
-    if hasattr(model, 'to_quantized_disk'):
-        raise ValueError(f'{c.model} is quantised and cannot be trained: adopt first and quantise afterwards.')
+    else: model, tok = load_float(c.model_folder, 'adopt'), load_tokenizer(c.model_folder)
     model, tok = with_words(model, tok, format_words())
     if c.context: with_context(model, c.context)
     if c.length > model.shape.context:

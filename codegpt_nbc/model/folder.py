@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['SLICED', 'INT8', 'SPELLINGS', 'Count', 'READERS', 'CHECKSUM', 'TOKENIZER_FILES', 'SETTINGS_FILES', 'SPECIAL_IDS',
            'shape_of_config', 'config_of_shape', 'to_disk', 'check_finite', 'from_disk', 'tensor_files', 'read_tensors',
-           'read_config', 'reader_of', 'load_model', 'recipe_of', 'special_ids', 'copy_tokenizer', 'describe',
-           'save_model', 'digest']
+           'read_config', 'reader_of', 'load_model', 'load_float', 'recipe_of', 'special_ids', 'copy_tokenizer',
+           'describe', 'save_model']
 
 # %% ../../nbs/model/23_folder.ipynb #61798d06
-import hashlib, math, warnings, numpy as np, torch
+import math, warnings, torch
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Annotated
 from pydantic import BaseModel, Field, ValidationError
 from torch.overrides import TorchFunctionMode
-from ..core.paths import BASE_MODEL, check_memory, contents_of, new_folder, read_json, sealed, sha256, write_json
+from ..core.paths import BASE_MODEL, check_memory, new_folder, read_json, sealed, sha256, write_json
 from ..data.tokenizer import load_tokenizer, own_settings
 from .decoder import Decoder, count_of
 from .families import FAMILIES, Family, in_file_order, is_regular, resolved
@@ -367,9 +367,7 @@ def read_config(folder) -> dict:
     "The folder's config.json. Raises `FileNotFoundError` where it has none, `ValueError` where it is damaged."
     path = Path(folder)/'config.json'
     if not path.is_file(): raise FileNotFoundError(f'{folder} holds no config.json: give a Hugging Face model folder.')
-    config = read_json(path)
-    if not isinstance(config, dict): raise ValueError(f'{path} is not a JSON object: restore it from where the model came from.')
-    return config
+    return read_json(path)
 
 # %% ../../nbs/model/23_folder.ipynb #a1868242
 # `quant_method` → the function (shape, tensors, config) that makes a decoder of such a folder; named, as it lies in a later wing
@@ -395,16 +393,26 @@ def load_model(
     config = read_config(folder)
     shape, _ = shape_of_config(config)
     quantization = config.get('quantization_config') or {}
+    method = quantization.get('quant_method') if isinstance(quantization, dict) else quantization
+    if method is not None and str(method) not in READERS:
+        raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
     if not stored: check_memory(count_of(shape)*(1 if quantization else 4), f'reading {folder}')
     tensors = read_tensors(folder)
-    method, checksum = quantization.get('quant_method'), quantization.get(CHECKSUM)
     if method is None: return from_disk(shape, tensors, stored).eval()
-    if method not in READERS:
-        raise ValueError(f'{folder} is quantised by {method!r}, which is not supported: use one of {", ".join(READERS)}.')
+    checksum = quantization.get(CHECKSUM)
     if checksum and sha256(Path(folder)/'model.safetensors') != checksum:
         raise ValueError(f'{folder}/model.safetensors does not have the checksum that config.json states: '
                          'it is damaged, fetch or make it again.')
     return reader_of(method)(shape, tensors, config).eval()
+
+def load_float(
+    folder,    # A model folder
+    what: str, # Is to be done with it: 'prune'
+) -> Decoder:
+    "`load_model`, for work on float weights. Raises `ValueError` for a quantised model."
+    model = load_model(folder)
+    if not hasattr(model, 'to_quantized_disk'): return model
+    raise ValueError(f'{Path(folder).name} is quantised: {what} the float model that it was made from.')
 
 # %% ../../nbs/model/23_folder.ipynb #fff41881
 TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json', 'vocab.json', 'merges.txt')
@@ -415,7 +423,9 @@ SPECIAL_IDS = ('bos_token_id', 'eos_token_id', 'pad_token_id')   # an id, or a l
 def recipe_of(folder) -> list: # of steps, oldest first
     "The chain of steps that made a model folder; empty for a model from elsewhere."
     path = Path(folder)/'recipe.json'
-    return read_json(path)['chain'] if path.is_file() else []
+    chain = read_json(path).get('chain') if path.is_file() else []
+    if isinstance(chain, list) and all(isinstance(step, dict) and 'method' in step for step in chain): return chain
+    raise ValueError(f'{path} lists no steps with a method under chain: remove it, or restore it from where the model came from.')
 
 def special_ids(folder) -> dict: # for config.json
     """Ids of the tokens that begin, end and pad a text, as the folder states them; of a folder that holds a tokenizer and
@@ -478,17 +488,3 @@ def save_model(
         if 'quantization_config' in extra: extra['quantization_config'][CHECKSUM] = sha256(tmp/'model.safetensors')
         describe(tmp, model.shape, parent, step, **extra)
     return Path(folder)
-
-# %% ../../nbs/model/23_folder.ipynb #ef7884a9
-def digest(
-    *parts, # Model folders (`Path`), rows of token ids (lists), settings (anything that prints)
-) -> str: # 16 hexadecimal digits
-    "One name for models, token ids and settings. It changes with any file of a folder."
-    h = hashlib.sha256()
-    for p in parts:
-        if isinstance(p, Path): h.update(repr(contents_of(p)).encode())
-        elif isinstance(p, list):
-            lengths = np.array([len(p), *map(len, p)])
-            h.update(lengths.tobytes() + b''.join(np.array(row, np.int32).tobytes() for row in p))
-        else: h.update(str(p).encode())
-    return h.hexdigest()[:16]

@@ -39,7 +39,8 @@ def causal_gradients(
     g, q, k, v, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (g, q, k, v, y))
     lse, out = lse.contiguous(), q.new_empty(batch, length + pad, 3, heads, d)
     sizes = batch, heads, length + pad, d//BLOCK, torch.get_num_threads()
-    library().causal_gradients(views(q, k, v, y, g), ctypes.c_void_p(lse.data_ptr()), views(*out.permute(2, 0, 3, 1, 4)), *sizes)
+    failed = library().causal_gradients(views(q, k, v, y, g), ctypes.c_void_p(lse.data_ptr()), views(*out.permute(2, 0, 3, 1, 4)), *sizes)
+    if failed: raise ValueError(f'there is no kernel here for heads of {d} channels: call attend_causally, which takes what there is.')
     return out[:, :length].contiguous()
 
 @causal_gradients.register_fake

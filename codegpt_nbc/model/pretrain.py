@@ -11,13 +11,13 @@ import numpy as np, shutil, torch
 from dataclasses import asdict
 from pathlib import Path
 from ..core.config import Strict
-from ..core.paths import BASE_MODEL, models_dir, new_folder, read_json, write_checksums, write_json, write_text
+from ..core.paths import BASE_MODEL, digest, models_dir, new_folder, read_json, write_checksums, write_json, write_text
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
 from ..data.samples import load_texts
 from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
-from .folder import digest, load_model, save_model
+from .folder import load_model, save_model
 from .layers import Shape
 from .train import TrainConfig, Windows, autocast, corpus_folder, fit, full_rows_loss, next_token_loss
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', 'PATTERNS', 'PATTERN_WIDTHS', 'UNITS', 'EIGHT',
-           'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES', 'FIGURES',
-           'OBSERVED', 'sample_scores', 'round_ratios', 'observed', 'share_band', 'score_spread', 'annotate_below',
+           'DRAWN_FROM', 'PUBLISHED_NAMES', 'LEAST', 'PARETO_TITLES', 'POSTER_PANELS', 'POSTER_ROWS', 'PROFILE_FIGURES',
+           'FIGURES', 'OBSERVED', 'round_ratios', 'observed', 'share_band', 'score_spread', 'annotate_below',
            'spread_out', 'label_ends', 'meets', 'boxes_around', 'along', 'place_label', 'usual_runs', 'hundred',
            'pruning_observations', 'pruning_sweep', 'pruning_panel', 'fig_pruning', 'quantized_values',
            'quantized_observations', 'quantized_panel', 'fig_quantization', 'stacked_bars', 'rounds_in_ms',
@@ -25,7 +25,7 @@ from ..evidence.metrics import share_interval
 from ..evidence.other_engines import PEERS
 from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
                                       measured_ms, pareto_front, percent_of_dense,
-                                      precision_of, printed_pruning, published, published_systems, retained,
+                                      precision_of, printed_pruning, published, published_systems, retained, sample_scores,
                                       seeds_of, split_time, systems, without_steps)
 from .prose import paragraph
 from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, family_of_steps, label_int8, layers_said, method_color,
@@ -34,15 +34,6 @@ from .tables import benchmark_title, engine_name
 from ..runs.grid import read_recipes
 
 # %% ../../nbs/report/84_figures.ipynb #e2ca0615
-def sample_scores(
-    result,        # a `Result`
-    measure: str,  # 'es' or 'em'
-    protocol: str,
-) -> np.ndarray: # (n,) per cent; empty where the run was not evaluated so
-    "The score of each sample."
-    if not (a := result.metrics.get(protocol)): return np.empty(0)
-    return np.array(a.es_each.split(), float) if measure == 'es' else 100*np.array(list(a.em_each), float)
-
 def round_ratios(row) -> list: # row: of the frame
     "Samples/s against the dense model, round by round; [1] for the dense model itself."
     if row.name == 'baseline': return [1.]
@@ -316,13 +307,15 @@ def timed_runs(fr: pd.DataFrame) -> list: # of run ids
     "The runs whose completions were timed, but for controls."
     return [i for i in headline(fr) if fr.ms.notna()[i] and fr.sparsity[i] != 0]
 
+DRAWN_FROM = .95   # of the dense speed: bars of slower models would make the others' short
+
 @styled
 def fig_latency(fr: pd.DataFrame):
     "Prefill and decoding time of one completion, by method and engine."
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
     timed = timed_runs(fr)
-    slow = [i for i in timed if fr.ratio[i] < .95]   # their bars would make the others' short
+    slow = [i for i in timed if fr.ratio[i] < DRAWN_FROM]
     runs = sorted((i for i in timed if i not in slow), key=lambda i: fr.ratio[i])
     fig, ax = plt.subplots(figsize=(WIDTH, 1.5 + .25*len(runs)))
     if runs: stacked_bars(ax, rounds_in_ms(fr, runs), COLORS)
@@ -334,7 +327,8 @@ def fig_latency(fr: pd.DataFrame):
     handles = [Patch(color='#555555', label=f'prefill ({number(read)} tokens)'),
                Patch(color='#555555', alpha=.45, label=f'decoding ({number(written)} tokens)')]
     fig.legend(handles=handles, loc='outside upper left', ncols=2)
-    annotate_below(fig, paragraph('fig_latency.md', fr, slow=[(short_label(fr.label[i]), fr.ratio[i]) for i in slow]),
+    annotate_below(fig, paragraph('fig_latency.md', fr, least=DRAWN_FROM,
+                                  slow=[(short_label(fr.label[i]), fr.ratio[i]) for i in slow]),
                    absent(fr))
     return fig
 
@@ -535,11 +529,11 @@ def poster_text(row, column: str) -> str:
     return '' if np.isnan(row[column]) else said
 
 def poster_printed(column: str) -> dict: # our run → % of the poster's dense model
-    "What the poster says of the models that are ours, too. It names one accuracy, which stands with edit similarity."
-    said, theirs = {}, published('demoor', 'poster')
+    "What the poster says of the models that are ours, too. Its one accuracy is of ES and EM added, so these are the first study's."
+    said, poster, compared = {}, published('demoor', 'poster'), published('sochirca', 'Table 2')
     for run, name in POSTER_ROWS.items():
-        p = theirs.loc[name]
-        said[run] = {'raw_mb': 100/p.size_factor, 'ratio': 100*p.speed_factor, 'es': p.accuracy_retained_percent}.get(column, np.nan)
+        kept = 100*compared[column].get(name, np.nan)/compared[column]['baseline'] if column in SCORED else np.nan
+        said[run] = {'raw_mb': 100/poster.size_factor[name], 'ratio': 100*poster.speed_factor[name]}.get(column, kept)
     return {run: value for run, value in said.items() if not np.isnan(value)}
 
 # %% ../../nbs/report/84_figures.ipynb #1616824a
@@ -654,7 +648,7 @@ def budget_fronts(ax, results: list) -> dict: # recipe → place
         over_time = result.config['budget'].get('ms') or not result.config['budget'].get('mb')   # else its front is one of sizes
         ax.plot(line[:, 0], line[:, 2], 'o-' if over_time else 'o', ms=3, lw=1.1, c=color, label=result.details['budget'])
         marked |= result.details['fixed_points']
-    ax.set(xlabel='predicted ms a completion', ylabel='divergence, nats a token', yscale='log', title='before training')
+    ax.set(xlabel='predicted ms of one thread, a completion', ylabel='divergence, nats a token', yscale='log', title='before training')
     return draw_recipes(ax, {name: (ms, nats) for name, (ms, _, nats) in marked.items()})
 
 def recipe_color(name: str) -> str: # hexadecimal
@@ -689,7 +683,8 @@ def budget_models(ax, results: list) -> dict: # recipe → place
         ax.plot(best['ms'], best['es'], 'o', ms=9, mfc='none', mec=color, label=f"{result.details['budget']}")
         if limit := result.config['budget'].get('ms'): ax.axvline(limit, c=color, ls='--', lw=.8)
     for es in {r.details['dense_es'] for r in results}: ax.axhline(es, c=COLORS['baseline'], ls=':', lw=1.2)
-    ax.set(xlabel='measured ms a completion', ylabel='ES on validation (%)', title='after training')
+    judged = ', '.join(str(n) for n in sorted({r.details['samples']['valid'] for r in results}))
+    ax.set(xlabel='measured ms of one thread, a completion', ylabel=f'ES on {judged} validation samples (%)', title='after training')
     ax.margins(.12)
     return draw_recipes(ax, {name: (c['ms'], c['es']) for name, c in fixed_candidates(results).items()})
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIONS', 'PEERS_PROFILES', 'published', 'studies',
-           'printed_pruning', 'accuracy_columns', 'held_out_columns', 'cost_columns', 'planned_runs', 'judged_by',
-           'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere', 'frame', 'first_few',
-           'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test', 'versus',
-           'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of', 'ranking',
-           'published_systems', 'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame',
-           'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'hours_of']
+           'printed_pruning', 'accuracy_columns', 'sample_scores', 'held_out_columns', 'cost_columns', 'planned_runs',
+           'judged_by', 'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere', 'frame',
+           'first_few', 'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test',
+           'versus', 'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of',
+           'ranking', 'published_systems', 'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame',
+           'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'tested_projects', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from functools import cache
 from ..core.paths import ASSETS, CORPUS, read_json
 from ..core.record import Accuracy, HeldOut, Result, load_results, processor_text
-from ..data.samples import PROTOCOLS
+from ..data.samples import PROTOCOLS, load_samples
 from ..evidence.metrics import holm, paired
 from ..evidence.other_engines import PEERS
 from .style import chain_of, family_of, run_label
@@ -53,6 +53,15 @@ def accuracy_columns(
                   em_high=a.em_ci[1],
                   identifier_f1=a.identifier_f1, whole=a.whole)
     return {f'{prefix}{name}': value for name, value in scores.items()}
+
+def sample_scores(
+    result: Result,
+    measure: str,  # 'es' or 'em'
+    protocol: str,
+) -> np.ndarray: # (n,) per cent; empty where the run was not evaluated so
+    "The score of each sample."
+    if not (a := result.metrics.get(protocol)): return np.empty(0)
+    return np.array(a.es_each.split(), float) if measure == 'es' else 100*np.array(list(a.em_each), float)
 
 def held_out_columns(r: Result) -> dict: # column → nats a token
     "Loss and divergence on held-out tokens, as far as the result has them."
@@ -346,8 +355,7 @@ def published_systems() -> pd.DataFrame: # index: name; columns: study, model, e
     zips = published('sochirca', 'Table 1').zip_mb['baseline']/t2.zip_mb   # the only size that it printed of its own model
     t2 = t2.assign(es=100*t2.es/t2.es['baseline'], smaller=(t2.raw_mb['baseline']/t2.raw_mb).fillna(zips),
                    faster=1 + t2.cpu_speed_increase/100)
-    poster = published('demoor', 'poster').loc['xtc-hybrid']
-    t2.loc['xtc-hybrid', ['es', 'smaller']] = poster.accuracy_retained_percent, poster.size_factor
+    t2.loc['xtc-hybrid', 'smaller'] = published('demoor', 'poster').size_factor['xtc-hybrid']
     base = t1.loc['baseline']
     t1 = t1.assign(es=100*t1.es/base.es, smaller=base.raw_mb/t1.raw_mb, faster=t1.samples_per_s/base.samples_per_s,
                    model='distilled, ' + t1.model)
@@ -431,6 +439,17 @@ def corpus_facts() -> dict: # files, projects
     "How large the shipped corpus is."
     manifest = pd.read_csv(CORPUS/'manifest.csv')
     return dict(files=len(manifest), projects=int(manifest.project.nunique()))
+
+def tested_projects(fr: pd.DataFrame) -> dict: # projects, largest (lines of the five that give most), n, ci (ES, drawn by projects)
+    """The projects of the lines that a profile's models complete, and the 95 % interval of the dense model's edit similarity where
+    projects are drawn instead of lines: of sums and counts, by SciPy's bootstrap. Of the shipped corpus alone."""
+    from scipy.stats import bootstrap
+    protocol, asked = fr.attrs['protocol'], fr.result['baseline'].metrics[fr.attrs['protocol']]
+    projects = load_samples(protocol).project[asked.skip:asked.skip + asked.n]
+    each = pd.Series(sample_scores(fr.result['baseline'], 'es', protocol), projects.index).groupby(projects)
+    def mean(sums, counts, axis=-1): return sums.sum(axis)/counts.sum(axis)
+    ci = bootstrap((each.sum(), each.count()), mean, paired=True, method='percentile', rng=np.random.default_rng(0)).confidence_interval
+    return dict(projects=len(each), largest=int(each.count().nlargest(5).sum()), n=asked.n, ci=[float(v) for v in ci])
 
 def hours_of(profile: str) -> float:
     "Hours of computing that the runs of a profile took together, its report aside."

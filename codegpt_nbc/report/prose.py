@@ -12,9 +12,9 @@ from functools import cached_property
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, pass_context
 from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
-from .frame import (benchmark_alone, corpus_facts, engine_frame, fastest_engine, frame, gains, hours_of,
+from .frame import (benchmark_alone, corpus_facts, engine_frame, family_tests, fastest_engine, frame, gains, hours_of,
                                       matching, measured_ms,
-                                      published, ranking, retained, uncommitted, versus)
+                                      published, ranking, retained, sample_scores, tested_projects, uncommitted, versus)
 from .style import change_interval, number, times_text
 from .tables import TABLES, as_markdown
 
@@ -164,6 +164,23 @@ class RunNumbers(PageContext):
         return d[measure]
 
     @pass_context
+    def mean_over(self, context, id: str, skip: int, n: int, profile: str = '', measure: str = 'es') -> float:
+        "Edit similarity or exact match over `n` samples of the frozen file, after its first `skip`, in per cent."
+        p = self._profile(profile)
+        result = p.view(context.name, id, f'mean_over({id!r})').result
+        asked, scores = result.metrics[p.frame.attrs['protocol']], sample_scores(result, measure, p.frame.attrs['protocol'])
+        first = skip - asked.skip
+        if first < 0 or first + n > len(scores):
+            raise MissingResult(context.name, f'mean_over({id!r})', f'{id!r} was not asked these samples', p.name, id)
+        return float(scores[first:first + n].mean())
+
+    @pass_context
+    def corrected(self, context, pattern: str, profile: str = '') -> dict: # run id → p
+        "p of the paired difference of edit similarity from the dense model, corrected over the runs that match (Holm)."
+        fr, ids = self._profile(profile).frame, [r.run_id for r in self.runs(context, pattern, profile)]
+        return {run: test['es']['p'] for (run, _), test in family_tests(fr, [(i, 'baseline') for i in ids], ['es']).items()}
+
+    @pass_context
     def delta(self, context, id: str, base: str = 'baseline') -> str:
         "Paired difference of the edit similarity from that of `base`, and its 95 % interval: '−0.5 [−1.6, +1.1]'."
         p = self._profile()
@@ -255,6 +272,10 @@ class Placeholders(Quotations):
     def corpus(self) -> dict: # files, projects
         "How large the shipped corpus is."
         return corpus_facts()
+
+    def tested(self, profile: str = '') -> dict: # as `frame.tested_projects`
+        "The projects of the lines that a profile's models complete."
+        return tested_projects(self._profile(profile).frame)
 
     def shipped_mb(self) -> float:
         "MB of the embedded model's file as the package ships it, in float16."

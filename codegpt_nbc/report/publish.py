@@ -49,7 +49,8 @@ def small_table(table: pd.DataFrame): # IPython HTML
 
 # %% ../../nbs/report/85_publish.ipynb #2d887562
 # written file → its source, the way from it to the repository, and the profile that it is about
-PAGES = {'README.md': ('readme.md', '', 'gain'), 'docs/results.md': ('results.md', '../', 'full')}
+PAGES = {'README.md': ('readme.md', '', 'gain'), 'docs/results.md': ('results.md', '../', 'full'),
+         'docs/audit.md': ('answers.md', '../', 'full')}
 OF_ENGINES = (fig_peers, fig_peers_avx2, tab_size, tab_peers)   # of no profile: they stand on the results page alone
 
 def left_out(
@@ -93,7 +94,7 @@ def page_text(
     return f'<!-- Written by `make readme` from codegpt_nbc/assets/prose/{source}: edit that. -->\n\n{text}\n'
 
 def readme() -> list: # paths
-    "Write README.md and docs/results.md."
+    "Write README.md, the results page and the answers to the audit."
     return [write_text(project_root()/target, page_text(target)) for target in PAGES]
 
 # %% ../../nbs/report/85_publish.ipynb #db9d7079

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['METHOD_STYLES', 'COLORS', 'SERIES', 'RC', 'WIDTH', 'DIAMOND', 'TEACHERS', 'TEXTS', 'DENSE', 'SETTING_LABELS',
            'MethodStyle', 'method_color', 'styled', 'palette_image', 'small_picture', 'toolkit_prefix', 'label_lasso',
-           'label_prune', 'is_tuning', 'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim',
-           'distill_variant', 'layers_said', 'label_distill', 'label_xtc', 'label_static', 'label_no_model',
-           'label_dense', 'is_chain_step', 'said', 'made_before', 'run_label', 'short_label', 'chain_of', 'compressor',
-           'family_of', 'family_of_steps', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change',
-           'change_interval']
+           'label_prune', 'label_int8', 'label_quantize', 'label_onnx', 'label_gptq', 'label_trim', 'distill_variant',
+           'layers_said', 'label_distill', 'label_xtc', 'label_static', 'label_no_model', 'label_dense',
+           'is_chain_step', 'said', 'made_before', 'run_label', 'short_label', 'chain_of', 'compressor', 'family_of',
+           'family_of_steps', 'number', 'times_text', 'with_interval', 'speedup', 'signed_change', 'change_interval']
 
 # %% ../../nbs/report/80_style.ipynb #2d8bfe06
 import re
@@ -115,14 +114,9 @@ def label_lasso(c) -> str:
 
 def label_prune(c) -> str:
     "Pattern and sparsity; the control run has sparsity 0."
-    if is_tuning(c): return f"fine-tuned on {c['samples']} samples"
     name = label_lasso(c) if c['pattern'] == 'lasso' else c['pattern']
     plain = name if c['pattern'] == 'lasso' else 'control (trained alike, not pruned)'
     return toolkit_prefix(c) + (f"{name} {100*c['sparsity']:.0f} %" if c['sparsity'] else plain)
-
-def is_tuning(c) -> bool:
-    "Does a pruning run only train on, without a penalty, what is zero already or nothing? It is a control of fine-tuned integers."
-    return c.get('alpha') == 0 and c.get('epochs') == 1
 
 def label_int8(c) -> str: # 'int8 sym · channel · all'
     "The study's three settings: range, granularity, placement."
@@ -130,7 +124,8 @@ def label_int8(c) -> str: # 'int8 sym · channel · all'
     return f"int8 {'sym' if c['symmetric'] else 'asym'} · {c['granularity']} · {c['placement']}{tuned}"
 
 def label_quantize(c) -> str:
-    "Dynamic int8; the toolkit has no settings to name."
+    "Dynamic int8, or the control of its fine-tuning; the toolkit has no settings to name."
+    if c.get('placement') == 'none': return f"fine-tuned on {c['finetune_samples']} samples"
     return toolkit_prefix(c) + 'dynamic int8' if c.get('backend') == 'itrex' else label_int8(c)
 
 def label_onnx(c) -> str:
@@ -257,6 +252,7 @@ def compressor(result: Result): # a key of `METHOD_STYLES`, or None
     if method in DENSE: return None
     if method == 'prune': return c.get('pattern') if c.get('sparsity', 1) else 'control'   # a step of a folder does not say how much
     if method == 'distill': return None if c.get('student') == 'model' else 'distill'
+    if method == 'quantize' and c.get('placement') == 'none': return 'control'
     if method == 'onnx': return {'int8': 'quantize', 'int4': 'int4'}.get(c.get('precision'))
     return method
 
@@ -284,16 +280,16 @@ def number(
     decimals = max(0, digits - 1 - exponent)
     return f'{v:.{decimals}f}'
 
-def times_text(ratio: float) -> str: # '2.35', '14.5'
-    "A ratio of speeds: two decimals below ten, one above. – where there is none."
-    return '–' if isnan(ratio) else f'{ratio:.2f}' if ratio < 9.995 else f'{ratio:.1f}'
+def times_text(ratio: float) -> str: # '2.3', '14'
+    "A ratio of speeds has two digits, since another session would give another third one. – where there is none."
+    return number(ratio, 2)
 
 def with_interval(row, column: str) -> str: # '54.6 [50.0, 59.3]'
     "A value of the frame with the 95 % interval beside it."
     v, low, high = (row[column + suffix] for suffix in ('', '_low', '_high'))
     return '–' if isnan(v) else f'{v:.1f} [{low:.1f}, {high:.1f}]'
 
-def speedup(row) -> str: # '2.35 (2.28–2.50)'
+def speedup(row) -> str: # '2.3 (2.3–2.5)'
     "Samples/s against the dense model of the same rounds, and the range of the rounds. The dense model's own is 1."
     if row.ratio == row.ratio_low == row.ratio_high == 1: return '1'
     median, low, high = map(times_text, (row.ratio, row.ratio_low, row.ratio_high))

@@ -7,11 +7,11 @@ __all__ = ['USUAL', 'PRINTED', 'GAIN_ROWS', 'SHORT_COLUMNS', 'TABLE_1', 'POSTER'
            'SUBJECTS', 'PROFILE_TABLES', 'OTHER_TABLES', 'TABLES', 'score_headings', 'as_table', 'as_markdown',
            'cost_cells', 'score_cells', 'held_out_cells', 'with_dense', 'thesis_cells', 'printed_cells',
            'trained_elsewhere', 'effort', 'gain_cells', 'tab_gain', 'short_row', 'tab_short', 'tab_main', 'tab_systems',
-           'tab_runs', 'tokens_seen', 'tuning', 'tab_pruning', 'said_alone', 'tab_quantization', 'tab_onnx',
-           'training_cells', 'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of', 'tab_session', 'tab_seeds',
-           'making_joules', 'tab_energy', 'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies',
-           'tab_elsewhere', 'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table',
-           'operator_shares', 'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
+           'tab_runs', 'tokens_seen', 'tab_pruning', 'said_alone', 'tab_quantization', 'tab_onnx', 'training_cells',
+           'tab_distillation', 'tab_xtc', 'tab_static', 'spread_of', 'tab_session', 'tab_seeds', 'making_joules',
+           'tab_energy', 'compared_printed', 'compared_ours', 'tab_comparison', 'tab_studies', 'tab_elsewhere',
+           'engine_name', 'benchmark_title', 'engine_cells', 'floor_cells', 'engine_table', 'operator_shares',
+           'tab_peers', 'tab_size', 'search_row', 'tab_search', 'tab_cost']
 
 # %% ../../nbs/report/82_tables.ipynb #63907521
 import re, numpy as np, pandas as pd
@@ -22,7 +22,7 @@ from ..evidence.other_engines import PEERS
 from .frame import (PEERS_PROFILES, SCORES, benchmark_alone, benchmarks, engine_frame, family_tests, fastest_engine,
                                       gains, headline, loss_test, measured_ms, percent_of_dense, printed_pruning, published, retained,
                                       seeds_of, studies, systems, versus, without_steps)
-from .style import (SETTING_LABELS, change_interval, is_tuning, label_int8, number, signed_change, speedup, times_text,
+from .style import (SETTING_LABELS, change_interval, label_int8, number, signed_change, speedup, times_text,
                                       with_interval)
 
 # %% ../../nbs/report/82_tables.ipynb #f94b665d
@@ -118,7 +118,7 @@ def gain_cells(fr: pd.DataFrame, run: str) -> dict: # column → text
     "One row of `tab_gain`."
     row, d = fr.loc[run], versus(fr, run, 'baseline') or {}
     return {'file MB': number(row.raw_mb, 3), 'peak MB': number(row.peak_mb, 3),
-            'ms a completion': number(row.ms, 3), '× faster': speedup(row), 'ES %': with_interval(row, 'es'),
+            'ms a completion': number(row.ms, 2), '× faster': speedup(row), 'ES %': with_interval(row, 'es'),
             'Δ ES': change_interval(d.get('es')), 'cost': effort(row)}
 
 def tab_gain(fr: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +137,7 @@ def short_row(
     r, d = fr.loc[run], tests.get((run, 'baseline'), {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.es['baseline']):.0f}"
     return {'file MB': number(r.raw_mb, 3), '× faster': speedup(r),
-            'ms': number(r.ms, 3),
+            'ms': number(r.ms, 2),
             'ES %': '–' if np.isnan(r.es) else f'{r.es:.1f}', 'Δ ES': signed_change(d),
             'peak MB': number(r.peak_mb, 3),
             'parameters M': number(r.params_m, 3), 'ES kept, %': kept}
@@ -192,14 +192,10 @@ def tokens_seen(row) -> str: # millions, of all steps
     "Training tokens of a run and of the runs that it started from."
     return f'{row.train_tokens_m:.2f}' if row.train_tokens_m else '–'
 
-def tuning(fr: pd.DataFrame) -> np.ndarray: # (runs,) bool
-    "The runs that only train on, the controls of fine-tuned integers."
-    return np.array([m == 'prune' and is_tuning(r.config) for m, r in zip(fr.method, fr.result)], bool)
-
 def tab_pruning(fr: pd.DataFrame) -> pd.DataFrame:
     "Every pattern and sparsity, the control and the dense model, beside what the study printed."
     zipped, rows = percent_of_dense(fr, 'zip_mb').value, []
-    ours, tests = with_dense(fr[~tuning(fr)], 'prune')
+    ours, tests = with_dense(fr, 'prune')
     for i, row in ours.iterrows():
         rows.append({'model': row.label, 'tokens seen, M': tokens_seen(row), 'non-zero M': number(row.nonzero_m, 3), **cost_cells(row),
                      'zipped, % of control': number(zipped[i], 3),
@@ -220,7 +216,7 @@ def said_alone(row) -> str: # row: of the frame
 def tab_quantization(fr: pd.DataFrame) -> pd.DataFrame:
     """Eight configurations on each base, and fine-tuned, compared with that base, which also stands fine-tuned without any; beside the one
     that the study printed."""
-    ours, constant = fr[(fr.method == 'quantize') | tuning(fr)], fr.index[fr.method == 'no_model']
+    ours, constant = fr[fr.method == 'quantize'], fr.index[fr.method == 'no_model']
     tests = family_tests(fr, [*zip(ours.index, ours.model), *((i, 'baseline') for i in constant)])
     rows = [{'base': fr.label[i], 'int8': 'none', **score_cells(fr, i, tests), **thesis_cells(fr.loc[i])} for i in constant]
     for base, part in ours.groupby('model', sort=False):
@@ -281,8 +277,7 @@ def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     return as_table(rows, fr)
 
 # %% ../../nbs/report/82_tables.ipynb #686c066d
-POSTER = {'file MB': 'raw_mb', 'file, × smaller': 'size_factor', 'samples/s, × dense': 'speed_factor',
-          'ES kept, % of dense': 'accuracy_retained_percent'}
+POSTER = {'file MB': 'raw_mb', 'file, × smaller': 'size_factor', 'samples/s, × dense': 'speed_factor'}   # its one accuracy is no ES
 
 def tab_xtc(fr: pd.DataFrame) -> pd.DataFrame:
     "The XTC models: real bytes, what is kept, and the poster's claims."

@@ -232,7 +232,6 @@ def compress(
     recipe or parameter, all before the work starts.
     """
     from codegpt_nbc.data.inputs import resolve_data
-    from codegpt_nbc.core.paths import check_out
     from codegpt_nbc.runs.grid import Recipe
     from codegpt_nbc.runs.search import best_recipe
     from codegpt_nbc.runs.steps import apply_recipe, budgets_of, recipe_named
@@ -243,7 +242,6 @@ def compress(
     name = chosen if isinstance(chosen, str) else chosen.about
     if isinstance(chosen, str): chosen = recipe_named(chosen)
     folder = _folder_of(model)
-    check_out(out, 'model', [folder], force)
     spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
     steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress, force=force)
     return Compressed(Path(out), folder, name, steps, resolve_data(data, folder))
@@ -273,13 +271,13 @@ def evaluate(
     Raises `ValueError` if there are fewer samples than `n`, or if the protocol or the data are in a text that the model does not read.
     """
     from codegpt_nbc.data.inputs import RunConfig
-    from codegpt_nbc.data.samples import PROTOCOLS, protocol_named, protocols_of
-    from codegpt_nbc.data.tokenizer import text_of
+    from codegpt_nbc.data.samples import protocol_named, protocols_of
     _check(n=n, protocol=protocol, data=data)
     folder = _folder_of(model)
-    protocol = protocol or protocols_of(text_of(folder))[0]
-    protocol_named(protocol)
-    config = RunConfig(run_id='evaluate', model=str(folder), data=str(data), **dict.fromkeys(PROTOCOLS, 0) | {protocol: n})
+    if protocol: protocol_named(protocol)
+    config = RunConfig(run_id='evaluate', model=str(folder), data=str(data))
+    protocol = protocol or protocols_of(config.text)[0]
+    config = config.with_samples(n, protocol)
     config.check()
     from codegpt_nbc.evidence.evaluate import evaluate, summarise
     opened = model if isinstance(model, Model) else load(config.model_folder)

@@ -16,9 +16,8 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
 from ..core.ledger import Ledger
-from ..core.paths import check_out, models_dir, new_folder, runs_dir, write_json
+from ..core.paths import check_out, digest, models_dir, new_folder, runs_dir, write_json
 from ..data.inputs import RunConfig, named_model
-from ..data.samples import protocols_of
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..evidence.cost_table import Workload, machine, measured_costs, measured_point, timed_folder
 from ..evidence.sensitivity import Judge, Vocabulary, checked, measured_sensitivities
@@ -26,11 +25,11 @@ from ..methods.gptq import calibration_windows
 from ..methods.reshape import ranking_of
 from ..methods.space import ENGINES, Point, Space, space_of, whole_point
 from ..methods.vocabulary import read_bpe
-from ..model.folder import digest, load_model
+from ..model.folder import load_float
 from .allocate import Budget, Problem, allocate, check_reachable, read_budget
 from .explore import Explorer, Found, explore, finished, front, open_study
 from .grid import Recipe, check_notebooks, read_recipes, run_notebook, template_of
-from .steps import digest_of, make_recipe, recipe_named, scores_of
+from .steps import make_recipe, recipe_named, scores_of
 
 # %% ../../nbs/runs/79_budget.ipynb #f1ee7df4
 class BudgetConfig(RunConfig):
@@ -82,10 +81,7 @@ class Search:
     @cached_property
     def model(self):
         "The float model that is compressed. Raises `ValueError` for a quantised one."
-        model = load_model(self.c.model_folder)
-        if hasattr(model, 'to_quantized_disk'):
-            raise ValueError(f'{self.c.model} is quantised: search from the float model that it was made from.')
-        return model.eval()
+        return load_float(self.c.model_folder, 'search from')
     @property
     def shape(self):
         "Of the model."
@@ -143,7 +139,7 @@ def name(self: Search) -> str:
     "Of model and text, under which losses are kept."
     def made():
         c = self.c
-        return digest(digest_of(c.model_folder), self.encoded[:c.ranked], self.calibration.tolist(), c.window, c.seed, c.counted)
+        return digest(c.model_folder, self.encoded[:c.ranked], self.calibration.tolist(), c.window, c.seed, c.counted)
     return _kept(self, 'name', made)
 
 @patch(as_prop=True)
@@ -475,9 +471,8 @@ def config_of(
     "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text."
     named = {} if model is None else {'model': named_model(model)}
     slug = str(asked).replace('=', '').replace(',', '-').replace('.', '_')
-    base = dict(run_id=f'budget-{slug}', profile='search', budget=asked, goal=goal, codexglue=0, thesis=0) | named
-    protocol = protocols_of(BudgetConfig(**base).text)[0]
-    return BudgetConfig(**base | {protocol: 200, 'skip': 0 if own.get('data') else SEEN} | own)
+    base = dict(run_id=f'budget-{slug}', profile='search', budget=asked, goal=goal, skip=0 if own.get('data') else SEEN)
+    return BudgetConfig(**base | named | own).with_samples(200)
 
 def run_budget(
     model=None,          # a model folder, or a name as for `load`; None: the embedded model

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 from ..core.ledger import Ledger
+from ..core.progress import progress_bar
 from ..evidence.sensitivity import Judge, real_loss
 from ..methods.space import LayerPoint, Point, map_names
 from .allocate import Problem, allocate
@@ -32,10 +33,9 @@ def point_of(
     s,            # `Shape` of the model that is compressed
 ) -> Point:
     "The point that a trial stands for. Raises `ValueError` where no layer would stay, or the engine lacks a precision."
-    layers = []
+    layers, names = [], map_names(s)
     for l in range(s.n_layer):
         heads, neurons = params[f'{l}.heads'], params[f'{l}.neurons']
-        names = map_names(s)
         bits = {m: params[f'{l}.{m}'] for kind, n in (('heads', heads), ('neurons', neurons)) if n for m in names[kind]}
         if heads or neurons: layers.append(LayerPoint(layer=l, heads=heads, neurons=neurons, bits=bits))
     point = Point(layers=layers, **{k: params[k] for k in ('engine', 'channels', 'vocab', 'tokens')})
@@ -161,12 +161,11 @@ def explore(
     "Run the trials that are left."
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
-    from tqdm import tqdm
     def count(*states): return len(study.get_trials(deepcopy=False, states=states))
     done = count(TrialState.COMPLETE)
     if done >= trials or count(TrialState.COMPLETE, TrialState.PRUNED) >= PRUNED*trials: return
     limits = [MaxTrialsCallback(trials, (TrialState.COMPLETE,)), MaxTrialsCallback(PRUNED*trials, (TrialState.COMPLETE, TrialState.PRUNED))]
-    with tqdm(total=trials, initial=done, desc=desc, disable=desc is None, unit='trial') as bar:
+    with progress_bar(total=trials, initial=done, desc=desc, disable=desc is None, unit='trial') as bar:
         def show(_, trial): bar.update(trial.state is TrialState.COMPLETE)
         study.optimize(explorer, callbacks=[*limits, show])
 

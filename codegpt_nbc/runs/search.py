@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 from pydantic import Field
 from ..core.config import Strict
-from ..core.paths import CORPUS, models_dir, read_json, runs_dir, write_json
+from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_dir, write_json
+from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
-from ..data.samples import PROTOCOLS, protocols_of
-from ..data.tokenizer import text_of
+from ..data.samples import PROTOCOLS
 from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
-from .steps import NEW_TOKENS, Clock, digest_of, longest_prompt, make_recipe, plan_of
+from .steps import NEW_TOKENS, WINGS, Clock, make_recipe, plan_of, scores_of
 
 # %% ../../nbs/runs/72_search.ipynb #9c9c9958
 class Rung(Strict):
@@ -49,17 +49,13 @@ def slug(step: dict) -> str:
 # %% ../../nbs/runs/72_search.ipynb #4b49a5cd
 def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int = 448, data=CORPUS) -> Candidate:
     "Score one candidate, and measure it against the dense model."
-    from codegpt_nbc.engines.generate import open_engine
-    from codegpt_nbc.evidence.evaluate import evaluate, summarise, weight_files
+    from codegpt_nbc.evidence.evaluate import weight_files
     from codegpt_nbc.evidence.measure import measure
-    engine, tok = open_engine(folder)
-    text = text_of(folder, tok)
-    protocol = protocols_of(text)[0]
-    es = summarise(*evaluate(engine, tok, protocol, rung.samples, 'valid', folder=data)).es
-    read = min(prompt_tokens, longest_prompt(engine, tok, text, data))
+    accuracy, room = scores_of(folder, rung.samples, 'valid', data)
+    read = min(prompt_tokens, room)
     ratio = 1. if folder == model else measure(folder, model, rung.rounds, 2, read, NEW_TOKENS, data=data)[0].ratio_to_baseline
     megabytes = sum(f.stat().st_size for f in weight_files(folder))/1e6
-    return Candidate(name, es, round(megabytes, 4), round(ratio, 4), str(folder))
+    return Candidate(name, accuracy.es, round(megabytes, 4), round(ratio, 4), str(folder))
 
 # %% ../../nbs/runs/72_search.ipynb #a26f5e28
 def pareto(candidates: list, objective: str) -> list:
@@ -139,13 +135,14 @@ def _climb(
     recipes: dict, model: Path, prompt_tokens: int, data: str, clock: SearchClock | None,
 ) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
-    from tqdm import tqdm
-    place = f'{profile}-{digest_of(model, rung.model_dump_json(exclude={"slack"}), prompt_tokens, resolve_data(data, model).name)}'
+    from codegpt_nbc.evidence.cost_table import machine
+    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model).name
+    place = f'{profile}-{digest(model, *about, code_of(*WINGS, "evidence"), machine())}'     # candidates hold speeds of this machine
     path, label = models_dir(place)/'candidates.json', f'rung {number + 1} of {of}'
     known = read_json(path) if path.is_file() else {}
     keys = {name: '.'.join(map(slug, recipes[name].steps)) if name in recipes else name for name in names}
     def is_known(name): return keys[name] in known and Path(known[keys[name]]['folder']).is_dir()
-    for i, name in enumerate(bar := tqdm(names, desc=label, disable=clock is not None)):
+    for i, name in enumerate(bar := progress_bar(names, desc=label, disable=clock is not None)):
         bar.set_postfix_str(name)
         if is_known(name): continue
         if clock: _tell(clock, number, [n for n in names[i:] if not is_known(n)], names, f'{label}, {i + 1} of {len(names)}: {name}')
@@ -189,8 +186,7 @@ def _search_config(model, es_drop: float, objective: str, data: str): # `SearchC
     if model is not None: own['model'] = named_model(model)
     if data: own['data'] = data
     config = SearchConfig(**runs[0].params | own)
-    first, n = protocols_of(config.text)[0], max(getattr(config, p) for p in PROTOCOLS)
-    config = config.model_copy(update=dict.fromkeys(PROTOCOLS, 0) | {first: n})     # as many, in the text of one's own model
+    config = config.with_samples(max(getattr(config, p) for p in PROTOCOLS))     # as many, in the text of one's own model
     config.check()
     return config
 

@@ -414,7 +414,7 @@ class Server:
     def job(self, request: Request, asks: list) -> Job:
         "Queue the completions of a request. Raises `Refused`."
         job, session = Job(asks, request.scope['began'] + self.settings.timeout), request.headers.get('x-session')
-        if session and session in self.sessions: self.sessions[session].end('superseded')
+        if session and (last := self.sessions.get(session)): last.end('superseded')   # it may be gone at any time
         self.worker.submit(job)
         if session: self.sessions[session] = job
         return job

@@ -236,7 +236,7 @@ def test_sentences_on_few_bits():
         r = result(run)
         kept = 100*(1 + difference(run)/dense['metrics']['codexglue']['es'])
         smaller = dense['size']['raw_bytes']/r['size']['raw_bytes']
-        assert f"{kept:.0f} % ({r['size']['raw_bytes']/1e6:.1f} MB, {smaller:.0f} times smaller)" in said, run
+        assert re.search(rf"{kept:.0f} % \(95 % \d+ to \d+; {r['size']['raw_bytes']/1e6:.1f} MB, {smaller:.0f} times smaller\)", said), run
 
 
 def test_sentences_of_the_results_page():
@@ -250,7 +250,7 @@ def test_sentences_of_the_results_page():
     audit = result('audit')['details']
     assert f"That leaves {100*audit['missed_blocks']['blocks missed']['int8_share']:.0f} % of the weights in int8" in said
     ratio = result('measure-onnx-dense-fp32')['speed']['ratio_to_baseline']
-    assert f"at {ratio:.2f} times PyTorch's speed in float32" in said
+    assert f"at {ratio:.1f} times PyTorch's speed in float32" in said
     peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
     assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said
     assert f"`onnx int8` peaks at {result('measure-onnx-dense-int8', 'codegpt')['memory']['peak_rss_bytes']/1e6:.0f} MB" in said
@@ -312,13 +312,15 @@ def test_placeholder_without_a_result_is_an_error(full, tmp_path):
                             "run 'prune-structured-0.65': call make reproduce PROFILE=full.")
 
 
-def test_wide_layers_beat_narrow_ones_and_pruning_saves_bytes():
+def test_wide_layers_beat_narrow_ones_and_pruning_saves_time():
     "As the results page says."
     fr = frame('students')
     assert versus(fr, 'three-wide-int8', 'four-narrow-int8')['es']['ci'][0] > 0
     low, high = versus(fr, 'three-wide-int8', 'half-pruned-int8')['es']['ci']
     assert low < 0 < high and fr.ratio['three-wide-int8'] > fr.ratio['half-pruned-int8']
     assert fr.raw_mb['three-wide-int8'] > fr.raw_mb['half-pruned-int8']
+    assert fr.ratio['half-pruned-int8'] > 1.3*fr.ratio['half-int8'] and versus(fr, 'half-pruned-int8', 'half-int8')['es']['ci'][1] < 0
+    assert versus(fr, 'three-wide', 'four-narrow')['es']['ci'][0] > 0   # without rounding, too
 
 
 def test_bits_alone_make_no_difference_that_the_samples_show():

@@ -231,7 +231,7 @@ def toy_budget(limit: dict, share: float) -> dict: # details of a search within 
     shapes = [made('shape 1', 44., 68*share, 4000), made('shape 2', 42., 65*share, 4000), made('shape 1', 49., 68*share, int(12000*share))]
     front = [[70*share*f, 12*share*f, .3/f] for f in (.7, .8, .9, 1.)]
     return dict(budget=','.join(f'{k}={v}' for k, v in limit.items()), chosen='shape 1', dense_es=58., front=front,
-                unseen={'ms': {'shape 1': 68*share}}, fixed_points={'int8': [70., 12., .001]},
+                unseen={'ms': {'shape 1': 68*share}}, samples={'valid': 100}, fixed_points={'int8': [70., 12., .001]},
                 candidates=[*shapes, made('int8', 57.5, 70., 0), made('half', 52., 36., int(18000*share))])
 
 def other_profiles():

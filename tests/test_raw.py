@@ -320,13 +320,17 @@ def test_the_library_reads_raw_source(folder):
     assert isinstance(model.complete('print("<s> <EOL>")\n', 4), str)
 
 
-def test_a_model_of_raw_source_is_compressed_at_the_shell(folder, tmp_path, monkeypatch):
+def test_a_model_of_raw_source_is_compressed_at_the_shell(folder, tmp_path, monkeypatch, capsys):
+    from codegpt_nbc.runs import cli
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
-    done = shell('compress', folder, '-o', tmp_path/'small', '--recipe', 'int8', '--n', 2)
-    assert done.exit_code == 0 and 'ES %' in done.output, done.output
-    assert text_of(tmp_path/'small') == 'raw'
-    done = shell('compress', folder, '-o', tmp_path/'other', '--recipe', 'int8', '--n', 99_999)
-    assert done.exit_code == 1 and '99999 samples asked, but line has' in done.output, done.output
+    def compressed(out, n):
+        monkeypatch.setattr('sys.argv', ['codegpt-nbc', 'compress', str(folder), '-o', str(tmp_path/out), '--recipe', 'int8', '--n', n])
+        try: cli.main()
+        except SystemExit as e: return e.code or 0
+        return 0
+    assert compressed('small', '2') == 0 and text_of(tmp_path/'small') == 'raw'
+    assert 'ES %' in capsys.readouterr().out
+    assert compressed('other', '99999') == 1 and '99999 samples asked, but line has' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('stated', [None, 'raw', 'codexglue'])

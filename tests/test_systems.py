@@ -48,8 +48,8 @@ from codegpt_nbc.core.record import provenance
 from codegpt_nbc.evidence.measure import peak_memory
 if __name__ == '__main__':
     assert all_cores() >= 1
-    for n in (1, 2): write_json('x.json', n)
-    assert read_json('x.json') == 2
+    for n in (1, 2): write_json('x.json', {'n': n})
+    assert read_json('x.json') == {'n': 2}
     assert provenance(0, 0.).cpu
     small = compress('codegpt-nano', 'int8', 'small', progress=False)
     compress('codegpt-nano', 'int8', 'small', progress=False, force=True)

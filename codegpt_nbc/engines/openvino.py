@@ -273,9 +273,9 @@ class OpenvinoEngine:
         hint: dict | None = None,    # Compile options; None: `_hint`
     ):
         ov, how = openvino(), export_settings(folder, 'openvino')   # after its checksums
-        if how.get('precision') not in OPENVINO_PRECISIONS: raise ValueError(f'{folder} does not say how it was exported: export it again.')
         shape, path = shape_of_config(read_config(folder))[0], Path(folder)/OPENVINO_FILE
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
+        if how.get('precision') not in OPENVINO_PRECISIONS: raise ValueError(f'{folder} does not say how it was exported: export it again.')
         self.context, self.vocab = shape.context, shape.vocab
         hint = _hint(how['precision']) if hint is None else hint
         options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or cores())} | hint

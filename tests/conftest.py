@@ -1,4 +1,4 @@
-"""The order of the tests' files for two workers, each of which takes whole files: the longest first.
+"""The order of the tests' files for few workers, each of which takes whole files: the longest first.
 
 xdist would begin with the files of most tests. The few that run grids, a minute each, would be left for the end,
 when one worker has nothing to do.

@@ -253,9 +253,11 @@ def test_the_solver_prints_nothing(capfd):
 @pytest.mark.parametrize('budget,sentence', [
     ('ten', 'KEY=NUMBER'), ('ms=5,ms=15', 'ms twice'), ('ms=-3', 'above 0'), ('mb=much', 'no number'), ('', 'is empty'),
     ('bits=4', 'KEY=NUMBER'), ('ms=nan', 'above 0')])
-def test_bad_budgets_are_one_sentence(tmp_path, budget, sentence):
-    env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT)}
-    code = 'from codegpt_nbc.runs.cli import main; main()'
-    p = subprocess.run([sys.executable, '-c', code, 'search', '--budget', budget], env=env, capture_output=True, text=True)
-    assert p.returncode == 1 and sentence in p.stderr and p.stderr.count('\n') == 1 and 'Traceback' not in p.stderr, p.stderr
+def test_bad_budgets_are_one_sentence(tmp_path, budget, sentence, monkeypatch, capsys):
+    from codegpt_nbc.runs import cli
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'argv', ['codegpt-nbc', 'search', '--budget', budget])
+    with pytest.raises(SystemExit) as e: cli.main()
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and sentence in said and said.count('\n') == 1 and 'Traceback' not in said, said
     assert not (tmp_path/'build').exists()

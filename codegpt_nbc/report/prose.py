@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
 from .frame import (benchmark_alone, corpus_facts, engine_frame, family_tests, fastest_engine, frame, gains, hours_of,
-                                      matching, measured_ms,
+                                      loss_test, matching, measured_ms,
                                       published, ranking, retained, sample_scores, tested_projects, uncommitted, versus)
 from .style import change_interval, number, times_text
 from .tables import TABLES, as_markdown
@@ -162,6 +162,15 @@ class RunNumbers(PageContext):
         if not (d := versus(p.frame, id, base, code)):
             raise MissingResult(context.name, f'change({id!r})', f'{id!r} and {base!r} were asked different samples', p.name, id)
         return d[measure]
+
+    @pass_context
+    def loss_change(self, context, id: str, base: str = 'baseline', profile: str = '') -> dict: # difference, ci; nats a token
+        "Paired difference of the loss on held-out tokens from that of `base`."
+        p = self._profile(profile)
+        own, theirs = (p.view(context.name, run, f'loss_change({id!r})').result.held_out for run in (id, base))
+        if not own or not theirs or not (d := loss_test(own, theirs)):
+            raise MissingResult(context.name, f'loss_change({id!r})', f'{id!r} and {base!r} have no loss on the same tokens', p.name, id)
+        return d
 
     @pass_context
     def mean_over(self, context, id: str, skip: int, n: int, profile: str = '', measure: str = 'es') -> float:

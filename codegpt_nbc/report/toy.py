@@ -174,7 +174,7 @@ def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
     metrics = {p: invented_accuracy(QUALITY.get(p, 1)*i.level, hardness[:n]) for p, n in asked.items()}
     stored = 11.7e6*i.keep*i.bits/8
     zipped = stored*((1 - i.zeros)*.92 + .04*i.zeros)*(.55 if run.id == 'baseline' else 1)
-    judged = run.method in ('quantize', 'gptq', 'xtc', 'static_quantize', 'baseline')
+    judged = run.method in ('quantize', 'gptq', 'xtc', 'static_quantize', 'baseline') or run.params.get('pattern') == 'lasso'
     each = ' '.join(f'{v/i.level:.4f}' for v in hardness[:40] + 2)
     held = HeldOut(tokens=2000, loss=2/i.level, loss_ci=(1.9/i.level, 2.1/i.level), loss_each=each,
                    kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level))

@@ -114,15 +114,12 @@ from pathlib import Path
 from codegpt_nbc import compress
 from codegpt_nbc.runs.grid import Recipe
 real = module.{name}
-def killed(first, *more, **how):
-    if Path(first).parent.parent != Path.cwd(): return real(first, *more, **how)   # of a step's folder
-    if {when!r} == 'after': real(first, *more, **how)
+def killed(*args, **how):
+    new = Path(args[{name == 'copytree':d}])                                       # the unfinished folder
+    if new.parent.parent != Path.cwd(): return real(*args, **how)   # of a step
+    if {when!r} == 'after': real(*args, **how)
     os.kill(os.getpid(), signal.SIGKILL)
-def copied(source, to, **how):   # its second argument is the place
-    if Path(to).parent.parent != Path.cwd(): return real(source, to, **how)
-    if {when!r} == 'after': real(source, to, **how)
-    os.kill(os.getpid(), signal.SIGKILL)
-module.{name} = copied if {name!r} == 'copytree' else killed
+module.{name} = killed
 compress('mine', Recipe(**{OTHER.model_dump()!r}), 'small', budgets={{}}, progress=False, force=True)"""
     env = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, '-c', begun], env=env, capture_output=True)

@@ -28,8 +28,8 @@ from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, g
                                       precision_of, printed_pruning, published, published_systems, retained, sample_scores,
                                       seeds_of, split_time, systems, without_steps)
 from .prose import paragraph
-from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, family_of_steps, label_int8, layers_said, method_color,
-                                      number, short_label, styled)
+from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, family_of_steps, label_int8, layers_said,
+                                      method_color, number, short_label, styled, times_text)
 from .tables import benchmark_title, engine_name
 from ..runs.grid import read_recipes
 
@@ -300,7 +300,8 @@ def rounds_in_ms(fr: pd.DataFrame, runs: list) -> pd.DataFrame: # name, kind, to
 def latency_text(row) -> str:
     "What stands beside a bar."
     if row.name == 'baseline': return f'{number(row.ms, 2)} ms'
-    return f'{number(row.ms, 2)} ms · {row.ratio:.1f} × ({row.ratio_low:.1f}–{row.ratio_high:.1f})'
+    median, low, high = map(times_text, (row.ratio, row.ratio_low, row.ratio_high))
+    return f'{number(row.ms, 2)} ms · {median} × ({low}–{high})'
 
 # %% ../../nbs/report/84_figures.ipynb #1c8de4f7
 def timed_runs(fr: pd.DataFrame) -> list: # of run ids

@@ -30,6 +30,13 @@ def test_notebook_is_small_and_without_errors(path):
     assert not any(o['output_type'] == 'error' for c in cells(path) for o in c.get('outputs', []))
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_test_of_a_notebook_writes_the_package(path):
+    "Two are tested at a time: one would write what the other imports."
+    exporting = [source for c in cells(path) if c['cell_type'] == 'code' and 'nbdev_export()' in (source := ''.join(c['source']))]
+    assert [source for source in exporting if '#| eval: false' not in source] == []
+
+
 @pytest.mark.parametrize('path', TEMPLATES, ids=lambda p: p.stem)
 def test_template_is_committed_without_outputs(path):
     assert not any(c.get('outputs') for c in cells(path)), 'papermill executes templates: clear the outputs'

@@ -124,14 +124,15 @@ def protocols_of(text: str) -> list: # of names, the one to judge by first
 def draw_places(
     df: pd.DataFrame,     # Files of held-out projects: project, text (what the protocol cuts)
     protocol: str,        # Of `PROTOCOLS`
-    n: int,               # Samples
+    n: int | None,        # Samples; None: one of each file that has a place
     seed: int = 42,       # Of the order of the files and of the cuts
     per_project: float = .1, # At most this share of the `n` files from one project
 ) -> pd.DataFrame: # file (row of `df`), start, end
     "Draw `n` places, none twice: one a file while files last, then another. Raises `ValueError` if too few."
     rng, places = np.random.default_rng(seed), df.text.map(protocol_named(protocol).places)
     order = df.assign(file=range(len(df)))[places.map(len) > 0].sample(frac=1, random_state=seed)
-    if n and not len(order): raise ValueError(f'no held-out file has a place for {protocol}: add sources.')
+    if n is None: n = len(order)
+    elif n and not len(order): raise ValueError(f'no held-out file has a place for {protocol}: add sources.')
     order = order[order.groupby('project').cumcount() < per_project*n]
     left, rows = dict(zip(order.file, places[order.index])), []
     while len(rows) < n:
@@ -155,7 +156,7 @@ def cut_samples(
     origin = of[['project', 'path']].reset_index(drop=True)
     return pd.concat([origin, pd.DataFrame(cuts, columns=None if cuts else ['input', 'gt'])], axis=1)
 
-def make_samples(df, protocol: str, n: int, seed: int = 42, per_project: float = .1) -> pd.DataFrame:
+def make_samples(df, protocol: str, n: int | None, seed: int = 42, per_project: float = .1) -> pd.DataFrame:
     "`cut_samples` at the places that `draw_places` draws."
     return cut_samples(df, draw_places(df, protocol, n, seed, per_project), protocol)
 

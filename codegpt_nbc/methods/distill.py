@@ -196,7 +196,7 @@ class Taught:
     samples: Samples
     hidden: np.ndarray  # (positions, d) float16, row after row
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray: # (rows + 1,)
         "The position at which each row begins."
         return np.cumsum([0] + [min(len(row) - 1, self.samples.length) for row in self.samples.rows])

@@ -21,12 +21,11 @@ import re, textwrap, numpy as np, pandas as pd
 from functools import partial
 from itertools import cycle, islice
 from types import SimpleNamespace
-from ..evidence.metrics import share_interval
+from ..evidence.metrics import pareto_front, share_interval
 from ..evidence.other_engines import PEERS
-from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline,
-                                      measured_ms, pareto_front, percent_of_dense,
-                                      precision_of, printed_pruning, published, published_systems, retained, sample_scores,
-                                      seeds_of, split_time, systems, without_steps)
+from .frame import (PRECISIONS, absent, benchmarks, dense_value, engine_frame, gains, headline, measured_ms,
+                                      percent_of_dense, precision_of, printed_pruning, published, published_systems, retained,
+                                      sample_scores, seeds_of, split_time, systems, without_steps)
 from .prose import paragraph
 from .style import (COLORS, DIAMOND, METHOD_STYLES, SERIES, WIDTH, family_of_steps, label_int8, layers_said,
                                       method_color, number, short_label, styled, times_text)
@@ -354,7 +353,8 @@ def draw_points(ax, points: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
                  linewidth=.4, edgecolor='white', zorder=4, legend=False)
     if len(points): sns.scatterplot(points, x='x', y='es', ax=ax, **style)
     ax.plot(theirs.x, theirs.es, **DIAMOND)
-    front = points.iloc[pareto_front(points.x.to_numpy(), points.es.to_numpy())]
+    x, es = points.x.to_numpy(), points.es.to_numpy()
+    front = points.iloc[pareto_front(range(len(points)), lambda i: -x[i], lambda i: -es[i])[::-1]]       # by rising x
     ax.plot(front.x, front.es, color='#888888', lw=1, zorder=2)
     ax.axhline(100, color=COLORS['baseline'], lw=.8, ls=':')
     return front

@@ -8,8 +8,8 @@ __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIO
            'judged_by', 'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere', 'frame',
            'first_few', 'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test',
            'versus', 'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of',
-           'ranking', 'published_systems', 'split_time', 'pareto_front', 'precision_of', 'measured_ms', 'engine_frame',
-           'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'tested_projects', 'hours_of']
+           'ranking', 'published_systems', 'split_time', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks',
+           'benchmark_alone', 'fastest_engine', 'corpus_facts', 'tested_projects', 'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -367,17 +367,6 @@ def split_time(fr: pd.DataFrame) -> pd.DataFrame: # index: measured run ids; col
     reading, writing = m.prefill_ms, m.decode_ms_per_token*(m.new_tokens - 1)
     share = (reading/(reading + writing)).astype(float)
     return pd.DataFrame(dict(prefill=m.ms*share, decode=m.ms*(1 - share)))
-
-# %% ../../nbs/report/81_frame.ipynb #7aaa706a
-def pareto_front(x, y) -> list: # positions on the front, by rising x
-    "Points that no other point reaches in both; more is better. NaN is on no front."
-    order = sorted(np.flatnonzero(np.isfinite(x) & np.isfinite(y)), key=lambda i: (-x[i], -y[i]))
-    best, out = -np.inf, []
-    for i in order:
-        if y[i] > best:
-            out.append(i)
-            best = y[i]
-    return out[::-1]
 
 # %% ../../nbs/report/81_frame.ipynb #cca1c58f
 PRECISIONS = ('fp32', 'bf16', 'int8', 'int4')

@@ -10,9 +10,11 @@ __all__ = ['EXAMPLE', 'Budget', 'read_budget', 'Option', 'Problem', 'Frame', 'fr
 import ctypes, itertools, os, numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pydantic import Field, model_validator
 from ..core.config import Strict
 from ..evidence.cost_table import CostTable
+from ..evidence.metrics import pareto_front
 from ..evidence.sensitivity import Sensitivities
 from ..methods.space import LayerPoint, Point, Space
 
@@ -72,13 +74,6 @@ class Option:
     ms: float
     mb: float
 
-def _undominated(options: list) -> list:
-    "Without those that another beats or equals in loss, time and size."
-    out = []
-    for o in sorted(options, key=lambda o: (o.loss, o.ms, o.mb)):
-        if not any(p.ms <= o.ms and p.mb <= o.mb for p in out): out.append(o)
-    return out
-
 @dataclass
 class Problem:
     "Options and costs of a space."
@@ -102,7 +97,7 @@ class Problem:
                 prefill, token, size = self.costs.part(engine, kind, channels, units, bits, last)
                 loss = self.losses.half(layer, kind, units, bits)
                 out.append(Option(layer, kind, units, last, tuple(bits.items()), loss, self.costs.work.ms(prefill, token), size/1e6))
-        return _undominated(out)
+        return pareto_front(out, attrgetter('loss'), attrgetter('ms'), attrgetter('mb'))
 
 # %% ../../nbs/runs/77_allocate.ipynb #d1b79ec8
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ __all__ = ['PRUNED', 'SHARES', 'ALONG', 'SLACK', 'choices_of', 'point_of', 'para
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Literal
 from ..core.ledger import Ledger
 from ..core.progress import progress_bar
+from ..evidence.metrics import pareto_front
 from ..evidence.sensitivity import Judge, real_loss
 from ..methods.space import LayerPoint, Point, map_names
 from .allocate import Problem, allocate
@@ -191,7 +193,4 @@ def finished(study, explorer: Explorer) -> list: # of `Found`, least loss first
 
 def front(found: list, key: str = 'ms') -> list: # of `Found`, least cost first
     "Points that no other beats in loss and cost."
-    out = []
-    for f in sorted(found, key=lambda f: (getattr(f, key), f.loss)):
-        if not out or f.loss < out[-1].loss: out.append(f)
-    return out
+    return pareto_front(found, attrgetter(key), attrgetter('loss'))

@@ -17,6 +17,7 @@ from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_di
 from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
 from ..data.samples import PROTOCOLS
+from ..evidence.metrics import pareto_front
 from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
 from .steps import NEW_TOKENS, WINGS, Clock, make_recipe, plan_of, scores_of
 
@@ -60,10 +61,7 @@ def judge(name: str, folder: Path, model: Path, rung: Rung, prompt_tokens: int =
 # %% ../../nbs/runs/72_search.ipynb #a26f5e28
 def pareto(candidates: list, objective: str) -> list:
     "The Pareto front: candidates that no other beats in both edit similarity and objective, the best objective first."
-    cost, front = OBJECTIVES[objective], []
-    for c in sorted(candidates, key=lambda c: (cost(c), -c.es)):
-        if not front or c.es > front[-1].es: front.append(c)
-    return front
+    return pareto_front(candidates, OBJECTIVES[objective], lambda c: -c.es)
 
 def _dense_es(candidates: list) -> float:
     return next(c.es for c in candidates if c.recipe == 'dense')

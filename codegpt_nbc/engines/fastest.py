@@ -31,14 +31,18 @@ def _precision(folder) -> str: # 'fp32', 'int8' or 'int4'
     if not isinstance(model, QuantizedDecoder): return 'fp32'
     return 'int4' if min(s.weights.mapping.bits for s in model.schemes) <= 4 else 'int8'
 
-def _exported(folder: Path, engine: str, under: Path) -> Path | None:
+def _exported(folder: Path, engine: str, under: Path, ledger: Ledger) -> Path | None:
     "The export for an engine, made where it is missing, in place of an older one; None: this engine cannot run the model."
     library, export, package = EXPORTS[engine]
     if find_spec(library) is None: return None
     out = under/f'{engine}-{digest(code_of(*WINGS), versions().get(package))}'
+    refusal = f'{under.name}/{out.name}: refused'
     if out.is_dir(): return out
+    if ledger.get(refusal): return None
     try: resolve_name(f'codegpt_nbc.{export}')(folder, out, _precision(folder))
-    except ValueError: return None   # a shape or scheme that it does not offer
+    except ValueError as e:   # a shape or scheme that it does not offer
+        ledger.put(refusal, str(e))
+        return None
     for old in under.glob(f'{engine}-*'):
         if old != out: shutil.rmtree(old, ignore_errors=True)
     return out
@@ -79,12 +83,13 @@ def fastest_folder(
     folder, threads = Path(folder), threads or cores()
     if runtime_of(folder): return folder
     name, place = digest(folder), models_dir('engines')
-    found = {engine: _attempted(engine, _exported, folder, engine, place/name) for engine in EXPORTS}
+    ledger = Ledger(place/'times.sqlite')
+    found = {engine: _attempted(engine, _exported, folder, engine, place/name, ledger) for engine in EXPORTS}
     exports = {engine: export for engine, export in found.items() if export}
     def measured():
         times = {engine: _attempted(engine, time_of, export, threads) for engine, export in exports.items()}
         return {'torch': time_of(folder, threads)} | {engine: time for engine, time in times.items() if time is not None}
     key = digest(name, code_of(*WINGS), cpu_model(), attention_form(), versions())
-    times = Ledger(place/'times.sqlite').known(f'{key}/{threads}', measured)
+    times = ledger.known(f'{key}/{threads}', measured)
     forms = {'torch': folder} | exports
     return forms[min(forms, key=lambda engine: times.get(engine, float('inf')))]

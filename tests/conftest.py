@@ -3,6 +3,8 @@
 xdist would begin with the files of most tests. The few that run grids, a minute each, would be left for the end,
 when one worker has nothing to do.
 """
+import pytest
+
 FIRST = ('test_families', 'test_wheel', 'test_contributing', 'test_family_engines', 'test_kills', 'test_grid', 'test_raw', 'test_protocols',
          'test_force', 'test_fuzz')
 
@@ -10,3 +12,11 @@ FIRST = ('test_families', 'test_wheel', 'test_contributing', 'test_family_engine
 def pytest_collection_modifyitems(items):
     def place(item): return FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
     items.sort(key=place)
+
+
+@pytest.fixture
+def home(tmp_path_factory, monkeypatch):
+    "A place for what a test makes: its keys hold temporary paths, so in the checkout it would stay, and never be found again."
+    place = tmp_path_factory.mktemp('home')
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(place))
+    return place

@@ -124,6 +124,18 @@ def test_a_model_of_raw_source_is_judged_in_its_own_protocol(raw_llama):
     c.check()
 
 
+def test_no_search_takes_the_place_of_another(raw_llama):
+    from codegpt_nbc.runs.allocate import read_budget
+    from codegpt_nbc.runs.budget import config_of
+    from codegpt_nbc.runs.search import _search_config
+    asked = [dict(model=m, goal=g, data=d) for m in (None, raw_llama) for g in ('ms', 'mb') for d in ('', str(ROOT/'tests'))]
+    names = [config_of(a['model'], read_budget('es_drop=1'), a['goal'], data=a['data']).run_id for a in asked]
+    assert names[0] == 'budget-es_drop1' and len(set(names)) == len(asked)
+    assert config_of('codegpt-nano', read_budget('es_drop=1')).run_id == names[0]
+    assert config_of(None, read_budget('mb=2000000')).run_id == 'budget-mb2e06'
+    assert _search_config(None, 1., 'size', '').run_id == 'search-size-1' != _search_config(raw_llama, 1., 'size', '').run_id
+
+
 def test_another_family_with_a_head_of_its_own_is_searched(raw_llama, tmp_path):
     "Its size is met: both token matrices count."
     own = dict(space=dict(heads=[0, 1, 2], neurons=[0, 32, 64], precisions=['8', '4-32']), budget=dict(mb=.08), finalists=1, trials=10)
@@ -153,10 +165,13 @@ def test_fixed_recipes_are_searched_for_a_model_of_raw_source(raw_llama, few_fil
     write_profile(tmp_path/'configs'/'search.yaml', search)
     env = os.environ | {'CODEGPT_NBC_HOME': str(tmp_path), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
     asked = ['search', raw_llama, '--recipes', '--objective', 'size', '--budget', 'es_drop=100', '--data', few_files]
-    command = [sys.executable, '-c', 'from codegpt_nbc.runs.cli import main; main()', *map(str, asked)]
+    # By size, so the candidates' speeds decide nothing: they are not measured
+    untimed = ('from types import SimpleNamespace as S; from codegpt_nbc.evidence import measure as m; '
+               'm.measure = lambda *a, **k: (S(ratio_to_baseline=1.),); from codegpt_nbc.runs.cli import main; main()')
+    command = [sys.executable, '-c', untimed, *map(str, asked)]
     p = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
     assert p.returncode == 0, p.stderr[-2000:]
-    report = json.loads((tmp_path/'papermill_runs'/'search'/'search-size-100.json').read_text(encoding='utf-8'))
+    report = json.loads(next((tmp_path/'papermill_runs'/'search').glob('search-size-100-*.json')).read_text(encoding='utf-8'))
     candidates = {c['recipe']: c for c in report['details']['candidates']}
     assert set(candidates) == {'dense', *read_recipes()}
     assert report['details']['chosen'] == min(candidates.values(), key=lambda c: c['mb'])['recipe']

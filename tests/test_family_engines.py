@@ -1,6 +1,7 @@
 """Every family in every engine, at twelve layers: what PyTorch writes, ONNX Runtime and OpenVINO write."""
 import json, os, subprocess, sys
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -68,25 +69,26 @@ def error(engine, right):
 
 @pytest.fixture(scope='module', params=SHAPES)
 def made(request, tmp_path_factory):
-    "A random model of a family, and its folder."
-    model = random_model(SHAPES[request.param])
-    return model, save_model(model, tmp_path_factory.mktemp('family')/'m')
+    "A random model of a family, and a function that exports it in a precision, once."
+    model, home = random_model(SHAPES[request.param]), tmp_path_factory.mktemp('family')
+    folder = save_model(model, home/'m')
+    return model, cache(lambda precision, level=4: export_onnx(folder, home/f'{precision}-{level}', precision, level))
 
 
 @pytest.mark.parametrize('precision', CLOSE)
-def test_onnx_computes_what_pytorch_computes(made, precision, tmp_path):
-    model, folder = made
-    right = TorchEngine(in_precision(model, precision))
-    onnx = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision), threads=1)
+def test_onnx_computes_what_pytorch_computes(made, precision):
+    model, exported = made
+    right, folder = TorchEngine(in_precision(model, precision)), exported(precision)
+    onnx = OrtEngine(folder, threads=1)
     assert error(onnx, right) < CLOSE[precision]*(1 if precision == 'fp32' else COMPILED)
-    assert error(OrtEngine(tmp_path/'onnx', threads=1, compiled=False), right) < CLOSE[precision]
-    assert count_onnx_parameters(tmp_path/'onnx'/'model.onnx')[0] == count_parameters(model)[0]
+    assert error(OrtEngine(folder, threads=1, compiled=False), right) < CLOSE[precision]
+    assert count_onnx_parameters(folder/'model.onnx')[0] == count_parameters(model)[0]
     if precision == 'fp32': assert greedy(onnx, IDS, 24, 5) == greedy(right, IDS, 24, 5)
 
 
-def test_int4_with_float_inputs_computes_what_the_codes_do(made, tmp_path):
-    model, folder = made
-    exact, right = OrtEngine(export_onnx(folder, tmp_path/'onnx', 'int4', 1), threads=1), TorchEngine(in_precision(model, 'int4'))
+def test_int4_with_float_inputs_computes_what_the_codes_do(made):
+    model, exported = made
+    exact, right = OrtEngine(exported('int4', 1), threads=1), TorchEngine(in_precision(model, 'int4'))
     assert error(exact, right) < 1e-5
     assert greedy(exact, IDS, 24, 5) == greedy(right, IDS, 24, 5)
 
@@ -110,10 +112,9 @@ def edited(engine, tok):
 
 
 @pytest.mark.parametrize('precision', ['torch', 'fp32', 'int8', 'int4'])
-def test_a_session_reads_what_an_edit_changed(made, precision, words, tmp_path):
-    model, folder = made
-    if precision == 'torch': engine = TorchEngine(model)
-    else: engine = OrtEngine(export_onnx(folder, tmp_path/'onnx', precision, 1 if precision == 'int4' else 4), threads=1)
+def test_a_session_reads_what_an_edit_changed(made, precision, words):
+    model, exported = made
+    engine = TorchEngine(model) if precision == 'torch' else OrtEngine(exported(precision, 1 if precision == 'int4' else 4), threads=1)
     written, fresh, read = edited(engine, words)
     assert all(reused > 0 for _, reused in read[1:]), read
     if precision != 'int8': assert written == fresh   # int8 has a range for each pass

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest, torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from codegpt_nbc.core.paths import BASE_MODEL
-from codegpt_nbc.data.codexglue import imported, line_completion_samples
+from codegpt_nbc.data.codexglue import imported
 from codegpt_nbc.data.text_format import spell_out
 from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, train_tokenizer, save_tokenizer
 from codegpt_nbc.engines.onnx_export import export_onnx
@@ -250,6 +250,7 @@ def test_only_newlines_end_a_line(separator):
     assert spell_out(source).endswith("a = <NUM_LIT:1> <EOL> b = f'<STR_LIT:{a}>'")
 
 
+@pytest.mark.usefixtures('home')
 def test_a_sample_keeps_its_answer_where_a_line_is_blank(tmp_path):
     d = tmp_path/'py150'; (d/'line_completion').mkdir(parents=True); (d/'token_completion').mkdir()
     files = [f'<s> import m{i} <EOL> x = f ( y{i} ) <EOL> return x . z </s>' for i in range(30)]
@@ -263,12 +264,7 @@ def test_a_sample_keeps_its_answer_where_a_line_is_blank(tmp_path):
     assert not pd.read_parquet(made/'train.parquet').text.str.startswith('\ufeff').any()
 
 
-def test_json_lines_are_split_at_newlines_only(tmp_path):
-    p = tmp_path/'test.json'
-    p.write_text(json.dumps({'input': '<s> a \u2028 b', 'gt': 'c'}, ensure_ascii=False) + '\n', encoding='utf-8')
-    assert len(line_completion_samples(p)) == 1
-
-
+@pytest.mark.usefixtures('home')
 def test_two_languages_in_one_folder_are_refused_or_kept_apart(tmp_path):
     for name in ('py150', 'javaCorpus'):
         d = tmp_path/name; (d/'token_completion').mkdir(parents=True); (d/'line_completion').mkdir()
@@ -279,6 +275,7 @@ def test_two_languages_in_one_folder_are_refused_or_kept_apart(tmp_path):
     with pytest.raises(ValueError, match='py150'): imported(tmp_path)
 
 
+@pytest.mark.usefixtures('home')
 def test_the_hubs_converted_layout_is_found(tmp_path):
     for split, n in (('train', 40), ('validation', 10), ('test', 20)):
         d = tmp_path/'python'/split; d.mkdir(parents=True)

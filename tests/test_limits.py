@@ -61,6 +61,7 @@ METHODS = {
 }
 
 
+@pytest.mark.usefixtures('home')
 @pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
 @pytest.mark.parametrize('method', METHODS)
 def test_rows_longer_than_the_context_are_cut_with_one_warning(method, shape, words, corpus, tmp_path):

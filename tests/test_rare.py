@@ -132,6 +132,7 @@ def short_files(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures('home')
 def test_code_of_short_files_is_timed_with_what_there_is(tmp_path):
     from codegpt_nbc.data.inputs import resolve_data
     from codegpt_nbc.runs.steps import before_after
@@ -140,6 +141,7 @@ def test_code_of_short_files_is_timed_with_what_there_is(tmp_path):
     assert (table.loc['ms a completion'] > 0).all()
 
 
+@pytest.mark.usefixtures('home')
 def test_a_search_on_few_files_has_some_left_to_judge_by(tmp_path):
     from codegpt_nbc.runs.budget import BudgetConfig, Search
     c = BudgetConfig(run_id='r', model=str(tiny(tmp_path/'m')), data=str(short_files(tmp_path/'code')))

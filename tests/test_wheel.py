@@ -32,7 +32,7 @@ def installed(tmp_path_factory):
     assert made.returncode == 0, made.stderr[-2000:]
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', str(d/'env')], check=True)
     site = next((d/'env').glob('lib/python*/site-packages'))
-    subprocess.run([*pip, 'install', '--no-deps', '--no-compile', '--target', str(site), str(next(d.glob('*.whl')))], check=True)
+    subprocess.run([*pip, 'install', '--no-deps', '--target', str(site), str(next(d.glob('*.whl')))], check=True)
     # The .pth files of a folder named in a .pth file, such as an editable install's, are not read
     (site/'others.pth').write_text(sysconfig.get_path('purelib') + '\n', encoding='utf-8')
     for p in site.rglob('*'): p.chmod(0o555 if p.is_dir() else 0o444)

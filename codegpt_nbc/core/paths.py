@@ -295,7 +295,8 @@ def code_of(
 ) -> str: # 16 hexadecimal digits
     "A name for code. What other code made is made again."
     files = [file for place in places for file in sorted((PACKAGE/place).glob('*.py')) or [PACKAGE/f'{place}.py']]
-    return digest(*(file.read_text(encoding='utf-8') for file in files))
+    compiled = sorted((PACKAGE/'csrc').glob('*.*'))       # what any of it may call
+    return digest(*(file.read_text(encoding='utf-8') for file in files + compiled))
 
 def verify_checksums(
     folder, # Holds `checksums.json`: file name → SHA-256

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'INSTRUCTIONS', 'INTEGER_PRODUCTS', 'Accuracy', 'HeldOut', 'Size', 'Memory', 'Train', 'Speed',
-           'Provenance', 'Result', 'StepResult', 'cpu_model', 'processor_text', 'versions', 'provenance', 'Recorder',
-           'load_result', 'load_results']
+           'Provenance', 'Result', 'StepResult', 'cpu_model', 'processor_text', 'versions', 'state_of_code',
+           'provenance', 'Recorder', 'load_result', 'load_results']
 
 # %% ../../nbs/core/02_record.ipynb #e15d1fd7
 import os, platform, re, subprocess, time
@@ -168,14 +168,20 @@ def versions() -> dict: # package → version
 # %% ../../nbs/core/02_record.ipynb #57d0da8a
 _CODE = ('nbs', 'codegpt_nbc', 'configs', 'Snakefile')   # uncommitted changes here make a result dirty
 
+def state_of_code() -> tuple: # (commit, are there changes?); None where it is not known
+    "The checkout as it is now."
+    commit, changes = _git('rev-parse', 'HEAD'), _git('status', '--porcelain', '--', *_CODE)
+    return commit, None if changes is None else bool(changes)
+
 def provenance(
     seed: int,
     began: float, # `time.time()` when the run started
+    code=None,    # `state_of_code` at that time: a commit may be made while it goes on; None: now
 ) -> Provenance:
     "Describe this process, checkout and machine."
-    commit, changes = _git('rev-parse', 'HEAD'), _git('status', '--porcelain', '--', *_CODE)
+    commit, dirty = code or state_of_code()
     started = datetime.fromtimestamp(began, timezone.utc).isoformat(timespec='seconds')
-    return Provenance(git_commit=commit, dirty=None if changes is None else bool(changes), packages=versions(),
+    return Provenance(git_commit=commit, dirty=dirty, packages=versions(),
                       cpu=cpu_model(), threads=cores(), python=platform.python_version(), seed=seed,
                       started=started, seconds=round(time.time() - began, 1))
 
@@ -186,7 +192,7 @@ class Recorder:
         cfg,         # The run's parameters, a `RunConfig`
         method: str, # The template's name
     ):
-        self.cfg, self.method, self.began, self.parts = cfg, method, time.time(), {}
+        self.cfg, self.method, self.began, self.code, self.parts = cfg, method, time.time(), state_of_code(), {}
 
     def add(self, **parts): # Fields of `Result`
         "Add parts of the result; returns the recorder."
@@ -196,7 +202,7 @@ class Recorder:
     def save(self) -> Result:
         "Write the JSON to `cfg.result_path`, atomically."
         r = Result(run_id=self.cfg.run_id, profile=self.cfg.profile, method=self.method, config=self.cfg.model_dump(),
-                   **self.parts, provenance=provenance(self.cfg.seed, self.began))
+                   **self.parts, provenance=provenance(self.cfg.seed, self.began, self.code))
         write_json(self.cfg.result_path, r.model_dump(exclude_none=True))
         return r
 

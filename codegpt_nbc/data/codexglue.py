@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core.paths import new_folder, project_root, write_json
+from ..core.paths import code_of, new_folder, project_root, write_json
 from .samples import make_samples, protocol_named, quiet_datasets
 from .text_format import Literals
 
@@ -225,7 +225,7 @@ def imported(
     if (folder/'train.parquet').is_file() and (folder/'test_codexglue.parquet').is_file(): return folder
     files = [(p, p.stat()) for p in _files_of(folder)]
     state = [(str(p.resolve()), s.st_size, s.st_mtime_ns) for p, s in files]
-    key = blake2b(repr((state, n_test, n_thesis, n_valid, seed)).encode(), digest_size=8).hexdigest()
+    key = blake2b(repr((state, n_test, n_thesis, n_valid, seed, code_of('core', 'data'))).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'imported'/key
     if out.is_dir(): return out
     with new_folder(out, 'corpus') as tmp, TemporaryDirectory(dir=out.parent) as cache:

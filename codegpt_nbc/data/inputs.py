@@ -49,6 +49,7 @@ def resolve_model(
 def _no_model(name: str, profile: str, folder) -> str:
     "Why a name leads to no model, and the remedy."
     if folder: return f'{name} has no config.json: give a model folder.'
+    if os.path.isfile(name): return f'{name} is a file, and no GGUF: give a model folder.'
     if '/' in name: return f'{name} does not exist: give a model folder, or owner/name@revision on the hub.'
     run = '' if profile == 'try' else f'a run of the profile {profile!r} that has finished, '
     return f'there is no model {name!r}: give {NAMES}, {run}a model folder, or owner/name@revision on the hub.'
@@ -111,6 +112,10 @@ class RunConfig(Strict):
         "The text that `model` reads, of `data.samples.FORMS`."
         from codegpt_nbc.data.tokenizer import text_of
         return text_of(self.model_folder)
+    def changed(self, *names) -> dict: # name → value
+        "The parameters of these names that differ from their defaults."
+        return {k: v for k, v in self.model_dump(include=names).items() if v != type(self).model_fields[k].default}
+
     @property
     def out_folder(self) -> Path:
         "The model folder that the run writes."

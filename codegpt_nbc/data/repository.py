@@ -10,7 +10,7 @@ __all__ = ['INSTALLED', 'FEWEST', 'PER_FILE', 'repository_files', 'is_repository
 import os, pandas as pd
 from hashlib import blake2b
 from pathlib import Path
-from ..core.paths import new_folder, project_root, write_json
+from ..core.paths import code_of, new_folder, project_root, write_json
 from .corpus import SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
 from .samples import FORMS, PROTOCOLS, cut_samples, draw_places
 from .text_format import Literals, abstract
@@ -132,7 +132,8 @@ def imported_repository(
     literals = literals or Literals.of_corpus()
     files = [(f, os.stat(f.file)) for f in repository_files(folder)]
     state = [(f.path, s.st_size, s.st_mtime_ns) for f, s in files]
-    key = blake2b(repr((str(Path(folder).resolve()), state, literals.tokens)).encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()
+    about = str(Path(folder).resolve()), state, literals.tokens, code_of('core', 'data')
+    key = blake2b(repr(about).encode('utf-8', 'surrogatepass'), digest_size=8).hexdigest()
     out = project_root()/'build'/'imported'/key
     if out.is_dir(): return out
     df, skipped = repository_sides(folder)

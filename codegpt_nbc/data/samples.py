@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from token import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, tok_name
-from ..core.paths import CORPUS, project_root
+from ..core.paths import CORPUS, PACKAGE, project_root
 from .text_format import _whole_names
 
 # %% ../../nbs/data/12_samples.ipynb #8b5aeb6d
@@ -198,8 +198,8 @@ def _table(folder, name: str) -> Path:
     "The path of a table of the corpus. Raises `FileNotFoundError` with the remedy."
     path = Path(folder)/name
     if path.is_file(): return path
-    raise FileNotFoundError(f'{path} is missing: restore it from the repository '
-                            'or run nbs/experiments/freeze_corpus.ipynb.')
+    if Path(folder).is_relative_to(PACKAGE): raise FileNotFoundError(f'{path} is missing: restore it from the repository.')
+    raise FileNotFoundError(f'{path} is missing, as this code gives no such samples: ask for others.')
 
 # %% ../../nbs/data/12_samples.ipynb #91465802
 def _read_parquet(folder, name: str, n: int | None = None) -> pd.DataFrame:

@@ -9,7 +9,6 @@ __all__ = ['STOPS', 'RESTARTS', 'UntilLine', 'UntilStatement', 'UntilEnd', 'stop
 # %% ../../nbs/engines/56_completion.ipynb #b6317ae8
 import codecs, re, warnings, numpy as np
 from fastcore.basics import patch
-from heapq import heappush
 from ..data.raw_text import HEAL, RawText, surplus
 from ..data.raw_words import Cursor, answer_source, is_whole, to_words
 from ..data.tokenizer import decode_lines, encode_batch, whole
@@ -57,10 +56,10 @@ class Answer:
         raw: RawText,
         owed: bytes,   # What it begins with, see `RawText.roll_back`; not part of `text`
         max_new: int,  # Tokens after that at most
-        stop=None,     # Instance of a class of `STOPS`
+        stop,          # Instance of a class of `STOPS`
     ):
         self.raw, self.owed, self.max_new, self.stop, self.choices = raw, owed, max_new, stop, raw.choices(owed)
-        self.path, self.cost, self.others, self.restarts, self.turned = (), 0., [], 0, False   # `others`: a heap of (cost, path)
+        self.path, self.cost, self.others, self.restarts, self.turned = (), 0., [], 0, False   # `others`: (cost, path) of other beginnings
         self.reset()
 
     def reset(self):
@@ -75,7 +74,7 @@ def pick(self: Answer, logits: np.ndarray) -> int: # (vocab,) → id
     whole, parts = self.choices[self.spelled]
     total = np.logaddexp.reduce(logits)
     best = whole[[logits[whole].argmax()]] if len(whole) else whole
-    for t in (*best, *parts): heappush(self.others, (self.cost + float(total - logits[t]), (*self.path, int(t))))
+    for t in (*best, *parts): self.others.append((self.cost + float(total - logits[t]), (*self.path, int(t))))
     if self.restarts >= RESTARTS: self.others = [o for o in self.others if o[1][:-1] == self.path]
     before, (self.cost, self.path) = self.path, min(self.others)
     self.others.remove((self.cost, self.path))

@@ -165,7 +165,9 @@ class Sampled:
         seed: int | None = None, # None: another draw each time
     ): self.engine, self.temperature, self.rng = engine, temperature, np.random.default_rng(seed)
 
-    def __getattr__(self, name): return getattr(self.engine, name)   # the rest as it is
+    def __getattr__(self, name): # the rest as it is
+        if name == 'engine': raise AttributeError(name)   # a copy has none yet
+        return getattr(self.engine, name)
     def prefill(self, ids, lengths): return self.noisy(self.engine.prefill(ids, lengths))
     def step(self, tokens): return self.noisy(self.engine.step(tokens))
 

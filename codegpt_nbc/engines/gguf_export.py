@@ -9,6 +9,7 @@ __all__ = ['ARCHITECTURES', 'NEIGHBOURS', 'BLOCK', 'KINDS', 'PRECISIONS', 'SPLIT
 
 # %% ../../nbs/engines/58_gguf.ipynb #df3ed89a
 import json, warnings, numpy as np, torch
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from tokenizers import Tokenizer
@@ -233,6 +234,13 @@ def _write(path, arch: str, about: dict, tensors):
     finally: w.close()   # also where the disk is full: a file that is open cannot be removed everywhere
 
 # %% ../../nbs/engines/58_gguf.ipynb #d7c86661
+def _most(tensors: list) -> str: # of `LlamaFileType`
+    "What most bytes of the file are, as the format has it."
+    sizes = Counter()
+    for _, array, kind in tensors: sizes[kind or {'float16': 'F16', 'float32': 'F32'}[array.dtype.name]] += array.nbytes
+    most = sizes.most_common(1)[0][0]
+    return 'ALL_F32' if most == 'F32' else f'MOSTLY_{most}'
+
 def export_gguf(
     folder=BASE_MODEL,       # A model folder with safetensors
     out='model.gguf',        # The file; written whole, or not at all
@@ -250,9 +258,9 @@ def export_gguf(
     arch, tokenizer = architecture_of(found.shape), tokenizer_of(load_tokenizer(folder), found.shape.vocab)
     model = in_blocks(found, precision)
     warn_of_rounding(found, model)
-    kind = {'fp32': 'ALL_F32', 'fp16': 'MOSTLY_F16', 'int8': 'MOSTLY_Q8_0', 'int4': 'MOSTLY_Q4_0'}[precision]
-    about = dict(name=Path(folder).name, file_type=package.LlamaFileType[kind], quantization_version=package.GGML_QUANT_VERSION)
+    tensors = list(tensors_of(model, precision == 'fp16'))
+    about = dict(name=Path(folder).name, file_type=package.LlamaFileType[_most(tensors)], quantization_version=package.GGML_QUANT_VERSION)
     ids = {k: i[0] if isinstance(i, list) else i for k, i in special_ids(folder).items()}
     about |= about_model(model.shape) | ids | tokenizer   # whose post-processor decides what begins a text, as in transformers
-    with atomic_path(out) as tmp: _write(tmp, arch, about, tensors_of(model, precision == 'fp16'))
+    with atomic_path(out) as tmp: _write(tmp, arch, about, tensors)
     return out

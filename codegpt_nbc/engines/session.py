@@ -75,7 +75,7 @@ class Cached:
 
     With drafts it also reads ahead: a guess that the caller then appends is answered without a pass. So is a prompt, or a token, that the
     row went on with before, as when somebody types what was proposed: the last logits are remembered, too.
-    The methods are those of `Engine`, for one row."""
+    The methods are those of `Engine` but for `extend`, `rewind` and `cache_bytes`, for one row."""
     def __init__(self,
         engine: Engine,  # Shared weights; the copy has a cache of its own
         drafts: PromptLookup | None = None, # None: one token a pass
@@ -285,7 +285,7 @@ def complete(self: Session,
 class Prefixes:
     """Several remembered rows in a bounded memory: each prompt goes on from the row that it shares most with.
 
-    The methods are those of `Engine`, for one row."""
+    The methods are those of `Engine` but for `extend`, `rewind` and `cache_bytes`, for one row."""
     def __init__(self,
         engine: Engine,  # Shared weights
         memory: int,     # Bytes of all caches together; the row in use may be larger

@@ -8,12 +8,12 @@ __all__ = ['KINDS', 'BASE', 'COPIES', 'TOKENS', 'CALIBRATED', 'Workload', 'timed
            'measured_costs', 'calibration_points', 'fitted_factors', 'whole_model']
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #ea14e223
-import hashlib, itertools, math, tempfile, time, numpy as np
+import itertools, math, tempfile, time, numpy as np
 from dataclasses import dataclass, replace
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.ledger import Ledger
-from ..core.paths import BASE_MODEL, cores
+from ..core.paths import BASE_MODEL, code_of, cores, digest
 from ..core.native import attention_form
 from ..core.progress import progress_bar
 from ..core.record import cpu_model, versions
@@ -172,9 +172,9 @@ def probes_of(
 
 # %% ../../nbs/evidence/66_cost_table.ipynb #c39591f3
 def machine() -> str:
-    "All that a time depends on besides the model: processor, threads, compiled code, versions of the libraries that compute."
-    used = {k: v for k, v in versions().items() if k in ('codegpt_nbc', 'torch', 'onnxruntime')}
-    return hashlib.sha256(repr((cpu_model(), cores(), attention_form(), sorted(used.items()))).encode()).hexdigest()[:12]
+    "All that a time depends on besides the model: processor, threads, our code, versions of the libraries that compute."
+    used = {k: v for k, v in versions().items() if k in ('torch', 'onnxruntime')}
+    return digest(cpu_model(), cores(), attention_form(), code_of('core', 'model', 'methods', 'engines'), used)[:12]
 
 def _key(probe: Probe, s: Shape, work: Workload) -> str:
     constants = replace(s, vocab=0, d_model=0, heads=(), inner=())

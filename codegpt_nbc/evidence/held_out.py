@@ -10,7 +10,7 @@ import numpy as np, torch
 from itertools import zip_longest
 from pathlib import Path
 from torch.nn import functional as F
-from ..core.paths import atomic_path, digest, models_dir
+from ..core.paths import atomic_path, code_of, digest, models_dir
 from ..core.record import HeldOut
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, protocols_of
@@ -89,7 +89,8 @@ def held_out_of(
              and load_tokenizer(folder).get_vocab() == load_tokenizer(c.reference_folder).get_vocab())
     rows = held_out_rows(c, folder, min(model.shape.context, dense.shape.context))
     compared, found = alike and Path(folder) != Path(c.reference_folder), {}
-    kept = models_dir(c.profile)/'held-out-states'/f'{digest(c.reference_folder, rows.tolist())}.npy'
+    name = digest(c.reference_folder, rows.tolist(), code_of('core', 'model'))
+    kept = models_dir(c.profile)/'held-out-states'/f'{name}.npy'
     states = states_of(dense, rows, kept) if compared else None
     figures = figures_of_rows(model, dense if compared else model, rows, states)
     for name, x in zip(('loss', 'kl') if alike else ('loss',), figures):

@@ -34,7 +34,7 @@ from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autoca
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6
 class DistillLoss(Strict):
-    "DistilBERT's three losses and their weights (Sanh et al. 2019, section 3)."
+    "DistilBERT's three losses and their weights (Sanh et al. 2019, section 2)."
     alpha_ce: float = Field(.33, ge=0)      # soft cross-entropy
     alpha_clm: float = Field(.33, ge=0)     # hard cross-entropy
     alpha_cos: float = Field(.33, ge=0)     # cosine between last hidden states

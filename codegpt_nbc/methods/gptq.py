@@ -265,8 +265,7 @@ class GptqConfig(RunConfig):
     @property
     def lineage(self) -> dict:
         "The step, for the recipe of the folder that it makes."
-        own = self.OWN + (('eight',) if self.eight else ())      # recipes from before there was such a choice stay as they are
-        return {'method': 'gptq', **self.model_dump(include=own)}
+        return {'method': 'gptq', **self.model_dump(include=self.OWN), **self.changed('eight', 'damp')}
 
 # %% ../../nbs/methods/36_gptq.ipynb #bb5f3114
 def calibration_sets(c: GptqConfig) -> tuple: # of ids, (samples, length) each

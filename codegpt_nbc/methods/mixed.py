@@ -16,7 +16,7 @@ from ..model.folder import load_float, load_model, save_model
 from ..model.train import Samples, cut_to_context, fit
 from .distill import BETAS, DistillLoss, Pair, TaughtConfig, clip_each, pair_loss, trained_details
 from .gptq import calibration_windows, gptq
-from .quantize import QuantizedDecoder, quantize, simulated
+from .quantize import QuantizedDecoder, float_decoder, quantize, simulated
 from .schemes import Placement, Scheme
 from .space import PRECISIONS, PrecisionName, scheme_of
 
@@ -32,7 +32,7 @@ def mixed_schemes(
 def rounds_with_gptq(
     bits: dict, # module → precision
 ) -> bool:
-    "Can GPTQ round all of them? The scale of one or two bits is that of a whole row, so columns cannot be rounded one by one."
+    "Can GPTQ round all of them? What becomes 0 in two bits depends on a whole row, so its columns cannot be rounded one by one."
     return all(PRECISIONS[p][0].mapping.bits >= 4 for p in bits.values())
 
 def round_mixed(
@@ -54,6 +54,7 @@ class MixedConfig(TaughtConfig):
     tokens: int = Field(0, ge=0)                   # to train on through the quantisation; 0: none
     batch: int = Field(8, ge=1)
     lr: float = Field(6e-4, gt=0)
+    clip: float = Field(5., gt=0)                  # gradient norm
     shortest: ClassVar[float] = 1.                 # of the files: all
 
     @field_validator('bits')
@@ -75,7 +76,7 @@ def train_mixed(
     pair = Pair(student, teacher, DistillLoss(alpha_cos=.33*wide))
     with simulated(student, *mixed_schemes(c.bits)):
         return fit(pair, Samples(rows, c.batch, c.length, c.seed), c.training(rows, betas=BETAS, clip=0.), pair_loss,
-                   before_step=clip_each(5.), checkpoint=work and work/'checkpoint', desc='training, rounded')
+                   before_step=clip_each(c.clip), checkpoint=work and work/'checkpoint', desc='training, rounded')
 
 def mixed_step(
     c: MixedConfig,
@@ -88,7 +89,7 @@ def mixed_step(
     c, details = cut_to_context(c, *c.shapes), {'matrices': {p: [*c.bits.values()].count(p) for p in PRECISIONS if p in c.bits.values()}}
     if c.tokens:
         c.check_pair()
-        r = train_mixed(model, load_model(c.teacher_folder), c.rows(tok), c, work)
+        r = train_mixed(model, float_decoder(load_model(c.teacher_folder)), c.rows(tok), c, work)
         train, details = r.record, details | trained_details(r)
         quantized = round_mixed(model, c.bits)           # the rounding that it was trained for
     else:

@@ -180,7 +180,7 @@ def in_precision(
     model: Decoder,
     precision: str, # 'fp32', 'int8' or 'int4'
 ) -> Decoder:
-    """The model itself if it has that precision; otherwise a copy that has.
+    """The model itself if it has that precision, or fewer bits than eight where int8 is asked for; otherwise a copy that has.
 
     fp32: float, with the weights that the codes stand for. int8: symmetric, a step per output channel, activations
     too. int4: `weight_schemes()`, weights alone in blocks of 32. Raises `ValueError` for other names, and for int4 of
@@ -256,9 +256,8 @@ class QuantizeConfig(RunConfig):
 
     def check(self):
         "As for all runs; and refuse settings that the toolkit would ignore."
-        changed = [k for k in self.OWN if getattr(self, k) != QuantizeConfig.model_fields[k].default]
-        if self.backend == 'itrex' and changed:
-            raise ValueError(f'the backend itrex quantises with its own settings: leave {changed[0]} as it is.')
+        if self.backend == 'itrex' and (changed := self.changed(*self.OWN)):
+            raise ValueError(f'the backend itrex quantises with its own settings: leave {next(iter(changed))} as it is.')
         if self.placement == 'none' and not self.finetune_samples:
             raise ValueError('the placement none is fine-tuning without quantisation: give finetune_samples, or another placement.')
         super().check()

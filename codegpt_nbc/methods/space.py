@@ -57,7 +57,6 @@ class Point(Strict):
     vocab: int = Field(ge=257)           # tokens
     channels: int = Field(ge=1)          # of the residual stream
     tokens: PrecisionName = '8'          # of the token matrix
-    cache: Literal['fp32'] = 'fp32'      # keys and values: the engines here have no other
     layers: tuple[LayerPoint, ...]       # in order
 
     @model_validator(mode='after')

@@ -320,7 +320,7 @@ class StaticConfig(RunConfig):
     @property
     def lineage(self) -> dict:
         "The step, for the recipe of the folder that it makes."
-        return {'method': 'static_quantize', **self.model_dump(include=self.OWN)}
+        return {'method': 'static_quantize', **self.model_dump(include=self.OWN), **self.changed('batch', 'length')}
 
 # %% ../../nbs/methods/35_static_quantize.ipynb #eb2370b5
 @patch(as_prop=True)

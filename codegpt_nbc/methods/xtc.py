@@ -240,17 +240,18 @@ class LossCurves:
         points: int = 40, # Of each curve
         path=None,        # JSON file that survives a kill
     ):
-        self.pair, self.path, self.recent = pair, path, []
+        self.pair, self.path = pair, path
         self.at = {max(1, round(steps*i/points)) for i in range(1, points + 1)}
         self.found = read_json(path) if path and Path(path).is_file() else {}
 
     def __call__(self, r: TrainResult):
         "Take in one step."
-        self.recent.append(self.pair.parts)
+        recent = r.observed.setdefault('parts', [])      # since the last point
+        recent.append(self.pair.parts)
         if r.step not in self.at: return
-        means = {name: round(sum(parts[name] for parts in self.recent)/len(self.recent), 5) for name in self.pair.parts}
+        means = {name: round(sum(parts[name] for parts in recent)/len(recent), 5) for name in self.pair.parts}
         self.found[str(r.step)] = [r.tokens, means]
-        self.recent = []
+        recent.clear()
         if self.path: write_json(self.path, self.found)
 
     @property

@@ -111,8 +111,10 @@ def _scaling(config: dict, family: Family, context: int) -> Scaling | None:
     "How rotary positions are scaled. Raises `ValueError` for a kind that is not computed here, or numbers out of range."
     rope = _rope(config)
     kind = rope.get('rope_type') or rope.get('type') or 'default'
-    partial = config.get('partial_rotary_factor', rope.get('partial_rotary_factor', 1))
-    if kind not in ('default', 'linear', 'llama3') or ('share' not in family.keys and partial != 1):
+    part = next((c['partial_rotary_factor'] for c in (config, rope) if c.get('partial_rotary_factor') is not None), 1)
+    if 'share' not in family.keys and part != 1:
+        raise ValueError(f"'partial_rotary_factor' in config.json is {part!r}, but this family turns whole heads here: use another model.")
+    if kind not in ('default', 'linear', 'llama3'):
         raise ValueError(f'rotary positions of the kind {kind!r} are not supported: use a model with plain ones, linear or llama3.')
     if kind == 'default': return None
     try: n = _Llama3(**({'original_max_position_embeddings': context} | rope))

@@ -7,9 +7,8 @@ __all__ = ['read_gguf', 'imported_gguf']
 
 # %% ../../nbs/model/29_gguf_import.ipynb #e2f5b38a
 import tempfile, torch
-from hashlib import blake2b
 from pathlib import Path
-from ..core.paths import project_root, write_json
+from ..core.paths import code_of, digest, project_root, write_json
 from .decoder import Decoder
 from .folder import from_disk, save_model, shape_of_config
 
@@ -41,7 +40,7 @@ def imported_gguf(
 ) -> Path:
     "The model folder of a GGUF file, made at the first call. Raises `ValueError` as `read_gguf` does."
     about = Path(path).stat()
-    key = blake2b(repr((str(Path(path).resolve()), about.st_size, about.st_mtime_ns)).encode(), digest_size=8).hexdigest()
+    key = digest(str(Path(path).resolve()), about.st_size, about.st_mtime_ns, code_of('core', 'model'))
     out = project_root()/'build'/'imported'/f'gguf-{key}'
     if (out/'config.json').is_file(): return out
     theirs, tok = _with_transformers(path)

@@ -59,7 +59,7 @@ def _chunk_loss(
     y,             # (n,) true tokens
     ce: float, clm: float, T: float,
 ) -> tuple: # (summed loss, its gradient by `s`, (n, vocab))
-    "Sanh et al. 2019, section 3: the soft loss at temperature T times ce, the hard loss times clm."
+    "Sanh et al. 2019, section 2: the soft loss at temperature T times ce, the hard loss times clm."
     l, g = 0., torch.zeros_like(s)
     if clm:
         p = s.log_softmax(-1)

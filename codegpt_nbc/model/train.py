@@ -12,7 +12,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast'
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -51,8 +51,9 @@ class TrainConfig:
 
 # %% ../../nbs/model/24_train.ipynb #343e219a
 def has_fast_bf16() -> bool:
-    "Does this processor multiply bfloat16 matrices in hardware?"
-    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    "Does this processor, or the GPU beside it, multiply bfloat16 matrices in hardware?"
+    if torch.cuda.is_available(): return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 def autocast(precision: str = 'auto'):
     "Context in which matrix products run in `precision`, see `TrainConfig`."
@@ -190,7 +191,7 @@ def files_enough(
     return max(1_000, c.tokens//50)
 
 def training_rows(
-    texts: list, # In CodeXGLUE's format
+    texts: list, # In the text of the model
     tok,         # The model's tokenizer
     c,           # A configuration with `shortest`, `length`, `tokens`, `epochs` and `seed`
 ) -> list: # of lists of token ids
@@ -253,7 +254,7 @@ def corpus_folder(
 def packed_rows(
     folder,             # With `train.bin`, uint16
     length: int,        # Inputs of a row, in tokens
-    tokens: int | None, # Targets at most; None: all
+    tokens: int | None, # Targets, up to the row that reaches them; None: all
     seed: int,
 ) -> list: # of arrays (length + 1,)
     "Consecutive rows of a packed corpus in random order."
@@ -283,6 +284,8 @@ class TrainResult:
     curve: list     # [tokens, mean loss since the last point]
     step: int       # steps done
     processor: str = '' # that did them
+    recent: list = field(default_factory=list)   # losses since the last point of the curve
+    observed: dict = field(default_factory=dict) # what `observe` keeps for itself; it is part of a checkpoint
 
     @property
     def record(self) -> Train:
@@ -312,7 +315,7 @@ def _resumed(checkpoint, model, optimizers) -> TrainResult:
     "The run so far: empty, or from a checkpoint, which is put back in place."
     if not checkpoint or not (Path(checkpoint)/'state.json').is_file(): return TrainResult(0, 0., [], 0)
     state = load_checkpoint(checkpoint, model, optimizers)
-    return TrainResult(state['tokens'], state['seconds'], state['curve'], state['step'], state.get('processor', ''))
+    return TrainResult(**{f.name: state[f.name] for f in fields(TrainResult) if f.name in state})
 
 def processor() -> str:
     "The name of what trains here."
@@ -331,13 +334,13 @@ def _agreed(acc, l, late: bool) -> tuple: # (mean loss, is any process late?)
 
 def _check_finite(value: float, step: int, lr: float):
     if not math.isfinite(value):
-        raise FloatingPointError(f'the loss became {value} at step {step}: lower lr (now {lr:.2g}); the last checkpoint is whole.')
+        raise FloatingPointError(f'the loss became {value} at step {step}: lower lr (now {lr:.2g}).')
 
-def _add_to_curve(r: TrainResult, recent: list, c: TrainConfig, bar):
-    "Add the mean of the recent losses as a point, about twenty in a run, and empty the list."
-    if len(recent) < max(1, min(50, c.steps//20)) and r.step < c.steps: return
-    r.curve.append([r.tokens, round(float(np.mean(recent)), 4)])
-    recent.clear()
+def _add_to_curve(r: TrainResult, c: TrainConfig, bar):
+    "Add the mean of the recent losses as a point, about twenty in a run, and empty their list."
+    if len(r.recent) < max(1, min(50, c.steps//20)) and r.step < c.steps: return
+    r.curve.append([r.tokens, round(float(np.mean(r.recent)), 4)])
+    r.recent.clear()
     bar.set_postfix(loss=r.curve[-1][1], tokens=f'{r.tokens/1e6:.2f}M', refresh=False)
 
 # %% ../../nbs/model/24_train.ipynb #5d50a55d
@@ -404,7 +407,7 @@ def fit(
         if checkpoint and main: save_checkpoint(checkpoint, model, optimizers, asdict(r))
     bar = _bar(c, r.step, desc if main else None)
     clocks, saved = Clocks(), time.time()
-    before, recent, late = r.seconds, [], stop_s <= 0
+    before, late = r.seconds, stop_s <= 0
     while r.step < c.steps and not late:
         lr = c.lr*lr_factor(r.step, c)
         _set_rate(optimizers, lr)
@@ -417,9 +420,9 @@ def fit(
         r.step += 1
         r.tokens += int((batch[1] != -100).sum())
         r.seconds = before + clocks.passed[1]
-        recent.append(value)
+        r.recent.append(value)
         bar.update()
-        _add_to_curve(r, recent, c, bar)
+        _add_to_curve(r, c, bar)
         if observe and main:
             with clocks.stopped(): observe(r)
         if checkpoint and time.time() - saved > checkpoint_s:
@@ -438,7 +441,7 @@ def batches_loss(
     batches,   # Function: number → (ids, targets), each (B, S)
     n: int,    # Batches
 ) -> float: # nats per token
-    "Mean loss over the first `n` batches."
+    "Mean loss of the first `n` batches, each of which counts alike."
     device, total = model.norm.weight.device, 0.
     with autocast():
         for i in range(n): total += float(next_token_loss(model, [t.to(device) for t in batches(i)]))

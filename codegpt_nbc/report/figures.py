@@ -13,8 +13,8 @@ __all__ = ['SAMPLES', 'ROUNDS', 'DIRECTIONS', 'DISTANCES', 'PANELS', 'SCORED', '
            'fig_pareto', 'student_name', 'learning_curves', 'is_standard', 'curves_panel', 'fig_learning_curves',
            'loss_parts', 'other_teachers', 'fig_xtc', 'poster_observations', 'poster_text', 'poster_printed',
            'poster_panel', 'fig_poster', 'engine_rounds', 'engines_panel', 'draw_benchmark', 'plot_engines',
-           'draw_benchmarks', 'fig_peers', 'fig_peers_avx2', 'budget_fronts', 'recipe_color', 'draw_recipes',
-           'name_recipes', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
+           'draw_benchmarks', 'fig_peers', 'fig_peers_avx2', 'said_threads', 'budget_fronts', 'recipe_color',
+           'draw_recipes', 'name_recipes', 'fixed_candidates', 'budget_models', 'fig_budget', 'is_blank']
 
 # %% ../../nbs/report/84_figures.ipynb #dedc114d
 import re, textwrap, numpy as np, pandas as pd
@@ -641,6 +641,11 @@ def fig_peers_avx2(fr=None):
     return draw_benchmarks('peers-avx2', fr)
 
 # %% ../../nbs/report/84_figures.ipynb #c4a81f36
+def said_threads(results: list) -> str:
+    "On how many threads results were measured."
+    threads = sorted({r.provenance.threads for r in results})
+    return 'one thread' if threads == [1] else f'{" or ".join(map(str, threads))} threads'
+
 def budget_fronts(ax, results: list) -> dict: # recipe → place
     "The front of each search, and the fixed recipes in its space; `results`: of `experiments/budget`."
     marked = {}
@@ -649,7 +654,8 @@ def budget_fronts(ax, results: list) -> dict: # recipe → place
         over_time = result.config['budget'].get('ms') or not result.config['budget'].get('mb')   # else its front is one of sizes
         ax.plot(line[:, 0], line[:, 2], 'o-' if over_time else 'o', ms=3, lw=1.1, c=color, label=result.details['budget'])
         marked |= result.details['fixed_points']
-    ax.set(xlabel='predicted ms of one thread, a completion', ylabel='divergence, nats a token', yscale='log', title='before training')
+    ax.set(xlabel=f'predicted ms of {said_threads(results)}, a completion', ylabel='divergence, nats a token', yscale='log',
+           title='before training')
     return draw_recipes(ax, {name: (ms, nats) for name, (ms, _, nats) in marked.items()})
 
 def recipe_color(name: str) -> str: # hexadecimal
@@ -685,7 +691,8 @@ def budget_models(ax, results: list) -> dict: # recipe → place
         if limit := result.config['budget'].get('ms'): ax.axvline(limit, c=color, ls='--', lw=.8)
     for es in {r.details['dense_es'] for r in results}: ax.axhline(es, c=COLORS['baseline'], ls=':', lw=1.2)
     judged = ', '.join(str(n) for n in sorted({r.details['samples']['valid'] for r in results}))
-    ax.set(xlabel='measured ms of one thread, a completion', ylabel=f'ES on {judged} validation samples (%)', title='after training')
+    ax.set(xlabel=f'measured ms of {said_threads(results)}, a completion', ylabel=f'ES on {judged} validation samples (%)',
+           title='after training')
     ax.margins(.12)
     return draw_recipes(ax, {name: (c['ms'], c['es']) for name, c in fixed_candidates(results).items()})
 

@@ -269,8 +269,9 @@ def versus(
     return paired_test(a, b) if shared else None
 
 @cache
-def loss_test(a: HeldOut, b: HeldOut) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not known
+def loss_test(a: HeldOut, b: HeldOut) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not the same
     "Paired difference a − b of the losses of the rows that both have, see `evidence.held_out`."
+    if None in (a.kl, b.kl): return None     # other tokens, so other rows
     x, y = (1000*np.array(h.loss_each.split(), float) for h in (a, b))     # `paired` rounds to three decimals
     n = min(len(x), len(y))
     if not n: return None

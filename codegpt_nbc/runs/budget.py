@@ -8,7 +8,7 @@ __all__ = ['JUDGED', 'LEEWAY', 'TRIED', 'WARM', 'TRAINS', 'ALL_LAYERS', 'SEEN', 
            'around', 'recipe_of_outcome', 'as_yaml', 'hand_over', 'config_of', 'run_budget']
 
 # %% ../../nbs/runs/79_budget.ipynb #51d64286
-import itertools, math, shutil, sys, numpy as np
+import itertools, math, re, shutil, sys, numpy as np
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Literal
 from fastcore.basics import patch
 from pydantic import Field
 from ..core.ledger import Ledger
-from ..core.paths import check_out, digest, models_dir, new_folder, runs_dir, write_json
+from ..core.paths import check_out, code_of, digest, models_dir, new_folder, runs_dir, write_json
 from ..data.inputs import RunConfig, named_model
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..evidence.cost_table import Workload, machine, measured_costs, measured_point, timed_folder
@@ -29,7 +29,8 @@ from ..model.folder import load_float
 from .allocate import Budget, Problem, allocate, check_reachable, read_budget
 from .explore import Explorer, Found, explore, finished, front, open_study
 from .grid import Recipe, check_notebooks, read_recipes, run_notebook, template_of
-from .steps import make_recipe, recipe_named, scores_of
+from .search import name_of_search
+from .steps import WINGS, make_recipe, recipe_named, scores_of
 
 # %% ../../nbs/runs/79_budget.ipynb #f1ee7df4
 class BudgetConfig(RunConfig):
@@ -139,7 +140,8 @@ def name(self: Search) -> str:
     "Of model and text, under which losses are kept."
     def made():
         c = self.c
-        return digest(c.model_folder, self.encoded[:c.ranked], self.calibration.tolist(), c.window, c.seed, c.counted)
+        code = code_of(*WINGS, 'evidence')
+        return digest(c.model_folder, '\0'.join(self.texts), self.calibration.tolist(), c.ranked, c.window, c.seed, code)
     return _kept(self, 'name', made)
 
 @patch(as_prop=True)
@@ -303,7 +305,7 @@ def made(self: Search, name: str, steps: list, point: Point | None = None, budge
     "Make a model by a recipe, unless it has been made, and judge it on validation samples."
     results = make_recipe(self.c.model_folder, Recipe(about=name, steps=steps), budgets or {}, self.c.data, quiet=not self.progress)
     folder, trained = results[-1].folder if results else self.c.model_folder, sum(r.train.tokens for r in results if r.train)
-    key = f'judged {machine()} {self.work} {self.c.samples} {folder.name} {self.c.data_folder}'
+    key = f'judged {machine()} {self.work} {self.c.samples} {folder.name} {digest(self.c.data_folder)}'
     found = self.ledger.known(key, lambda: self._judged(folder))
     return Candidate(name, folder, *found, trained, steps, point)
 
@@ -470,8 +472,10 @@ def config_of(
 ) -> BudgetConfig:
     "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text."
     named = {} if model is None else {'model': named_model(model)}
-    slug = str(asked).replace('=', '').replace(',', '-').replace('.', '_')
-    base = dict(run_id=f'budget-{slug}', profile='search', budget=asked, goal=goal, skip=0 if own.get('data') else SEEN)
+    kind = re.sub(r'[=+]', '', f'budget-{asked}').replace(',', '-').replace('.', '_')
+    if not asked.limits and goal == 'mb': kind += '-mb'
+    base = dict(run_id=name_of_search(kind, model, own.get('data')), profile='search', budget=asked, goal=goal,
+                skip=0 if own.get('data') else SEEN)
     return BudgetConfig(**base | named | own).with_samples(200)
 
 def run_budget(

@@ -119,7 +119,7 @@ def search(
                                              'or several of them with commas')] = 'es_drop=1',
     objective: Annotated[str, typer.Option(help='latency or size: what is to be least where only es_drop is given')] = 'latency',
     out: Annotated[Path | None, typer.Option('--out', '-o', help='the compressed model; by default under build/search')] = None,
-    trials: Annotated[int, typer.Option(min=1, help='shapes whose loss is measured')] = 80,
+    trials: Annotated[int | None, typer.Option(min=1, help='shapes whose loss is measured; 80 if not given')] = None,
     recipes: Annotated[bool, typer.Option('--recipes', help='try the recipes of configs/recipes.yaml instead, within es_drop')] = False,
     data: Code = '',
     force: Force = False,
@@ -129,10 +129,12 @@ def search(
     from codegpt_nbc.runs.search import OBJECTIVES, search_report
     if objective not in OBJECTIVES: raise ValueError(f'--objective is {objective!r}: choose one of {", ".join(OBJECTIVES)}.')
     asked = read_budget(budget)
-    if recipes: return _search_recipes(model, asked, objective, data, out)
+    if recipes:
+        if trials or force: raise ValueError(f'--{"trials" if trials else "force"} has no meaning with --recipes: leave it out.')
+        return _search_recipes(model, asked, objective, data, out)
     from codegpt_nbc.runs.budget import run_budget
     goal = {'latency': 'ms', 'size': 'mb'}[objective]
-    notebook, folder = run_budget(model, budget, out, goal, force, trials=trials, data=data)
+    notebook, folder = run_budget(model, budget, out, goal, force, trials=trials or 80, data=data)
     found = search_report(notebook)
     _show_found(found, f'{len(found["candidates"])} models that were made', notebook)
     print(f'the model is in {os.path.relpath(folder)}')
@@ -195,8 +197,8 @@ def export(
     "Write a model for another engine."
     from pkgutil import resolve_name
     from codegpt_nbc.core.paths import check_out
-    from codegpt_nbc.data.inputs import resolve_model
-    folder = resolve_model(model, 'try')
+    from codegpt_nbc.data.inputs import named_model, resolve_model
+    folder = resolve_model(named_model(model), 'try')
     if format != 'gguf' or not out.is_dir(): check_out(out, '' if format == 'gguf' else 'model', [folder], force)
     room = {'onnx': 'onnx_export', 'openvino': 'openvino', 'gguf': 'gguf_export'}[format]
     write = resolve_name(f'codegpt_nbc.engines.{room}:export_{format}')

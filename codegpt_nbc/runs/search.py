@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Rung', 'Candidate', 'slug', 'judge', 'pareto', 'promising', 'choose', 'SearchClock', 'search',
-           'run_search', 'search_report', 'best_recipe', 'SearchConfig']
+           'name_of_search', 'run_search', 'search_report', 'best_recipe', 'SearchConfig']
 
 # %% ../../nbs/runs/72_search.ipynb #a6c46dec
-import sys, time
+import json, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -134,11 +134,11 @@ def _climb(
 ) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
     from codegpt_nbc.evidence.cost_table import machine
-    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model).name
+    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model)
     place = f'{profile}-{digest(model, *about, code_of(*WINGS, "evidence"), machine())}'     # candidates hold speeds of this machine
     path, label = models_dir(place)/'candidates.json', f'rung {number + 1} of {of}'
     known = read_json(path) if path.is_file() else {}
-    keys = {name: '.'.join(map(slug, recipes[name].steps)) if name in recipes else name for name in names}
+    keys = {name: json.dumps(recipes[name].steps) if name in recipes else name for name in names}
     def is_known(name): return keys[name] in known and Path(known[keys[name]]['folder']).is_dir()
     for i, name in enumerate(bar := progress_bar(names, desc=label, disable=clock is not None)):
         bar.set_postfix_str(name)
@@ -176,11 +176,19 @@ def search(
     return choose(found, objective, es_drop), found
 
 # %% ../../nbs/runs/72_search.ipynb #5b823dee
+def name_of_search(
+    kind: str,   # of what is searched, and how
+    model, data, # as asked for; None, '': the defaults
+) -> str:
+    "A run id of its own for each model and each code."
+    usual = model in (None, SearchConfig.model_fields['model'].default) and not data
+    return kind if usual else f'{kind}-{digest(str(model and named_model(model)), str(data))[:6]}'
+
 def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
     "The settings of the profile `search`, with one's own model, goal and code."
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
-    own = dict(run_id=f'search-{objective}-{es_drop:g}', es_drop=es_drop)
+    own = dict(run_id=name_of_search(f'search-{objective}-{es_drop:g}', model, data), es_drop=es_drop)
     if model is not None: own['model'] = named_model(model)
     if data: own['data'] = data
     config = SearchConfig(**runs[0].params | own)

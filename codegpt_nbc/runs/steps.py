@@ -15,7 +15,7 @@ from pydantic import Field
 from ..core.paths import CORPUS, check_out, code_of, contents_of, digest, new_folder, read_json, shared, waiting_lock, write_json
 from ..core.progress import bars_of
 from ..core.record import StepResult, Train
-from ..data.inputs import RunConfig
+from ..data.inputs import RunConfig, named_model
 from ..data.samples import FORMS, PROTOCOLS, protocols_of
 from ..data.tokenizer import text_of
 from .grid import NOT_PROFILES, Profile, Recipe, _read_yaml, from_start, read_recipes, spell_time
@@ -304,7 +304,7 @@ def _timing(samples_per_s: float, ratio: float, peak: int) -> dict: # row → va
 
 def check_table(model: str, n: int, data: str):
     "Raise `ValueError` before a model is made that cannot be judged: there are fewer samples than `n`, or no end of line."
-    RunConfig(run_id='table', model=str(model), data=data).with_samples(n).check()
+    RunConfig(run_id='table', model=named_model(model), data=data).with_samples(n).check()
 
 # %% ../../nbs/runs/71_steps.ipynb #edfea0af
 def before_after(

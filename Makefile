@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 ITREX   := .venv-itrex
 PEERS   := .venv-peers
 PYTHONS := 3.12 3.13
-# Python compiles what is imported; pip would compile all 20,000 files, one after the other
+# Python compiles what is imported; pip would compile every file, one after the other
 INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 # What text, corpora, tokenizers, configuration, records and the grid's profiles need
 TEXT    := datasets|fastcore|filelock|hypothesis|levenshtein|numpy|pandas|pyarrow|pydantic|pytest|pyyaml|tokenizers|tqdm

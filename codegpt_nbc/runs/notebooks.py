@@ -139,7 +139,7 @@ def refresh(
     if failures: raise RuntimeError('\n'.join(failures))
 
 # %% ../../nbs/runs/75_notebooks.ipynb #c69fb8d1
-LONGEST = 'tour', 'distill', 'budget'   # a minute each: tested first, as the last one to end has the processor to itself
+LONGEST = 'tour', 'distill', 'budget'   # tested first: one that is left for the end has the processor to itself
 
 def _test(path: Path):
     "End this process with status 0 if nbdev's test of a notebook passes, else with 1."

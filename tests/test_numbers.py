@@ -176,7 +176,19 @@ TABLES = {
 def has_run(profile): return (ROOT/'papermill_runs'/profile/'baseline.json').is_file()
 
 
-TABLES = {heading: (profile, runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
+def section_of(heading):
+    "What the results page says under a heading."
+    text = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
+    return re.split(r'\n##+ ', text.split(f'### {heading}\n', 1)[1])[0]
+
+
+def profile_of(heading, profile):
+    "Whose results a section shows: where runs are missing, it says which earlier ones."
+    said = re.search(r'^\*From the profile `([\w-]+)`', section_of(heading), re.M)
+    return said[1] if said else profile
+
+
+TABLES = {heading: (profile_of(heading, profile), runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
 
 
 def there(run, profile): return (ROOT/'papermill_runs'/profile/f'{run}.json').is_file()
@@ -194,8 +206,7 @@ def expected(run, profile):
 
 def shown_rows(heading):
     "The rows of the first table of models under a heading of the results page: dicts. None where the section waits for runs."
-    text = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
-    part = re.split(r'\n##+ ', text.split(f'### {heading}\n', 1)[1])[0]
+    part = section_of(heading)
     found = next(((c, r) for c, r in tables(part) if c[0] == 'model'), None)
     if not found and '*(Waits for ' in part: return []
     return [dict(zip(found[0], row)) for row in found[1] if not row[0].startswith('no model: ')]
@@ -231,25 +242,27 @@ def test_a_wrong_number_is_noticed():
 
 
 def test_sentences_on_few_bits():
-    said, dense = (ROOT/'docs'/'results.md').read_text(encoding='utf-8'), result('baseline')
+    said, (profile, _) = section_of('One bit a weight'), TABLES['One bit a weight']
+    dense = result('baseline', profile)
     for run in ('xtc-1bit-12', 'xtc-hybrid-6', 'xtc-ternary-12', 'xtc-ternary-6') if shown_rows('One bit a weight') else ():
-        r = result(run)
-        kept = 100*(1 + difference(run)/dense['metrics']['codexglue']['es'])
+        r = result(run, profile)
+        kept = 100*(1 + difference(run, profile=profile)/dense['metrics']['codexglue']['es'])
         smaller = dense['size']['raw_bytes']/r['size']['raw_bytes']
         assert re.search(rf"{kept:.0f} % \(95 % \d+ to \d+; {r['size']['raw_bytes']/1e6:.1f} MB, {smaller:.0f} times smaller\)", said), run
 
 
 def test_sentences_of_the_results_page():
     said = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
-    pruned, control, structured = (result(i) for i in ('prune-unstructured-0.6', 'control', 'prune-structured-0.6'))
+    of = {heading: profile_of(heading, 'full') for heading in ('Pruning', 'ONNX Runtime', 'The audit')}
+    pruned, control, structured = (result(i, of['Pruning']) for i in ('prune-unstructured-0.6', 'control', 'prune-structured-0.6'))
     share = 100*pruned['size']['zip_bytes']/control['size']['zip_bytes']
     assert f'the zip of the unstructured model is {share:.0f} % of the control' in said
     es = [r['metrics']['codexglue']['es'] for r in (pruned, structured, control)]
     models = [f'{es[0]:.1f} % for the unstructured model', f'{es[1]:.1f} % for the structured one', f'and {es[2]:.1f} % for the control']
     assert f"ES is {', '.join(models)}" in said
-    audit = result('audit')['details']
+    audit = result('audit', of['The audit'])['details']
     assert f"That leaves {100*audit['missed_blocks']['blocks missed']['int8_share']:.0f} % of the weights in int8" in said
-    ratio = result('measure-onnx-dense-fp32')['speed']['ratio_to_baseline']
+    ratio = result('measure-onnx-dense-fp32', of['ONNX Runtime'])['speed']['ratio_to_baseline']
     assert f"at {ratio:.1f} times PyTorch's speed in float32" in said
     peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
     assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said

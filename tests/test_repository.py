@@ -74,11 +74,31 @@ def test_assets_are_whole():
 
 
 def test_committed_results_are_valid_and_readable():
-    for profile in ('full', 'pretrain', 'students'):
+    for profile in ('full', 'earlier', 'pretrain', 'students'):
         for name in load_results(profile):
             book = ROOT/'papermill_runs'/profile/f'{name}.ipynb'
             assert book.is_file() and book.stat().st_size < 300_000
             assert not any(o['output_type'] == 'error' for c in cells(book) for o in c.get('outputs', []))
+
+
+def test_the_record_is_of_one_commit():
+    "Whatever of `full` has been run was run at one commit, with nothing changed, on the same samples of the same model."
+    results = {name: r for name, r in load_results('full').items() if r.method != 'report'}
+    assert results and {r.provenance.dirty for r in results.values()} == {False}
+    assert len({r.provenance.git_commit for r in results.values()}) == 1
+    assert not set(results) - set(read_profile('full')), 'every run is in the plan'
+    judged = {(protocol, a.skip, a.n) for name, r in results.items() for protocol, a in r.metrics.items()
+              if r.method != 'audit' and not name.startswith('elsewhere-')}
+    assert judged == {('codexglue', 200, 1000), ('thesis', 200, 500)}
+
+
+def test_the_record_ran_todays_templates():
+    def code(path): return [''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code'
+                            and 'injected-parameters' not in c['metadata'].get('tags', [])]
+    templates = {}
+    for name, r in load_results('full').items():
+        template = templates.setdefault(r.method, code(template_of(r.method)))
+        assert code(ROOT/'papermill_runs'/'full'/f'{name}.ipynb') == template, f'{name}: its template has changed since'
 
 
 def test_every_folder_of_imports_can_be_forgotten():

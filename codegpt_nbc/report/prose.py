@@ -8,13 +8,14 @@ __all__ = ['PROSE', 'MissingResult', 'RunView', 'figures_of', 'Profile', 'PageCo
 
 # %% ../../nbs/report/83_prose.ipynb #fd129d5e
 import pandas as pd
+from fnmatch import fnmatch
 from functools import cached_property
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError, pass_context
 from ..core.paths import ASSETS, BASE_MODEL, figures_dir, project_root
 from ..core.record import load_results
 from .frame import (benchmark_alone, corpus_facts, engine_frame, family_tests, fastest_engine, frame, gains, hours_of,
                                       loss_test, matching, measured_ms,
-                                      published, ranking, retained, sample_scores, tested_projects, uncommitted, versus)
+                                      planned_runs, published, ranking, retained, sample_scores, tested_projects, uncommitted, versus)
 from .style import change_interval, number, times_text
 from .tables import TABLES, as_markdown
 
@@ -294,6 +295,12 @@ class Placeholders(Quotations):
         "Hours of computing of a profile."
         return hours_of(profile)
 
+    def made(self, *patterns: str, profile: str = '') -> dict: # runs, planned
+        "How many of the runs that a profile plans have a result; patterns choose by the id: `made('xtc-*').runs`."
+        p = self._profile(profile)
+        planned = [i for i in planned_runs(p.name) if any(fnmatch(i, pattern) for pattern in patterns or ['*'])]
+        return dict(runs=sum(i in p.results for i in planned), planned=len(planned))
+
     def done(self, *ids: str, profile: str = '') -> bool:
         "Whether all of these runs have a result with scores: for paragraphs that wait for them."
         scores = self._profile(profile).frame.es
@@ -304,17 +311,23 @@ class Placeholders(Quotations):
         fr = self._profile(profile).frame
         return {code: ranking(fr, code) for code in fr.attrs['elsewhere']}
 
-    def section(self, page: str) -> str: # Markdown
-        "A part of a page, or in italics the runs that it waits for."
+    def section(self, page: str, before: str = '') -> str: # Markdown
+        """A part of a page. Where runs of it are missing, that part with the results of the profile `before`, which it says first,
+        or else in italics the runs that it waits for."""
+        try: return render(page, self._fr, self._root).strip()
+        except MissingResult: earlier = before and self._profile(before).frame
+        if before and len(earlier):
+            said = paragraph(page, earlier, root=self._root)
+            if said: return f"{render('before.md', earlier, now=self._name)}\n{said}"
         return paragraph(page, self._fr, root=self._root)
 
     def energy_known(self) -> bool:
         "Whether the energy of any completion was measured or reckoned."
         return len(TABLES['tab_energy'](self._fr)) > 0
 
-    def uncommitted(self) -> str:
+    def uncommitted(self, profile: str = '') -> str:
         "How many runs were made with uncommitted changes; '' for none."
-        return uncommitted(self._fr)
+        return uncommitted(self._profile(profile).frame)
 
 # %% ../../nbs/report/83_prose.ipynb #6e76c214
 def fixed(v: float, decimals: int = 1) -> str:

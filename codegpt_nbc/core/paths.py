@@ -6,8 +6,8 @@
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
            'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'check_memory', 'atomic_path',
            'waiting_lock', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out', 'new_folder',
-           'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal',
-           'export_settings']
+           'foreign_files', 'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums', 'write_checksums',
+           'sealed', 'check_seal', 'export_settings']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, errno, hashlib, json, os, re, shutil, sys, tempfile, warnings
@@ -245,6 +245,8 @@ def check_out(
         what = 'folder or remove it' if kind else 'name or remove it'
         raise FileExistsError(f'{path} exists: choose another {what}; force=True replaces an earlier output.')
     if kind: check_replaceable(path, kind, sources)
+    elif Path(path).resolve() in {Path(s).resolve() for s in sources if s}:
+        raise FileExistsError(f'{path} is what is being read: choose another name.')
     place = Path(path).resolve()
     above = next(p for p in place.parents if p.exists())
     if not above.is_dir(): raise NotADirectoryError(f'{path} cannot be written, as {above} is a file: choose another place.')
@@ -264,6 +266,15 @@ def new_folder(
         yield tmp
         (tmp/OWN_FILES).unlink(missing_ok=True)   # a copy's, or a link to another folder's
         write_json(tmp/OWN_FILES, {'kind': kind, 'files': _files(tmp)})
+
+def foreign_files(folder): # generator of paths
+    "The files below a folder, but for what was written here: the checkout's `build`, and folders with our mark."
+    build = project_root()/'build'
+    def ours(path): return path.name == 'build' and path.resolve() == build.resolve() or (path/OWN_FILES).is_file()
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(d for d in folders if not ours(Path(here)/d))
+        yield from (path for path in (Path(here)/name for name in sorted(names)) if path.is_file())
+
 
 # %% ../../nbs/core/00_paths.ipynb #8dd8b8b4
 def sha256(path) -> str: # 64 hexadecimal digits

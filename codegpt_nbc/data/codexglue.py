@@ -12,7 +12,7 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from ..core.paths import code_of, new_folder, project_root, write_json
+from ..core.paths import code_of, foreign_files, new_folder, project_root, write_json
 from .samples import make_samples, protocol_named, quiet_datasets
 from .text_format import Literals
 
@@ -27,13 +27,15 @@ def split_files(folder, split: str) -> list: # of paths
     "The text files `<split>.txt`, or the parquet files named after the split, of one data set. Raises `ValueError` for two in one folder."
     import pyarrow.parquet as pq
     folder = Path(folder)
-    texts, tables = [p for p in sorted(folder.rglob('*.txt')) if p.stem in SPLITS[split]], []
-    for path in sorted(folder.rglob('*.parquet')):
+    files = sorted(foreign_files(folder))
+    texts, tables = [p for p in files if p.suffix == '.txt' and p.stem in SPLITS[split]], []
+    for path in (p for p in files if p.suffix == '.parquet'):
         if not _words(path.relative_to(folder)) & SPLITS[split]: continue
         columns = set(pq.ParquetFile(path).schema_arrow.names)
         if 'code' in columns: tables.append(path)
         elif not {'input', 'gt'} <= columns:
-            raise ValueError(f"{path} has no field 'code': it has {', '.join(sorted(columns))}.")
+            raise ValueError(f"{path} has no field 'code', only {', '.join(sorted(columns))}: "
+                             'give a folder without it, or one of Python files.')
     languages = {w: p for p in tables for w in ('java', 'python') if w in _words(p.relative_to(folder))}
     _check_one(folder, 'code', {p.parent: p for p in texts} | (languages or dict(zip(['tables'], tables))))
     return texts + tables
@@ -155,9 +157,10 @@ def _samples_in(folder) -> list: # of paths
     "The files of samples: `test.json`, or else parquet with the columns of samples."
     import pyarrow.parquet as pq
     def has_samples(path): return {'id', 'input', 'gt'} <= set(pq.ParquetFile(path).schema_arrow.names)
-    found = sorted(Path(folder).rglob('test.json'))
+    files = sorted(foreign_files(folder))
+    found = [p for p in files if p.name == 'test.json']
     _check_one(Path(folder), 'samples', {p.parent: p for p in found})
-    return found or [p for p in sorted(Path(folder).rglob('*.parquet')) if has_samples(p)]
+    return found or [p for p in files if p.suffix == '.parquet' and has_samples(p)]
 
 # %% ../../nbs/data/14_codexglue.ipynb #ae9c5427
 def _cut(texts: list, protocol: str, n: int, seed: int) -> pd.DataFrame:
@@ -240,7 +243,7 @@ _MOST_FILES = 2**20   # py150 unpacked has 150,000
 
 def _files_of(folder: Path) -> list: # of paths
     "The files of a folder. Raises `ValueError` for one that is a whole disk rather than a data set."
-    found = [*itertools.islice((p for p in folder.rglob('*') if p.is_file()), _MOST_FILES + 1)]
+    found = [*itertools.islice(foreign_files(folder), _MOST_FILES + 1)]
     if len(found) > _MOST_FILES:
         raise ValueError(f'{folder} holds more than {_MOST_FILES:,} files: give the folder of the data set itself.')
     return sorted(found)

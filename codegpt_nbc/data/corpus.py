@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'SourceFile', 'is_permissive', 'folder_sources', 'stdlib_sources', 'installed_sources', 'read_both',
-           'read_source', 'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks', 'shingles', 'ShingleIndex',
-           'drop_near_duplicates']
+           'read_source', 'NoneUsable', 'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks', 'shingles',
+           'ShingleIndex', 'drop_near_duplicates']
 
 # %% ../../nbs/data/11_corpus.ipynb #1b873857
 import ast, io, re, sys, sysconfig, tokenize, warnings, numpy as np, pandas as pd
@@ -130,6 +130,12 @@ def read_source(
 # %% ../../nbs/data/11_corpus.ipynb #981c8300
 def _row(f: SourceFile) -> dict: return {k: v for k, v in asdict(f).items() if k != 'file'}
 
+class NoneUsable(ValueError):
+    "No file of a corpus can be used. `skipped` counts the reasons."
+    def __init__(self, of: int, skipped: Counter):
+        self.skipped = skipped
+        super().__init__(f'the corpus is empty: none of {of} files is usable ({dict(skipped)}); give a folder with Python files.')
+
 def read_all(
     sources: list,     # of `SourceFile`
     workers: int = 2,  # Processes
@@ -145,8 +151,7 @@ def read_all(
     if workers < 2: collect(map(read_both, sources))
     else:
         with ProcessPoolExecutor(workers) as pool: collect(pool.map(read_both, sources, chunksize=64))
-    if not rows: raise ValueError(f'the corpus is empty: none of {len(sources)} files is usable ({dict(skipped)}); '
-                                  'give a folder with Python files.')
+    if not rows: raise NoneUsable(len(sources), skipped)
     return pd.DataFrame(rows), skipped
 
 # %% ../../nbs/data/11_corpus.ipynb #844519bc

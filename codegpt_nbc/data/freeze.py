@@ -192,7 +192,8 @@ def freeze_raw(
     "Write the raw part of a frozen corpus. Raises `ValueError` for a file that is missing or differs."
     corpus = Path(corpus)
     tables = {p.stem: pd.read_parquet(p) for p in sorted(corpus.glob('*.parquet'))}
-    files = raw_files(raw_manifest(pd.read_csv(corpus/'manifest.csv'), tables['valid_codexglue']), sources)
+    manifest = pd.read_csv(corpus/'manifest.csv', dtype=str, keep_default_na=False)
+    files = raw_files(raw_manifest(manifest, tables['valid_codexglue']), sources)
     tables['valid_codexglue'] = tables['valid_codexglue'].head(FIRST_VALID)
     _check_spelled(files, tables, Literals.of_corpus(corpus))
     shard = tables['train'][['project', 'path']].assign(place=range(len(tables['train'])))

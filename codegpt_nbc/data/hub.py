@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'from_hub', 'find', 'is_gguf', 'gguf_of']
 
 # %% ../../nbs/data/16_hub.ipynb #d76420d9
-import os, re, shutil
+import errno, os, re, shutil
 from contextlib import suppress
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -78,6 +78,9 @@ def _reason(e: Exception, revision: str) -> str:
                     'or give a folder')
         case errors.LocalEntryNotFoundError():
             return 'is not whole in the local cache, and the hub cannot be reached: connect, or give a folder'
+        case errors.HFValidationError(): return 'is no name that the hub allows: check it'
+        case OSError() if e.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS, getattr(errno, 'EDQUOT', -1)):   # Windows has no quotas
+            return f'cannot be written to the cache ({e.strerror}): make room, or set HF_HOME to another folder'
     # the errors of its transport share no base class
     return f'did not arrive whole ({type(e).__name__}): try again, what has arrived is kept'
 
@@ -107,7 +110,8 @@ def _gathered(folders: list) -> Path:
     for folder in reversed(folders):
         links |= {p.relative_to(folder): p.resolve() for p in sorted(folder.rglob('*'))
                   if p.is_file() and p.name != OWN_FILES}
-    key = blake2b(repr(sorted(links.items())).encode(), digest_size=8).hexdigest()
+    state = sorted((name, p, p.stat().st_size, p.stat().st_mtime_ns) for name, p in links.items())   # where there are copies, not links
+    key = blake2b(repr(state).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'gathered'/key
     if out.is_dir(): return out
     with new_folder(out, 'links') as tmp:

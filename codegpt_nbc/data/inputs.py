@@ -216,6 +216,20 @@ def check_protocol(self: RunConfig, protocol: str):
     if about.infilling: RawText(tok).asked_infill()
 
 @patch
+def samples_there(self: RunConfig, split: str = 'test') -> int:
+    "How many samples there are of the first protocol of the model's text; of the test, behind those that are passed over."
+    from codegpt_nbc.data.samples import load_samples, protocols_of
+    skip = self.skip if split == 'test' else 0
+    return len(load_samples(protocols_of(self.text)[0], split=split, folder=self.data_folder, skip=skip))
+
+@patch
+def check_valid(self: RunConfig, n: int):
+    "Raise `ValueError` where there are fewer validation samples than a search judges its candidates by."
+    there = self.samples_there('valid')
+    if there >= n: return
+    raise ValueError(f'{self.data or "the corpus"} has {there} validation samples, but {n} judge each candidate: give more code.')
+
+@patch
 def check_samples(self: RunConfig):
     "Raise `ValueError` where a protocol has fewer samples than asked."
     from codegpt_nbc.data.samples import PROTOCOLS, load_samples

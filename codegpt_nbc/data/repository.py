@@ -10,8 +10,8 @@ __all__ = ['INSTALLED', 'FEWEST', 'PER_FILE', 'repository_files', 'is_repository
 import os, pandas as pd
 from hashlib import blake2b
 from pathlib import Path
-from ..core.paths import code_of, new_folder, project_root, write_json
-from .corpus import SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
+from ..core.paths import OWN_FILES, code_of, foreign_files, new_folder, project_root, write_json
+from .corpus import NoneUsable, SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
 from .samples import FORMS, PROTOCOLS, cut_samples, draw_places
 from .text_format import Literals, abstract
 
@@ -23,7 +23,8 @@ def repository_files(folder) -> list: # of `SourceFile`; project: the folder's n
     "The Python files of a repository, by path."
     folder, out = Path(folder), []
     for here, folders, names in os.walk(folder):
-        folders[:] = sorted(d for d in folders if not (d.startswith('.') or d in _SKIPPED or (Path(here)/d/'pyvenv.cfg').is_file()))
+        marked = {d for d in folders if any((Path(here)/d/mark).is_file() for mark in ('pyvenv.cfg', OWN_FILES))}
+        folders[:] = sorted(d for d in folders if not (d.startswith('.') or d in _SKIPPED | marked))
         paths = [Path(here)/name for name in sorted(names) if name.endswith('.py')]
         out += [p for p in paths if p.is_file()]
     project = folder.resolve().name.lower()
@@ -51,7 +52,7 @@ def is_repository(folder) -> bool:
     "Whether a folder holds Python files, and no code in a published layout but the data of its projects."
     folder = Path(folder)
     if not repository_files(folder): return False
-    tables = [*folder.rglob('*.txt'), *folder.rglob('*.parquet')]
+    tables = [p for p in foreign_files(folder) if p.suffix in ('.txt', '.parquet')]
     named = [p for p in tables if {'train', 'test'} & set(p.stem.replace('-', '_').split('_'))]
     return not any(_is_published(p) for p in named if not _is_of_a_project(p, folder))
 
@@ -82,18 +83,19 @@ def repository_sides(folder) -> tuple: # (DataFrame: path, split, source, text (
     sources = repository_files(folder)
     if not sources: raise ValueError(f'{folder} holds no Python files: give the folder of a repository with some.')
     try: read, skipped = read_all(sources, 2 if len(sources) > 500 else 1, raw=True)
-    except ValueError: raise ValueError(_too_few(folder, 0, len(sources))) from None   # none of them is usable
+    except NoneUsable as e: raise ValueError(_too_few(folder, 0, len(sources), e.skipped)) from None
     distinct = deduplicate(read)
     df = distinct.assign(split=distinct.text.map(side_of))
     df = drop_near_duplicates(drop_leaks(df))
     skipped = dict(skipped) | {'duplicate': len(read) - len(distinct), 'repeats a held-out file': len(distinct) - len(df)}
     counts = df.split.value_counts()
-    if any(counts.get(side, 0) < n for side, n in FEWEST.items()): raise ValueError(_too_few(folder, len(df), len(sources)))
+    if any(counts.get(side, 0) < n for side, n in FEWEST.items()): raise ValueError(_too_few(folder, len(df), len(sources), skipped))
     return df.sample(frac=1, random_state=42).reset_index(drop=True), {k: v for k, v in skipped.items() if v}
 
 # %% ../../nbs/data/14_repository.ipynb #e972efd7
-def _too_few(folder, usable: int, of: int) -> str:
-    return (f'{folder} has too few usable Python files ({usable} of {of}) to train on some and be judged by others: '
+def _too_few(folder, usable: int, of: int, skipped: dict) -> str:
+    why = ''.join(f'; {reason}: {n}' for reason, n in skipped.items() if n)
+    return (f'{folder} has too few usable Python files ({usable} of {of}{why}) to train on some and be judged by others: '
             'give a folder with twenty or more, of six lines or more each.')
 
 # %% ../../nbs/data/14_repository.ipynb #1c63a57e

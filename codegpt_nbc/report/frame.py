@@ -268,10 +268,16 @@ def versus(
     shared = a and b and len(asked) == 1 and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
     return paired_test(a, b) if shared else None
 
+def loss_test(a: Result, b: Result) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not the same
+    "Paired difference a − b of the losses of the held-out rows that both have read, see `evidence.held_out`."
+    def rows(r): # whose, from where on, and how long
+        return r.config.get('data', ''), r.config.get('skip', 0), r.held_out.tokens/max(1, len(r.held_out.loss_each.split()))
+    read = [r.held_out for r in (a, b)]
+    if None in read or None in [h.kl for h in read] or rows(a) != rows(b): return None   # no kl: other tokens, so other rows
+    return _paired_losses(*read)
+
 @cache
-def loss_test(a: HeldOut, b: HeldOut) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not the same
-    "Paired difference a − b of the losses of the rows that both have, see `evidence.held_out`."
-    if None in (a.kl, b.kl): return None     # other tokens, so other rows
+def _paired_losses(a: HeldOut, b: HeldOut) -> dict | None: # as `loss_test`
     x, y = (1000*np.array(h.loss_each.split(), float) for h in (a, b))     # `paired` rounds to three decimals
     n = min(len(x), len(y))
     if not n: return None
@@ -341,7 +347,8 @@ def ranking(
     from scipy.stats import kendalltau
     protocol = fr.attrs['protocol']
     models = fr.index[fr.method != 'no_model']
-    there = {i: r.metrics[protocol] for i, r in fr.attrs['elsewhere'][code].items() if protocol in r.metrics and i in models}
+    judged = [i for i in models if protocol in fr.result[i].metrics]
+    there = {i: r.metrics[protocol] for i, r in fr.attrs['elsewhere'][code].items() if protocol in r.metrics and i in judged}
     here = {i: fr.result[i].metrics[protocol] for i in there}
     signs = [(_told_apart(here[a], here[b]), _told_apart(there[a], there[b])) for a, b in combinations(there, 2)]
     both = [x*y for x, y in signs if x]   # 1: as here, 0: not told apart there, −1: the other way round

@@ -94,7 +94,7 @@ class Profile:
             why = f'the profile {self.name!r} has no result of the run {run!r}'
             raise MissingResult(page, placeholder or f"run('{run}')", why, self.name, run)
         return RunView(page, self.name, run, figures | dict(config=result.config, details=result.details,
-                                                            cpu=result.provenance.cpu.split(' (')[0],
+                                                            cpu=result.provenance.cpu.split(' (')[0], processor=result.provenance.cpu,
                                                             started=result.provenance.started))
 
 # %% ../../nbs/report/83_prose.ipynb #76091414
@@ -168,8 +168,7 @@ class RunNumbers(PageContext):
     def loss_change(self, context, id: str, base: str = 'baseline', profile: str = '') -> dict: # difference, ci; nats a token
         "Paired difference of the loss on held-out tokens from that of `base`."
         p = self._profile(profile)
-        own, theirs = (p.view(context.name, run, f'loss_change({id!r})').result.held_out for run in (id, base))
-        if not own or not theirs or not (d := loss_test(own, theirs)):
+        if not (d := loss_test(*(p.view(context.name, run, f'loss_change({id!r})').result for run in (id, base)))):
             raise MissingResult(context.name, f'loss_change({id!r})', f'{id!r} and {base!r} have no loss on the same tokens', p.name, id)
         return d
 

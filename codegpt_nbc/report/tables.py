@@ -67,8 +67,7 @@ def held_out_cells(fr: pd.DataFrame, run: str, base: str = 'baseline') -> dict: 
     """Loss, its paired difference from that of `base`, and Kullback–Leibler divergence from the model that the run names, in nats a token,
     with 95 % intervals; and how many tokens. The loss alone tells of the text, so it has no interval."""
     row = fr.loc[run]
-    own, theirs = (fr.result[i].held_out if i in fr.index else None for i in (run, base))
-    d = loss_test(own, theirs) if own and theirs and run != base else None
+    d = loss_test(fr.result[run], fr.result[base]) if base in fr.index and run != base else None
     def nats(v, low, high, sign=''): return '–' if np.isnan(v) else f'{v:{sign}.4f} [{low:{sign}.4f}, {high:{sign}.4f}]'.replace('-', '−')
     return {'loss, held-out': number(row.loss, 4), 'Δ loss': nats(d['difference'], *d['ci'], '+') if d else '–',
             'KL': nats(row.kl, row.kl_low, row.kl_high), 'held-out tokens': '–' if np.isnan(row.held_tokens) else f'{row.held_tokens:,.0f}'}

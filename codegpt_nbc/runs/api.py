@@ -244,7 +244,7 @@ def compress(
     folder = _folder_of(model)
     spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
     steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress, force=force)
-    return Compressed(Path(out), folder, name, steps, resolve_data(data, folder))
+    return Compressed(Path(out).absolute(), folder, name, steps, resolve_data(data, folder))
 
 
 # %% ../../nbs/runs/74_api.ipynb #6da1dfe2
@@ -266,7 +266,7 @@ def evaluate(
     """Score a model on held-out samples, with 95 % intervals.
 
     >>> evaluate('codegpt-nano', n=20)   # doctest: +SKIP
-    EM 35.0 % (15.0 to 55.0)   ES 58.5 % (43.0 to 73.8)   identifier F1 42.2 %   whole lines 85.0 %   n 20
+    EM 35.0 % (18.1 to 56.7)   ES 58.5 % (43.0 to 73.8)   identifier F1 42.2 %   whole lines 85.0 %   n 20
 
     Raises `ValueError` if there are fewer samples than `n`, or if the protocol or the data are in a text that the model does not read.
     """

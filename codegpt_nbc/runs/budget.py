@@ -18,6 +18,7 @@ from pydantic import Field
 from ..core.ledger import Ledger
 from ..core.paths import check_out, code_of, digest, models_dir, new_folder, runs_dir, write_json
 from ..data.inputs import RunConfig, named_model
+from ..data.samples import FORMS
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..evidence.cost_table import Workload, machine, measured_costs, measured_point, timed_folder
 from ..evidence.sensitivity import Judge, Vocabulary, checked, measured_sensitivities
@@ -62,6 +63,7 @@ class BudgetConfig(RunConfig):
         "Raise `ValueError` for a recipe that does not exist, before anything is measured."
         super().check()
         for name in self.fixed: recipe_named(name)
+        self.check_valid(self.samples)
         if (found := len(self.training_texts(4))) < 4:
             raise ValueError(f'{self.data or "the corpus"} has {found} training files, and a search needs 4: give more code.')
 
@@ -305,7 +307,7 @@ def made(self: Search, name: str, steps: list, point: Point | None = None, budge
     "Make a model by a recipe, unless it has been made, and judge it on validation samples."
     results = make_recipe(self.c.model_folder, Recipe(about=name, steps=steps), budgets or {}, self.c.data, quiet=not self.progress)
     folder, trained = results[-1].folder if results else self.c.model_folder, sum(r.train.tokens for r in results if r.train)
-    key = f'judged {machine()} {self.work} {self.c.samples} {folder.name} {digest(self.c.data_folder)}'
+    key = f'judged {machine()} {self.work} {self.c.samples} {folder.name} {digest(self.c.data_folder/FORMS[self.c.text].folder)}'
     found = self.ledger.known(key, lambda: self._judged(folder))
     return Candidate(name, folder, *found, trained, steps, point)
 
@@ -470,13 +472,14 @@ def config_of(
     goal: str = 'ms',    # or mb
     **own,               # fields of `BudgetConfig` that differ
 ) -> BudgetConfig:
-    "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text."
+    "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text, or what the code gives."
     named = {} if model is None else {'model': named_model(model)}
     kind = re.sub(r'[=+]', '', f'budget-{asked}').replace(',', '-').replace('.', '_')
     if not asked.limits and goal == 'mb': kind += '-mb'
     base = dict(run_id=name_of_search(kind, model, own.get('data')), profile='search', budget=asked, goal=goal,
                 skip=0 if own.get('data') else SEEN)
-    return BudgetConfig(**base | named | own).with_samples(200)
+    c = BudgetConfig(**base | named | own)
+    return c.with_samples(min(200, c.samples_there()))
 
 def run_budget(
     model=None,          # a model folder, or a name as for `load`; None: the embedded model

@@ -199,7 +199,8 @@ def export(
     from codegpt_nbc.core.paths import check_out
     from codegpt_nbc.data.inputs import named_model, resolve_model
     folder = resolve_model(named_model(model), 'try')
-    if format != 'gguf' or not out.is_dir(): check_out(out, '' if format == 'gguf' else 'model', [folder], force)
+    sources = [folder, *filter(os.path.exists, [model])]     # of a GGUF file, the folder is a copy
+    if format != 'gguf' or not out.is_dir(): check_out(out, '' if format == 'gguf' else 'model', sources, force)
     room = {'onnx': 'onnx_export', 'openvino': 'openvino', 'gguf': 'gguf_export'}[format]
     write = resolve_name(f'codegpt_nbc.engines.{room}:export_{format}')
     print(write(folder, out, precision))

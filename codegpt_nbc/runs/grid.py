@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pydantic import field_validator
 from ..core.config import BACKENDS, Strict
 from ..core.paths import (BASE_MODEL, EMBEDDED, OWN_FILES, NAME, all_cores, atomic_path, check_out, check_replaceable,
                                     figures_dir, models_dir, project_root, read_json, runs_dir, shared)
@@ -38,6 +39,14 @@ class Recipe(Strict):
     "A chain of methods, each on the output of the one before."
     about: str                       # one sentence
     steps: list[dict]                # `method` and the parameters that make the step what it is
+
+    @field_validator('steps')
+    @classmethod
+    def _each_with_a_method(cls, steps):
+        if not steps: raise ValueError('a recipe needs a step: name a method')
+        for s in steps:
+            if not isinstance(s.get('method'), str): raise ValueError(f'the step {s} names no method: add, for instance, method: onnx')
+        return steps
 
 class Profile(Strict):
     "A grid of runs."
@@ -232,6 +241,9 @@ def run_notebook(
     own = {'run_id': run_id} if 'run_id' in template_parameters(template) else {}   # so that there is a cell of them, see `is_executed`
     params = _from_here(own | params, profile)
     _check_notebook(out, template, force)
+    result = runs_dir(profile)/f'{run_id}.json'
+    if result.exists() and not force:
+        raise FileExistsError(f'the run {run_id!r} of the profile {profile!r} has a result: give another run_id, or --force to replace it.')
     quiet, screen = ['--IPKernelApp.log_level=50'], Screen()   # it calls local TCP and its own orderly end errors
     shown = dict(progress_bar=bar and screen.bar(out.stem), stderr_file=screen.loop if bar else None)
     with atomic_path(out) as tmp, _all_or_nothing(profile, run_id):
@@ -346,13 +358,22 @@ def _check_earlier(folder: Path):
     own = read_json(folder/OWN_FILES) if (folder/OWN_FILES).is_file() else {}
     check_replaceable(folder, own.get('kind') or 'model')
 
+def _left_by_killed(profile: str, run_id: str) -> list: # of paths
+    "The scratch folders of a run; none while a process that made one of them lives."
+    from psutil import pid_exists
+    names = {f'.tmp-{run_id}{suffix}' for suffix in ('', '.ipynb', '.json')}
+    found = [p for folder in (runs_dir(profile), models_dir(profile)) for p in folder.glob(f'.tmp-{run_id}[-.]*')
+             if p.name.rpartition('-')[0] in names]
+    makers = [p.name.rpartition('-')[2].partition('_')[0] for p in found]
+    return [] if any(pid.isdigit() and pid_exists(int(pid)) for pid in makers) else found
+
 @contextmanager
 def _all_or_nothing(profile: str, run_id: str):
     "Within the block, the run has a scratch folder for all that it writes; afterwards its files take their places, or vanish if it failed."
     places = models_dir(profile), runs_dir(profile)
     _check_earlier(places[0]/run_id)
     for place in places: place.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{run_id}-', dir=places[0]))
+    scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{run_id}-{os.getpid()}_', dir=places[0]))
     os.environ['CODEGPT_NBC_SCRATCH'] = str(scratch)   # read by `RunConfig`
     try:
         yield
@@ -499,8 +520,7 @@ def reproduce(
     runs = read_profile(profile)
     for r in runs.values(): kernel_of(r.params)   # a missing kernel is reported now, and once
     with _only_grid():
-        for folder, i in itertools.product((runs_dir(profile), models_dir(profile)), runs):
-            for scratch in folder.glob(f'.tmp-{i}[-.]*'): shutil.rmtree(scratch, ignore_errors=True)   # of a killed run
+        for scratch in (p for i in runs for p in _left_by_killed(profile, i)): shutil.rmtree(scratch, ignore_errors=True)
         print(f'profile {profile}: {len(runs)} runs, {len(_not_made(profile, runs))} of them not made yet', flush=True)
         with _watched(Progress(profile, runs)), (nullcontext({}) if cluster else warmed()) as found:
             done = subprocess.run(snakemake_command(profile, cores or all_cores(), cluster=cluster), env=os.environ | found)

@@ -7,7 +7,7 @@ __all__ = ['OBJECTIVES', 'Rung', 'Candidate', 'slug', 'judge', 'pareto', 'promis
            'name_of_search', 'run_search', 'search_report', 'best_recipe', 'SearchConfig']
 
 # %% ../../nbs/runs/72_search.ipynb #a6c46dec
-import json, sys, time
+import json, os, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,8 @@ from ..core.config import Strict
 from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_dir, write_json
 from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
-from ..data.samples import PROTOCOLS
+from ..data.samples import FORMS, PROTOCOLS
+from ..data.tokenizer import text_of
 from ..evidence.metrics import pareto_front
 from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
 from .steps import NEW_TOKENS, WINGS, Clock, make_recipe, plan_of, scores_of
@@ -77,6 +78,7 @@ def choose(candidates: list, objective: str, es_drop: float) -> Candidate:
     dense, made = _dense_es(candidates), [c for c in candidates if c.recipe != 'dense']
     fits = [c for c in made if c.es >= dense - es_drop]
     if fits: return min(fits, key=OBJECTIVES[objective])
+    if not made: raise ValueError('no recipe goes on to the last rung: allow more loss, or add recipes to configs/recipes.yaml.')
     near = max(made, key=lambda c: c.es)
     raise ValueError(f'no recipe stays within {es_drop:g} points of edit similarity: the nearest, {near.recipe!r}, '
                      f'loses {dense - near.es:.1f}; allow more, or add recipes to configs/recipes.yaml.')
@@ -134,7 +136,7 @@ def _climb(
 ) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
     from codegpt_nbc.evidence.cost_table import machine
-    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model)
+    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model)/FORMS[text_of(model)].folder
     place = f'{profile}-{digest(model, *about, code_of(*WINGS, "evidence"), machine())}'     # candidates hold speeds of this machine
     path, label = models_dir(place)/'candidates.json', f'rung {number + 1} of {of}'
     known = read_json(path) if path.is_file() else {}
@@ -182,7 +184,8 @@ def name_of_search(
 ) -> str:
     "A run id of its own for each model and each code."
     usual = model in (None, SearchConfig.model_fields['model'].default) and not data
-    return kind if usual else f'{kind}-{digest(str(model and named_model(model)), str(data))[:6]}'
+    code = str(Path(data).resolve()) if data and os.path.isdir(data) else str(data)
+    return kind if usual else f'{kind}-{digest(str(model and named_model(model)), code)[:6]}'
 
 def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
     "The settings of the profile `search`, with one's own model, goal and code."
@@ -192,8 +195,10 @@ def _search_config(model, es_drop: float, objective: str, data: str): # `SearchC
     if model is not None: own['model'] = named_model(model)
     if data: own['data'] = data
     config = SearchConfig(**runs[0].params | own)
-    config = config.with_samples(max(getattr(config, p) for p in PROTOCOLS))     # as many, in the text of one's own model
+    asked = max(getattr(config, p) for p in PROTOCOLS)
+    config = config.with_samples(min(asked, config.samples_there()))     # as many, in the text of one's own model
     config.check()
+    config.check_valid(max(Rung(**r).samples for r in config.rungs))
     return config
 
 def run_search(

@@ -1,0 +1,96 @@
+"""What the package wrote itself must not get in its own way: caches below the data, results of other runs, models that are being read."""
+import os
+from types import SimpleNamespace
+import pytest
+from test_protocols import write
+from test_rare import tiny
+from codegpt_nbc.core.paths import check_out, models_dir, project_root, runs_dir
+from codegpt_nbc.core.record import HeldOut
+from codegpt_nbc.data.inputs import RunConfig, resolve_data
+from codegpt_nbc.data.repository import is_repository
+from codegpt_nbc.report.frame import loss_test
+from codegpt_nbc.runs.grid import Recipe, _left_by_killed, run_notebook, template_of
+from codegpt_nbc.runs.search import Candidate, choose, name_of_search
+
+
+def test_a_cache_below_a_repository_is_not_its_code(tmp_path, monkeypatch):
+    "As where one installs the package, changes into a repository, and says `--data .`: the cache lies in that very folder."
+    mine = write(tmp_path/'mine', 40)
+    for mark in mine.rglob('pyproject.toml'): mark.unlink()
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(mine))
+    monkeypatch.chdir(mine)
+    first = resolve_data('.')
+    assert project_root() in first.parents and is_repository(mine) and resolve_data('.') == first
+
+
+def test_searches_of_two_repositories_of_one_relative_name_keep_to_themselves(tmp_path, monkeypatch):
+    names = set()
+    for name in ('a', 'b'):
+        (tmp_path/name).mkdir()
+        monkeypatch.chdir(tmp_path/name)
+        names.add(name_of_search('search-size-1', None, '.'))
+    assert len(names) == 2
+
+
+def test_a_result_is_replaced_by_force_alone(home):
+    runs_dir('try').mkdir(parents=True)
+    (runs_dir('try')/'prune.json').write_text('{}')
+    with pytest.raises(FileExistsError, match="the run 'prune' of the profile 'try' has a result: give another run_id, or --force"):
+        run_notebook(template_of('prune'), 'other.ipynb', {}, bar=False)
+
+
+def test_what_a_living_run_writes_is_left_alone(home):
+    for folder in (models_dir('p'), runs_dir('p')): folder.mkdir(parents=True)
+    alive, longer = models_dir('p')/f'.tmp-a-{os.getpid()}_x1y2z3ab', models_dir('p')/'.tmp-a-b-99999999_x1y2z3ab'
+    dead = models_dir('p')/'.tmp-a-99999999_x1y2z3ab', runs_dir('p')/'.tmp-a.ipynb-x1y2z3ab'
+    for folder in (alive, longer, *dead): folder.mkdir()
+    assert _left_by_killed('p', 'a') == []
+    alive.rmdir()
+    assert set(_left_by_killed('p', 'a')) == set(dead)     # of `a-b` nothing
+
+
+def test_a_file_that_is_read_is_not_written(tmp_path):
+    model = tmp_path/'model.gguf'
+    model.write_bytes(b'GGUF')
+    with pytest.raises(FileExistsError, match='is what is being read: choose another name'):
+        check_out(model, sources=[tmp_path/'copy', model], force=True)
+
+
+def test_a_compressed_model_is_the_folder_and_no_run_of_its_name(home, monkeypatch, tmp_path):
+    from codegpt_nbc import compress
+    monkeypatch.chdir(tmp_path)
+    tiny(models_dir('try')/'small', 1)
+    small = compress(tiny(tmp_path/'dense'), out='small', progress=False, budgets={'onnx': {'compare': 2}})
+    assert RunConfig(run_id='x', model=str(small.folder)).model_folder == tmp_path/'small'
+
+
+def test_losses_of_other_rows_are_not_compared():
+    def run(data='', skip=200, tokens=1024, rows=2):
+        held = HeldOut(tokens=tokens, loss=1., loss_ci=(1., 1.), loss_each=' '.join(['1.0']*rows), kl=.1)
+        return SimpleNamespace(config=dict(data=data, skip=skip), held_out=held)
+    assert loss_test(run(), run())['difference'] == 0
+    for other in (run(data='mine'), run(skip=0), run(rows=4)): assert loss_test(run(), other) is None
+
+
+def test_a_recipe_has_steps_and_each_a_method():
+    for steps, said in (([], 'a recipe needs a step'), ([{'precision': 'int8'}], 'names no method')):
+        with pytest.raises(ValueError, match=said): Recipe(about='x', steps=steps)
+
+
+def test_a_search_that_only_the_dense_model_survives_says_so():
+    with pytest.raises(ValueError, match='no recipe goes on to the last rung: allow more loss'):
+        choose([Candidate('dense', 60., 46., 1., 'd')], 'size', 1.)
+
+
+def test_why_no_file_is_usable_is_said(tmp_path):
+    for i in range(30):
+        (tmp_path/f'old{i}.py').write_text('\n'.join(f'print "{i} {k}"' for k in range(12)))
+    with pytest.raises(ValueError, match='too few usable Python files.*does not parse'): resolve_data(str(tmp_path))
+
+
+def test_a_search_says_at_once_that_validation_samples_lack(home):
+    c = RunConfig(run_id='x', data=str(write(home/'mine', 40)))
+    there = c.samples_there('valid')
+    c.check_valid(there)
+    with pytest.raises(ValueError, match=f'has {there} validation samples, but {there + 1} judge each candidate: give more code'):
+        c.check_valid(there + 1)

@@ -472,14 +472,13 @@ def config_of(
     goal: str = 'ms',    # or mb
     **own,               # fields of `BudgetConfig` that differ
 ) -> BudgetConfig:
-    "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text, or what the code gives."
+    "The settings of a search from a shell: 200 unseen test samples of the protocol of the model's text."
     named = {} if model is None else {'model': named_model(model)}
     kind = re.sub(r'[=+]', '', f'budget-{asked}').replace(',', '-').replace('.', '_')
     if not asked.limits and goal == 'mb': kind += '-mb'
     base = dict(run_id=name_of_search(kind, model, own.get('data')), profile='search', budget=asked, goal=goal,
                 skip=0 if own.get('data') else SEEN)
-    c = BudgetConfig(**base | named | own)
-    return c.with_samples(min(200, c.samples_there()))
+    return BudgetConfig(**base | named | own).with_samples(200)
 
 def run_budget(
     model=None,          # a model folder, or a name as for `load`; None: the embedded model
@@ -491,6 +490,7 @@ def run_budget(
 ) -> tuple: # (executed notebook, model folder)
     "Search within a budget, then write it as a notebook. A search that was killed goes on where it stopped."
     c = config_of(model, read_budget(budget), goal, **own)
+    c = c.with_samples(min(c.judged, c.samples_there()))     # one's own code may give fewer
     c.check()
     out = Path(out) if out else models_dir('search')/c.run_id.replace('budget', 'best', 1)
     check_out(out, 'model', [c.model_folder], force or out.parent == models_dir('search'))

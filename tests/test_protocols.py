@@ -235,7 +235,7 @@ def test_bad_repositories_are_one_sentence(home):
     sentence(lambda: resolve_data(str(write(home/'few', 4))), 'too few usable Python files', 'twenty or more')
     (home/'bad').mkdir()
     for i in range(30): (home/'bad'/f'{i}.py').write_text('def (', encoding='utf-8')
-    sentence(lambda: resolve_data(str(home/'bad')), '(0 of 30)')
+    sentence(lambda: resolve_data(str(home/'bad')), '(0 of 30; does not parse: 30)')
     assert not (home/'build'/'imported').exists() or not [*(home/'build'/'imported').glob('*')] and FEWEST
 
 

@@ -11,6 +11,7 @@ from codegpt_nbc.data.repository import is_repository
 from codegpt_nbc.report.frame import loss_test
 from codegpt_nbc.runs.grid import Recipe, _left_by_killed, run_notebook, template_of
 from codegpt_nbc.runs.search import Candidate, choose, name_of_search
+from codegpt_nbc.runs.steps import apply_recipe
 
 
 def test_a_cache_below_a_repository_is_not_its_code(tmp_path, monkeypatch):
@@ -72,9 +73,10 @@ def test_losses_of_other_rows_are_not_compared():
     for other in (run(data='mine'), run(skip=0), run(rows=4)): assert loss_test(run(), other) is None
 
 
-def test_a_recipe_has_steps_and_each_a_method():
-    for steps, said in (([], 'a recipe needs a step'), ([{'precision': 'int8'}], 'names no method')):
-        with pytest.raises(ValueError, match=said): Recipe(about='x', steps=steps)
+def test_a_recipe_has_steps_and_each_a_method(home, tmp_path):
+    with pytest.raises(ValueError, match='names no method'): Recipe(about='x', steps=[{'precision': 'int8'}])
+    with pytest.raises(ValueError, match="the recipe 'x' has no steps: name a method"):
+        apply_recipe(tiny(tmp_path/'m'), Recipe(about='x', steps=[]), tmp_path/'out', {})
 
 
 def test_a_search_that_only_the_dense_model_survives_says_so():

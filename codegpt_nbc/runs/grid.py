@@ -43,7 +43,6 @@ class Recipe(Strict):
     @field_validator('steps')
     @classmethod
     def _each_with_a_method(cls, steps):
-        if not steps: raise ValueError('a recipe needs a step: name a method')
         for s in steps:
             if not isinstance(s.get('method'), str): raise ValueError(f'the step {s} names no method: add, for instance, method: onnx')
         return steps

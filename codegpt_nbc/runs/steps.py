@@ -264,6 +264,7 @@ def apply_recipe(
     "Apply a recipe to a model. Raises `FileExistsError` if `out` exists, with `force` if it is not an earlier model of ours."
     import shutil
     check_out(out, 'model', [model], force)
+    if not recipe.steps: raise ValueError(f'the recipe {recipe.about!r} has no steps: name a method.')
     results = make_recipe(model, recipe, budgets, data, quiet)
     with new_folder(out, 'model', [model]) as tmp: shutil.copytree(results[-1].folder, tmp, dirs_exist_ok=True)
     return results[:-1] + [StepResult(Path(out), results[-1].train, results[-1].details)]

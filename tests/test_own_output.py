@@ -17,7 +17,6 @@ from codegpt_nbc.runs.steps import apply_recipe
 def test_a_cache_below_a_repository_is_not_its_code(tmp_path, monkeypatch):
     "As where one installs the package, changes into a repository, and says `--data .`: the cache lies in that very folder."
     mine = write(tmp_path/'mine', 40)
-    for mark in mine.rglob('pyproject.toml'): mark.unlink()
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(mine))
     monkeypatch.chdir(mine)
     first = resolve_data('.')

@@ -275,7 +275,6 @@ def foreign_files(folder): # generator of paths
         folders[:] = sorted(d for d in folders if not ours(Path(here)/d))
         yield from (path for path in (Path(here)/name for name in sorted(names)) if path.is_file())
 
-
 # %% ../../nbs/core/00_paths.ipynb #8dd8b8b4
 def sha256(path) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, read in blocks."

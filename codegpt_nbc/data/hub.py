@@ -110,7 +110,8 @@ def _gathered(folders: list) -> Path:
     for folder in reversed(folders):
         links |= {p.relative_to(folder): p.resolve() for p in sorted(folder.rglob('*'))
                   if p.is_file() and p.name != OWN_FILES}
-    state = sorted((name, p, p.stat().st_size, p.stat().st_mtime_ns) for name, p in links.items())   # where there are copies, not links
+    # Where links are not permitted there are copies, which would go stale
+    state = sorted((name, p, p.stat().st_size, p.stat().st_mtime_ns) for name, p in links.items())
     key = blake2b(repr(state).encode(), digest_size=8).hexdigest()
     out = project_root()/'build'/'gathered'/key
     if out.is_dir(): return out

@@ -1,11 +1,12 @@
 """What the package wrote itself must not get in its own way: caches below the data, results of other runs, models that are being read."""
-import os
+import errno, os
 from types import SimpleNamespace
 import pytest
 from test_protocols import write
 from test_rare import tiny
 from codegpt_nbc.core.paths import check_out, models_dir, project_root, runs_dir
 from codegpt_nbc.core.record import HeldOut
+from codegpt_nbc.data.hub import _reason
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import is_repository
 from codegpt_nbc.report.frame import loss_test
@@ -95,3 +96,10 @@ def test_a_search_says_at_once_that_validation_samples_lack(home):
     c.check_valid(there)
     with pytest.raises(ValueError, match=f'has {there} validation samples, but {there + 1} judge each candidate: give more code'):
         c.check_valid(there + 1)
+
+
+def test_what_trying_again_cannot_mend_is_not_tried_again():
+    for code, remedy in ((errno.ENOSPC, 'make room'), (errno.EACCES, 'HF_HOME')):
+        said = _reason(OSError(code, os.strerror(code)), 'main')
+        assert remedy in said and 'try again' not in said
+    assert 'try again' in _reason(ConnectionError(), 'main')

@@ -313,11 +313,11 @@ class Placeholders(Quotations):
     def section(self, page: str, before: str = '') -> str: # Markdown
         """A part of a page. Where runs of it are missing, that part with the results of the profile `before`, which it says first,
         or else in italics the runs that it waits for."""
-        try: return render(page, self._fr, self._root).strip()
-        except MissingResult: earlier = before and self._profile(before).frame
-        if before and len(earlier):
-            said = paragraph(page, earlier, root=self._root)
-            if said: return f"{render('before.md', earlier, now=self._name)}\n{said}"
+        for name in filter(None, (self._name, before)):
+            fr = self._profile(name).frame
+            try: said = render(page, fr, self._root).strip()
+            except MissingResult: continue
+            return said if name == self._name else f"{render('before.md', fr, now=self._name)}\n{said}"
         return paragraph(page, self._fr, root=self._root)
 
     def energy_known(self) -> bool:

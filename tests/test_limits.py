@@ -244,7 +244,8 @@ def test_tokens_that_go_on_take_the_memory_of_a_piece():
 def test_the_times_of_operators_are_of_whole_prompts(precision, words, tmp_path):
     source = saved(replace(LLAMA, context=2048), tmp_path/'m', words)
     folder = export_onnx(source, tmp_path/'o', precision)
-    def took(tokens): return sum(read for read, _ in operator_times(folder, tokens, 3, 1).values())   # ms
+    def once(tokens): return sum(read for read, _ in operator_times(folder, tokens, 3, 1).values())   # ms
+    def took(tokens): return min(once(tokens) for _ in range(3))     # beside other programs
     assert took(1034) > 2*took(300)   # in int4 the graph for tokens reads the last 10
 
 

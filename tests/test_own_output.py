@@ -1,5 +1,6 @@
 """What the package wrote itself must not get in its own way: caches below the data, results of other runs, models that are being read."""
 import errno, os
+from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from test_protocols import write
@@ -10,7 +11,7 @@ from codegpt_nbc.data.hub import _reason
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import is_repository
 from codegpt_nbc.report.frame import loss_test
-from codegpt_nbc.runs.grid import Recipe, _left_by_killed, run_notebook, template_of
+from codegpt_nbc.runs.grid import Recipe, _left_by_killed, _place_of, run_notebook, template_of
 from codegpt_nbc.runs.search import Candidate, choose, name_of_search
 from codegpt_nbc.runs.steps import apply_recipe
 
@@ -35,9 +36,15 @@ def test_searches_of_two_repositories_of_one_relative_name_keep_to_themselves(tm
 
 def test_a_result_is_replaced_by_force_alone(home):
     runs_dir('try').mkdir(parents=True)
-    (runs_dir('try')/'prune.json').write_text('{}')
-    with pytest.raises(FileExistsError, match="the run 'prune' of the profile 'try' has a result: give another run_id, or --force"):
-        run_notebook(template_of('prune'), 'other.ipynb', {}, bar=False)
+    (runs_dir('try')/'mine.json').write_text('{}')
+    for out, params in (('other.ipynb', {'run_id': 'mine'}), ('mine.ipynb', {})):
+        with pytest.raises(FileExistsError, match="the run 'mine' of the profile 'try' has a result: give another run_id, or --force"):
+            run_notebook(template_of('prune'), out, params, bar=False)
+
+
+def test_two_notebooks_of_one_template_have_a_result_each():
+    places = [_place_of(template_of('prune'), {}, Path(f'{name}.ipynb')) for name in 'ab']
+    assert places == [('try', 'a'), ('try', 'b')]
 
 
 def test_what_a_living_run_writes_is_left_alone(home):

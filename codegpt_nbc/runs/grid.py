@@ -342,15 +342,15 @@ def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) ->
 
 # %% ../../nbs/runs/70_grid.ipynb #5e0c7d1a
 def _place_of(template, params: dict, out: Path) -> tuple: # (profile, run id)
-    "Where the results of a run belong: as its parameters say, or else the template's."
+    "Where the results of a run belong: as its parameters say, or else in the template's profile under the notebook's name."
     written = template_parameters(template)
     def value(name, default):
-        given = params.get(name) or (ast.literal_eval(written[name]) if name in written else default)
+        given = params.get(name) or default
         if not isinstance(given, str): raise ValueError(f'parameter {name!r} is {given!r}: give a word.')
         return given
-    run_id = re.sub(r'[^\w.-]', '_', value('run_id', out.stem))
+    run_id = re.sub(r'[^\w.-]', '_', value('run_id', out.stem))     # not the template's: two notebooks of one have a result each
     if not re.match(NAME, run_id): raise ValueError(f'{run_id!r} cannot name a run: use letters, digits, - and _.')
-    return value('profile', 'try'), run_id
+    return value('profile', ast.literal_eval(written['profile']) if 'profile' in written else 'try'), run_id
 
 def _check_earlier(folder: Path):
     "Raise `FileExistsError` where a run would replace a folder that is none of a run, or to which someone added a file."

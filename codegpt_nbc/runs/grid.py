@@ -357,14 +357,19 @@ def _check_earlier(folder: Path):
     own = read_json(folder/OWN_FILES) if (folder/OWN_FILES).is_file() else {}
     check_replaceable(folder, own.get('kind') or 'model')
 
+def _lives(pid: str) -> bool:
+    "Is it the number of a process? One that has ended, and that nobody has asked how, is none."
+    import psutil
+    try: return psutil.Process(int(pid)).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except (ValueError, psutil.Error): return False
+
 def _left_by_killed(profile: str, run_id: str) -> list: # of paths
     "The scratch folders of a run; none while a process that made one of them lives."
-    from psutil import pid_exists
     names = {f'.tmp-{run_id}{suffix}' for suffix in ('', '.ipynb', '.json')}
     found = [p for folder in (runs_dir(profile), models_dir(profile)) for p in folder.glob(f'.tmp-{run_id}[-.]*')
              if p.name.rpartition('-')[0] in names]
     makers = [p.name.rpartition('-')[2].partition('_')[0] for p in found]
-    return [] if any(pid.isdigit() and pid_exists(int(pid)) for pid in makers) else found
+    return [] if any(map(_lives, makers)) else found
 
 @contextmanager
 def _all_or_nothing(profile: str, run_id: str):

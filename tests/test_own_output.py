@@ -1,11 +1,11 @@
 """What the package wrote itself must not get in its own way: caches below the data, results of other runs, models that are being read."""
-import errno, os
+import ast, errno, os
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
 from test_protocols import write
 from test_rare import tiny
-from codegpt_nbc.core.paths import check_out, models_dir, project_root, runs_dir
+from codegpt_nbc.core.paths import check_out, models_dir, project_root, read_json, runs_dir
 from codegpt_nbc.core.record import HeldOut
 from codegpt_nbc.data.hub import _reason
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
@@ -13,7 +13,7 @@ from codegpt_nbc.data.repository import is_repository
 from codegpt_nbc.report.frame import loss_test
 from codegpt_nbc.runs.grid import Recipe, _left_by_killed, _place_of, run_notebook, template_of
 from codegpt_nbc.runs.search import Candidate, choose, name_of_search
-from codegpt_nbc.runs.steps import apply_recipe
+from codegpt_nbc.runs.steps import SEED, apply_recipe, step_config
 
 
 def test_a_cache_below_a_repository_is_not_its_code(tmp_path, monkeypatch):
@@ -110,3 +110,23 @@ def test_what_trying_again_cannot_mend_is_not_tried_again():
         said = _reason(OSError(code, os.strerror(code)), 'main')
         assert remedy in said and 'try again' not in said
     assert 'try again' in _reason(ConnectionError(), 'main')
+
+
+def test_the_seed_of_a_recipe_is_that_of_every_step_that_names_none(home, tmp_path):
+    model, step = tiny(tmp_path/'m'), {'method': 'distill', 'tokens': 64, 'length': 32, 'batch': 2}
+    places = {step_config(step | own, model, budget, seed=seed).out_folder
+              for own, budget, seed in (({}, {}, 1), ({}, {}, 2), ({'seed': 3}, {}, 1), ({}, {'seed': 4}, 1))}
+    assert len(places) == 4
+    assert step_config(step, model, {}, seed=SEED).seed == step_config(step, model, {}).seed == SEED
+    assert step_config(step | {'seed': 2}, model, {'seed': 4}, seed=1).seed == 2
+
+
+@pytest.mark.parametrize('template', ['search', 'compress', 'budget'])
+def test_templates_that_judge_a_recipe_pass_over_the_samples_that_chose_it(template):
+    code = '\n'.join(''.join(c['source']) for c in read_json(template_of(template))['cells'] if c['cell_type'] == 'code')
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    named = {(c.func.id, k.arg): ast.unparse(k.value) for c in calls if isinstance(c.func, ast.Name) for k in c.keywords}
+    judges = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'before_after', 'load_samples'}
+    assert judges and all(named.get((call, 'skip')) == 'cfg.skip' for call in judges)
+    makes = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'apply_recipe', 'search'}
+    assert all(named.get((call, 'seed')) == 'cfg.seed' for call in makes)

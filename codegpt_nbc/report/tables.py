@@ -507,7 +507,8 @@ def search_row(r) -> dict: # column → text; r: `Result`
     found = r.details['before_after']
     if 'before' in found: before, after = found['before'], found['after']
     else: before, after = ({k: v[side] for k, v in found.items()} for side in ('before', 'after'))
-    change = f"{after['ES %'] - before['ES %']:+.1f}".replace('-', '−')
+    ends = [after[f'ES − before, at {end}'] for end in ('least', 'most')]
+    change = change_interval({'difference': after['ES %'] - before['ES %'], 'ci': ends})
     return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}",
             'recipe': f"`{r.details['chosen']}`",
             'file MB': number(after['file MB'], 3), '× faster': times_text(after['samples/s, × before']),

@@ -16,11 +16,11 @@ from ..core.config import Strict
 from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_dir, write_json
 from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
-from ..data.samples import FORMS, PROTOCOLS
+from ..data.samples import FORMS
 from ..data.tokenizer import text_of
 from ..evidence.metrics import pareto_front
 from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
-from .steps import NEW_TOKENS, WINGS, Clock, make_recipe, plan_of, scores_of
+from .steps import NEW_TOKENS, SEED, WINGS, Clock, make_recipe, plan_of, scores_of
 
 # %% ../../nbs/runs/72_search.ipynb #9c9c9958
 class Rung(Strict):
@@ -117,13 +117,13 @@ class SearchClock(Clock):
 def _judged(
     name: str,         # of a recipe, or dense
     recipes: dict,
-    model: Path, rung: Rung, prompt_tokens: int, data: str,
+    model: Path, rung: Rung, prompt_tokens: int, data: str, seed: int,
     clock: SearchClock | None = None, # None: say nothing
     number: int = 0,                  # of the rung
 ) -> dict: # fields of `Candidate`
     "Make one candidate with a rung's budget, and judge it."
     made = model
-    if name != 'dense': made = make_recipe(model, recipes[name], rung.budgets, data, quiet=clock is None, clock=clock)[-1].folder
+    if name != 'dense': made = make_recipe(model, recipes[name], rung.budgets, data, clock is None, clock, seed)[-1].folder
     began = time.time()
     found = vars(judge(name, made, model, rung, prompt_tokens, resolve_data(data, model)))
     if clock: clock.judged(number, time.time() - began)
@@ -132,11 +132,11 @@ def _judged(
 # %% ../../nbs/runs/72_search.ipynb #82fe76fc
 def _climb(
     rung: Rung, names: list, number: int, of: int, profile: str,
-    recipes: dict, model: Path, prompt_tokens: int, data: str, clock: SearchClock | None,
+    recipes: dict, model: Path, prompt_tokens: int, data: str, seed: int, clock: SearchClock | None,
 ) -> list: # of `Candidate`
     "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
     from codegpt_nbc.evidence.cost_table import machine
-    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, resolve_data(data, model)/FORMS[text_of(model)].folder
+    about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, seed, resolve_data(data, model)/FORMS[text_of(model)].folder
     place = f'{profile}-{digest(model, *about, code_of(*WINGS, "evidence"), machine())}'     # candidates hold speeds of this machine
     path, label = models_dir(place)/'candidates.json', f'rung {number + 1} of {of}'
     known = read_json(path) if path.is_file() else {}
@@ -146,7 +146,7 @@ def _climb(
         bar.set_postfix_str(name)
         if is_known(name): continue
         if clock: _tell(clock, number, [n for n in names[i:] if not is_known(n)], names, f'{label}, {i + 1} of {len(names)}: {name}')
-        known[keys[name]] = _judged(name, recipes, model, rung, prompt_tokens, data, clock, number)
+        known[keys[name]] = _judged(name, recipes, model, rung, prompt_tokens, data, seed, clock, number)
         write_json(path, known)
     return [Candidate(**known[keys[name]] | {'recipe': name}) for name in names]
 
@@ -166,6 +166,7 @@ def search(
     prompt_tokens: int = 448,  # of a timed completion
     data: str = '',            # Code to train on and be judged by, as in `RunConfig`
     progress: bool = False,    # Say what it does and how long all will take, as a shell shows it
+    seed: int = SEED,          # Of steps that name none
 ) -> tuple: # (chosen `Candidate`, all candidates of the last rung)
     "Successive halving over recipes. A candidate that was judged before, of the same model and at the same cost, is not judged again."
     model, recipes = Path(model).resolve(), read_recipes() if recipes is None else recipes
@@ -173,7 +174,7 @@ def search(
     plans = [{name: plan_of(recipes[name], model, r.budgets, data) if name in recipes else [] for name in names} for r in rungs]
     clock = SearchClock(plans, [r.samples for r in rungs]) if progress else None
     for i, rung in enumerate(rungs):
-        found = _climb(rung, names, i, len(rungs), profile, recipes, model, prompt_tokens, data, clock)
+        found = _climb(rung, names, i, len(rungs), profile, recipes, model, prompt_tokens, data, seed, clock)
         names = promising(found, objective, es_drop, rung.slack)
     return choose(found, objective, es_drop), found
 
@@ -188,15 +189,14 @@ def name_of_search(
     return kind if usual else f'{kind}-{digest(str(model and named_model(model)), code)[:6]}'
 
 def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
-    "The settings of the profile `search`, with one's own model, goal and code."
+    "The settings of the profile `search`, with one's own model, goal and code; at the end 200 test samples, as many as a search by budget."
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
     own = dict(run_id=name_of_search(f'search-{objective}-{es_drop:g}', model, data), es_drop=es_drop)
     if model is not None: own['model'] = named_model(model)
-    if data: own['data'] = data
+    if data: own |= {'data': data, 'skip': 0}     # nothing was ever chosen on it
     config = SearchConfig(**runs[0].params | own)
-    asked = max(getattr(config, p) for p in PROTOCOLS)
-    config = config.with_samples(min(asked, config.samples_there()))     # as many, in the text of one's own model
+    config = config.with_samples(min(200, config.samples_there()))       # in the text of one's own model
     config.check()
     config.check_valid(max(Rung(**r).samples for r in config.rungs))
     return config
@@ -211,7 +211,7 @@ def run_search(
     c = _search_config(model, es_drop, objective, data)
     check_notebooks()
     rungs = [Rung(**r) for r in c.rungs]
-    search(c.model_folder, rungs, c.es_drop, c.objective, c.chosen_recipes(), c.profile, c.prompt_tokens, c.data, progress=True)
+    search(c.model_folder, rungs, c.es_drop, c.objective, c.chosen_recipes(), c.profile, c.prompt_tokens, c.data, True, c.seed)
     print('writing the notebook: the front, and the chosen recipe beside the dense model', file=sys.stderr, flush=True)
     out = run_notebook(template_of('search'), runs_dir('search')/f'{c.run_id}.ipynb', c.model_dump(), force=True)
     write_json(models_dir('search')/'best.json', {'recipe': search_report(out)['chosen']})

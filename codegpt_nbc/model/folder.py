@@ -117,6 +117,8 @@ def _scaling(config: dict, family: Family, context: int) -> Scaling | None:
     if kind not in ('default', 'linear', 'llama3'):
         raise ValueError(f'rotary positions of the kind {kind!r} are not supported: use a model with plain ones, linear or llama3.')
     if kind == 'default': return None
+    if 'theta' not in family.keys:     # where transformers reads no base, it reads no scaling either
+        raise ValueError(f'a {family.model_type} model does not scale rotary positions: remove {kind!r} from config.json.')
     try: n = _Llama3(**({'original_max_position_embeddings': context} | rope))
     except ValidationError as e:
         key = e.errors()[0]['loc'][0]
@@ -202,7 +204,7 @@ def shape_of_config(config: dict) -> tuple: # (Shape, Family)
         heads=tuple(sliced.heads) if sliced else (shared,)*n.layers,
         inner=tuple(sliced.inner) if sliced else (n.inner or 4*n.d_model,)*n.layers,
         family=family.model_type, queries=queries,
-        tied=family.tied if config.get('tie_word_embeddings') is None else bool(config['tie_word_embeddings']), eps=n.eps,
+        tied=_stated(config, 'tie_word_embeddings', bool, family.tied), eps=n.eps,
         windowed=n.context if capped else None, **_own_settings(config, family, n, d_head),
     ), family
 
@@ -263,8 +265,8 @@ def _apart(tensors: dict, shape: Shape) -> dict: # their name → tensor
     return out
 
 def _without_prefix(name: str) -> str:
-    "A base model saved without its head lacks the first part of the name."
-    return name.partition('.')[2]
+    "A base model saved without its head lacks the first part of the name. The head has no such part."
+    return name.partition('.')[2] if name.count('.') > 1 else name
 
 def to_disk(model: Decoder) -> dict: # name → tensor
     "The decoder's float tensors under the family's names and in its layout."
@@ -289,6 +291,15 @@ def _check_left_over(names: set, shape: Shape):
         raise ValueError(f'the weights hold {left[0]!r}{others}, which a {family.model_type} model has no place for: '
                          'check model_type in config.json, or use a model of a supported architecture.')
 
+def _check_tied(tensors: dict, shape: Shape):
+    "Raise `ValueError` where embeddings that are tied lie beside another head: which of the two is meant cannot be told."
+    names = dict(FAMILIES[shape.family].names)
+    head, lookup = names['tokens.head.weight'], names['tokens.lookup.weight']
+    own = tensors.get(lookup, tensors.get(_without_prefix(lookup)))
+    if not shape.tied or head not in tensors or own is None or torch.equal(tensors[head], own): return
+    raise ValueError(f'config.json ties the head to {lookup!r}, but the weights hold another {head!r}: '
+                     "write 'tie_word_embeddings': false there, or remove the tensor.")
+
 class _WithoutInit(TorchFunctionMode):
     "Within it, new modules draw no weights: those of a file take their place. PyTorch's compiler is not imported for it."
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -308,6 +319,8 @@ def from_disk(
         if ours not in wanted: continue
         w, want = tensors.get(theirs, tensors.get(_without_prefix(theirs))), wanted[ours].shape
         if w is None: raise ValueError(f'the weights lack the tensor {theirs!r}: the folder is incomplete or of another architecture.')
+        if not w.is_floating_point():
+            raise ValueError(f'{theirs!r} holds integers without a quantization_config in config.json: restore it, or use the float model.')
         w = w.T if transposed else w
         w = (w if stored and w.dtype == torch.bfloat16 else w.float()).contiguous()
         if w.shape != want: raise ValueError(f'{theirs!r} has shape {tuple(w.shape)}, but the configuration asks for {tuple(want)}.')
@@ -315,6 +328,7 @@ def from_disk(
         state[ours] = in_file_order(w, ours, shape, back=True)
         placed |= {theirs, _without_prefix(theirs)}
     _check_left_over(set(tensors) - placed, shape)
+    _check_tied(tensors, shape)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True)
 
@@ -344,9 +358,12 @@ def read_tensors(folder) -> dict: # name → tensor
     if not files: return _read_pickled(folder)
     out = {}
     for f in files:
-        try: out |= load_file(f)
+        try: own = load_file(f)
         except (SafetensorError, OSError, ValueError) as e:
             raise ValueError(f'{f} is truncated or corrupt ({e}): fetch or make it again.') from None
+        if twice := sorted(set(out) & set(own)):
+            raise ValueError(f'{twice[0]!r} lies in {f} and in another file beside it: remove the one that is not of this model.')
+        out |= own
     return out
 
 def _read_pickled(folder: Path) -> dict: # name → tensor
@@ -438,6 +455,7 @@ def special_ids(folder) -> dict: # for config.json
         return {k: config[k] for k in SPECIAL_IDS if config.get(k) is not None}
     named = read_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').is_file() else {}
     words = {k: named.get(k.removesuffix('_id')) for k in SPECIAL_IDS[:2]}
+    words = {k: word.get('content') if isinstance(word, dict) else word for k, word in words.items()}   # older files hold objects
     words = {k: word for k, word in words.items() if isinstance(word, str)}
     if not words: return {}
     tok = load_tokenizer(folder)

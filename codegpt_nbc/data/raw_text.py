@@ -144,6 +144,24 @@ class RawText:
         return self.tok if 'ByteLevel' in _decoder_kinds(self.tok) else _without_prefix_space(self.tok)
 
     @cached_property
+    def _controls(self) -> re.Pattern: # of the texts of control tokens
+        added = self.tok.get_added_tokens_decoder()
+        return re.compile('|'.join(re.escape(t.content) for i, t in added.items() if not self.bytes[i]) or r'(?!)')
+
+    def _by_hand(self, text: str) -> bool:
+        "Does a text mark a gap in the model's own tokens? Only then do they count: source that names them is spelled like any other."
+        return bool(self.infill) and text.endswith(self.infill.before_answer)
+
+    def _reader(self, text: str, inside: bool, by_hand: bool) -> Tokenizer:
+        "The tokenizer for a part of a text."
+        plain = self._controls.search(text) and not by_hand
+        return self._plain[inside] if plain else self._inside if inside else self.tok
+
+    @cached_property
+    def _plain(self) -> dict: # inside? → the tokenizer that knows no control tokens
+        return {inside: _without_controls(tok, self.bytes) for inside, tok in ((False, self.tok), (True, self._inside))}
+
+    @cached_property
     def _lead(self) -> int:
         "Tokens at the beginning of a text that one that goes on has not: SentencePiece's blank."
         return len(encode_batch(self.tok, ['\n'])[0]) - len(encode_batch(self._inside, ['\n'])[0])
@@ -211,6 +229,17 @@ def _without_prefix_space(tok: Tokenizer) -> Tokenizer:
         if step.get('type') == 'ByteLevel': step['add_prefix_space'] = False
     return Tokenizer.from_str(json.dumps(state))
 
+def _without_controls(
+    tok: Tokenizer,
+    spelled: list, # see `token_bytes`
+) -> Tokenizer:
+    "A tokenizer to which the text of a control token is text."
+    state = json.loads(tok.to_str())
+    for t in state['added_tokens']: t['special'] = not spelled[t['id']]   # some mark a gap and are not called special
+    tok = Tokenizer.from_str(json.dumps(state))
+    tok.encode_special_tokens = True
+    return tok
+
 def surplus(
     tokens: int,    # of a text
     room: int,      # Tokens that fit
@@ -249,11 +278,15 @@ def _encode(self: RawText,
 ) -> list: # of lists of (part, its ids)
     "Texts in parts, or whole where they are short."
     rows = [_in_parts(text) if len(text) > 2*PART and self._joins else [text] for text in texts]
-    keys = [[(inside, i > 0, part) for i, part in enumerate(row)] for row in rows]
+    keys = [[(inside, self._by_hand(text), i > 0, part) for i, part in enumerate(row)] for text, row in zip(texts, rows)]
     found = {key: self._parts.get(key) for row in keys for key in row}
-    new = [key for key, ids in found.items() if ids is None]
-    for key, ids in zip(new, encode_batch(self._inside if inside else self.tok, [key[-1] for key in new])):
-        found[key] = np.array(ids[self._lead if key[1] and not inside else 0:], np.int32)
+    new = {}   # tokenizer → keys
+    for key in (key for key, ids in found.items() if ids is None):
+        _, by_hand, _, part = key
+        new.setdefault(self._reader(part, inside, by_hand), []).append(key)
+    for tok, group in new.items():
+        for key, ids in zip(group, encode_batch(tok, [key[-1] for key in group])):
+            found[key] = np.array(ids[self._lead if key[2] and not inside else 0:], np.int32)
     for row in keys:   # the last ones used are at the end
         for key in row if len(row) > 1 else ():
             self._parts.pop(key, None)
@@ -266,24 +299,25 @@ def _ids(parts: list) -> list: # `parts`: of a text, from `_encode`
     return np.concatenate([ids for _, ids in parts]).tolist()
 
 @patch
-def _begins(self: RawText, parts: list, token: int) -> int:
+def _begins(self: RawText, parts: list, token: int, by_hand: bool) -> int:
     "The position in a text at which a token of it begins."
     at = 0
     for part, ids in parts:
         if token < len(ids): break
         at, token = at + len(part), token - len(ids)
-    return at + self.tok.encode(part, add_special_tokens=False).offsets[token + (self._lead if at else 0)][0]
+    offsets = self._reader(part, False, by_hand).encode(part, add_special_tokens=False).offsets
+    return at + offsets[token + (self._lead if at else 0)][0]
 
 @patch
 def _fit(self: RawText, text: str, parts: list, room: int, block: int) -> list: # of ids
     "The end of a text, at most `room` tokens."
     ids = _ids(parts)
     if len(ids) <= room: return ids
-    out = surplus(len(ids), room, min(block, room))
-    at = self._begins(parts, out)
+    out, by_hand = surplus(len(ids), room, min(block, room)), self._by_hand(text)
+    at = self._begins(parts, out, by_hand)
     start = text.find('\n', max(0, at - 1)) + 1
     while start:
-        rest = encode_batch(self.tok, [text[start:]])[0]
+        rest = encode_batch(self._reader(text[start:], False, by_hand), [text[start:]])[0]
         if len(rest) < .75*room - block + 1: break
         if len(rest) <= room: return rest
         start = text.find('\n', start) + 1
@@ -309,6 +343,7 @@ def prompts(self: RawText,
     "Prompts that end with a whole token. Raises `ValueError` for a suffix if the tokenizer has no tokens for it."
     texts = list(map(whole, texts))
     suffixes = [None]*len(texts) if suffixes is None else list(suffixes)
+    if len(suffixes) != len(texts): raise ValueError(f'{len(texts)} prompts have {len(suffixes)} suffixes: give one for each, or None.')
     if any(s is not None for s in suffixes): self.asked_infill()
     after = [_ids(parts) for parts in self._encode([whole(s or '') for s in suffixes], inside=True)]
     rows = zip(texts, self._encode(texts), suffixes, after)

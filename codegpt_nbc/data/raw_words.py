@@ -7,6 +7,8 @@ __all__ = ['source_of', 'Spacing', 'to_source', 'open_at_end', 'is_whole', 'last
 
 # %% ../../nbs/data/19_raw_words.ipynb #4d6de37a
 import keyword, re, tokenize
+from bisect import bisect_right
+from collections import deque
 from dataclasses import dataclass, field
 from .text_format import Literals, abstract, source_lines, spell_out
 
@@ -91,14 +93,14 @@ _TRIPLE = {q: re.compile(r'(?:[^\\]|\\.)*?' + q, re.DOTALL) for q in ("'''", '""
 # Content up to the quote that ends it, or to the end of the line
 _CONTENT = {q: re.compile(rf'[^\\\r\n{q}]*(?:\\(?:\r\n|.)[^\\\r\n{q}]*)*', re.DOTALL) for q in ("'", '"')}
 
-def _string_end(source: str, quote: str, at: int) -> int | None: # None: the string is open
+def _string_end(source: str, quote: str, at: int) -> tuple: # (position or None: the string is open, position where Python goes on)
     "Where a string ends whose content begins at `at`. One that its line breaks off is an error in a line before: only its quote counts."
     if quote in _TRIPLE:
         closed = _TRIPLE[quote].match(source, at)
-        return closed and closed.end()
+        return (closed.end(),)*2 if closed else (None, None)
     end = _CONTENT[quote].match(source, at).end()
-    if source.startswith(quote, end): return end + 1
-    return at if source.startswith(('\r', '\n'), end) else None
+    if source.startswith(quote, end): return end + 1, end + 1
+    return (end + 1, at) if source.startswith(('\r', '\n'), end) else (None, None)
 
 _LINE_END = re.compile(r'[\r\n]')
 
@@ -108,19 +110,26 @@ def _open_brackets(code: str, depth: int) -> int:
     return depth
 
 # %% ../../nbs/data/19_raw_words.ipynb #d6b9e7c0
-def open_at_end(source: str) -> tuple: # ('comment', 'string' or '', position where it begins, open brackets)
-    "What is open at the end of a text."
+def _openings(source: str): # yields (kind, where it begins, where it ends or None, open brackets before it)
+    "Comments and strings in order; a last one of the kind '' where none is open at the end."
     at = depth = 0
     while found := _OPENING.search(source, at):
         depth = _open_brackets(source[at:found.start()], depth)
         if found['comment']:
-            end = _LINE_END.search(source, found.end())
-            if not end: return 'comment', found.start(), depth
-            at = end.start()
+            line_end = _LINE_END.search(source, found.end())
+            kind, end = 'comment', line_end and line_end.start()
+            at = end
         else:
-            at = _string_end(source, found['quote'], found.end())
-            if at is None: return 'string', found.start(), depth
-    return '', len(source), _open_brackets(source[at:], depth)
+            kind = 'string'
+            end, at = _string_end(source, found['quote'], found.end())
+        yield kind, found.start(), end, depth
+        if end is None: return
+    yield '', len(source), None, _open_brackets(source[at:], depth)
+
+def open_at_end(source: str) -> tuple: # ('comment', 'string' or '', position where it begins, open brackets)
+    "What is open at the end of a text."
+    (kind, start, _, depth), = deque(_openings(source), maxlen=1)
+    return kind, start, depth
 
 def is_whole(
     source: str, # Python up to a line end, without it
@@ -133,9 +142,11 @@ def is_whole(
 
 def last_line(source: str) -> int: # position
     "Where the last line begins, with the lines that strings of several lines join to it."
-    def line_at(position): return max(source.rfind(end, 0, position) for end in '\r\n') + 1
-    at = line_at(len(source))
-    while (found := open_at_end(source[:at]))[0] == 'string': at = line_at(found[1])
+    begins = [0, *(found.end() for found in _LINE_END.finditer(source))]
+    def line_at(position): return begins[bisect_right(begins, position) - 1]
+    at, strings = begins[-1], [(start, end) for kind, start, end, _ in _openings(source) if kind == 'string']
+    for start, end in reversed(strings):
+        if start < at and (end is None or at < end): at = line_at(start)   # the line begins within the string
     return at
 
 # %% ../../nbs/data/19_raw_words.ipynb #5c9a452d

@@ -15,7 +15,7 @@ from ..data.tokenizer import decode_lines, encode_batch, whole
 from .generate import MAX_NEW, Engine, Truncated, batches, room_for, start_of_text, steps
 
 # %% ../../nbs/engines/56_completion.ipynb #7f57ca6b
-_BREAK = re.compile(rb'[\r\n]')
+_BREAK = re.compile(rb'\r\n?|\n')
 
 class UntilLine:
     "The rest of the line."
@@ -29,6 +29,7 @@ class UntilStatement:
     def __init__(self, prefix: str): self.prefix = prefix
     def __call__(self, before: bytes, piece: bytes) -> int | None:
         for found in _BREAK.finditer(piece):
+            if found[0] == b'\n' and not found.start() and before.endswith(b'\r'): continue   # the second half of an end of line
             text = (before + piece[:found.start()]).decode(errors='replace')
             if is_whole(self.prefix + text): return found.start()
         return None
@@ -214,7 +215,7 @@ class WordsAnswer(Answer):
         owed: bytes,    # What the name at the cursor begins with
         literals,       # (n,) ids of the literals that the string at the cursor may be; None: none is open
         max_new: int,   # Tokens at most
-        stop: int,      # `<EOL>`
+        stop: frozenset, # Ids that end a line: `<EOL>`, and what ends or begins a text
     ):
         super().__init__(raw, owed, max_new, stop)
         if literals is not None: self.choices = [(literals, literals[:0])]
@@ -225,7 +226,7 @@ class WordsAnswer(Answer):
 
     def take(self, token: int) -> bool: # Has the line ended?
         "Append a token."
-        self.ended = token == self.stop
+        self.ended = token in self.stop
         if self.ended: return True
         self.tokens.append(token)
         if self.spelled >= len(self.choices): self.left -= 1
@@ -252,7 +253,8 @@ def _begin_source(
     raw: RawText, prompts: list, room: int, heal: int, max_new: int, block: int | None,
 ) -> tuple: # (cursors, ids, answers), a row a prompt
     "What is read for each prompt, and the answers to be written. Warns (`Truncated`) of a prompt that does not fit."
-    block, stop = _block(block, room), raw.vocabulary['<EOL>']
+    ends = (raw.vocabulary.get(word) for word in ('<EOL>', '<s>', '</s>', '<pad>'))
+    block, stop = _block(block, room), raw.ends | {i for i in ends if i is not None}
     cursors = [to_words(whole(p), raw.literals) for p in prompts]
     read = [_words_prompt(raw, c) for c in cursors]
     answers = [WordsAnswer(raw, owed[:heal], fitting, max_new, stop) for _, owed, fitting in read]

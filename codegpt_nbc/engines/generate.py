@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUNTIMES', 'BATCH_TOKENS', 'MAX_NEW', 'Engine', 'row_pieces', 'token_pieces', 'check_positions', 'runtime_of',
-           'engine_of', 'open_engine', 'Rule', 'UntilToken', 'steps', 'greedy', 'Sampled', 'Truncated', 'room_for',
-           'start_of_text', 'batches', 'complete_batch', 'complete', 'timed_completion']
+           'engine_of', 'open_engine', 'Rule', 'UntilToken', 'Turns', 'steps', 'greedy', 'Sampled', 'Truncated',
+           'room_for', 'start_of_text', 'batches', 'complete_batch', 'complete', 'timed_completion']
 
 # %% ../../nbs/engines/50_generate.ipynb #a7abc0b8
-import warnings, numpy as np
+import copy, warnings, numpy as np
+from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
+from threading import Lock
 from time import perf_counter
 from typing import Protocol
 from ..core.progress import progress_bar
@@ -118,19 +120,47 @@ class UntilToken:
     def choose(self, rows, logits): return logits.argmax(-1)
     def ends(self, rows, tokens): return tokens == self.stop
 
+class Turns:
+    """Whose answer an engine with a memory is at: a later answer takes the place of one that is not finished.
+
+    Without, two that are written at a time would append to one row, and each would go on with the other's text."""
+    def __init__(self): self.lock, self.last = Lock(), None
+
+    def begin(self) -> object: # names the answer
+        "A new answer."
+        self.last = object()
+        return self.last
+
+    @contextmanager
+    def of(self, turn: object):
+        "One pass for an answer, alone. Raises `RuntimeError` for one that is no longer the last."
+        with self.lock:
+            if turn is not self.last:
+                raise RuntimeError('another completion of this session began before this one had ended: give each a session of its own.')
+            yield
+
+def _own(engine: Engine) -> tuple: # (engine, `Turns`)
+    "An engine with a memory as it is; of any other a copy, which shares the weights and begins a cache of its own."
+    turns = getattr(engine, 'turns', None)
+    return (engine, turns) if turns else (copy.copy(engine), Turns())
+
 def steps(
-    engine: Engine,
+    engine: Engine,  # One with a memory (`turns`) works at one answer at a time, see `Turns`; of others as many as there are threads
     prompts: list,   # of lists of token ids, none empty, none longer than the context less `max_new`
     max_new: int,    # Tokens at most
     rule: Rule,
 ):
     "Complete one batch: yield `(rows, tokens, ended)`, (b,) each, for the rows that took a token, a step at a time."
+    engine, turns = _own(engine)
+    turn = turns.begin()
     lengths = np.array([len(p) for p in prompts])                 # (B,)
     ids = np.zeros((len(prompts), lengths.max()), np.int64)       # (B, S)
     for row, prompt in zip(ids, prompts): row[:len(prompt)] = prompt
-    engine.start(len(prompts), int(lengths.max()) + max_new)
+    with turns.of(turn):
+        engine.start(len(prompts), int(lengths.max()) + max_new)
+        logits = engine.prefill(ids, lengths)                                 # (B, vocab)
     live, token = np.arange(len(prompts)), np.zeros(len(prompts), np.int64)   # `live`: rows that are in the batch
-    going, logits = np.ones(len(prompts), bool), engine.prefill(ids, lengths) # (B, vocab)
+    going = np.ones(len(prompts), bool)
     for n in range(max_new):
         rows, token = live[going], token.copy()
         token[going] = rule.choose(rows, logits if going.all() else logits[going])
@@ -138,11 +168,12 @@ def steps(
         yield rows, token[going], ended
         going[going] = ~ended
         if n == max_new - 1 or not going.any(): break
-        if going.sum() <= .5*len(going):
-            kept = np.flatnonzero(going)
-            engine.keep(kept)
-            live, token, going = live[kept], token[kept], going[kept]
-        logits = engine.step(token)
+        with turns.of(turn):
+            if going.sum() <= .5*len(going):
+                kept = np.flatnonzero(going)
+                engine.keep(kept)
+                live, token, going = live[kept], token[kept], going[kept]
+            logits = engine.step(token)
 
 def greedy(
     engine: Engine,
@@ -165,6 +196,10 @@ class Sampled:
         seed: int | None = None, # None: another draw each time
     ): self.engine, self.temperature, self.rng = engine, temperature, np.random.default_rng(seed)
 
+    def __copy__(self): # with a cache of its own
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__ | {'engine': copy.copy(self.engine)}
+        return other
     def __getattr__(self, name): # the rest as it is
         if name == 'engine': raise AttributeError(name)   # a copy has none yet
         return getattr(self.engine, name)

@@ -17,7 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from ..data.inputs import RunConfig
 from ..data.tokenizer import decode_lines, encode_batch, end_of_line
 from ..data.raw_text import surplus
-from .generate import MAX_NEW, Engine, Truncated, UntilToken, greedy, room_for, start_of_text, steps
+from .generate import MAX_NEW, Engine, Truncated, Turns, UntilToken, greedy, room_for, start_of_text, steps
 
 # %% ../../nbs/engines/55_session.ipynb #8c7625b7
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Cached:
         engine: Engine,  # Shared weights; the copy has a cache of its own
         drafts: PromptLookup | None = None, # None: one token a pass
     ):
-        self.engine, self.drafts = copy.copy(engine), drafts
+        self.engine, self.drafts, self.turns = copy.copy(engine), drafts, Turns()
         self.name, self.context, self.vocab = engine.name, engine.context, engine.vocab
         self.forget()
 
@@ -189,7 +189,8 @@ def lookup(
     stop: int,     # Id that ends the completion. −1: none
     drafts: PromptLookup = PromptLookup(),
 ) -> Written:
-    "Complete one prompt greedily with drafts: the tokens of `greedy`, in fewer passes."
+    """Complete one prompt greedily with drafts, in fewer passes. The tokens are those of `greedy` where a pass of several rows computes
+    what passes of one do: in float32 but for ties. Runtimes that round activations may write another text."""
     return write(Cached(engine, drafts), prompt, max_new, stop)
 
 # %% ../../nbs/engines/55_session.ipynb #4330f198
@@ -293,6 +294,7 @@ class Prefixes:
         check=None,      # Called before each token; what it raises ends the completion, and harms no cache
     ):
         self.engine, self.memory, self.drafts, self.check = engine, memory, drafts, check or (lambda: None)
+        self.turns = Turns()
         self.name, self.context, self.vocab = engine.name, engine.context, engine.vocab
         self.rows, self.works = [], []   # `Cached`, the one used last at the end; `Work` of each prompt read, the caller's to clear
 

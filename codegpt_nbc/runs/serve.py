@@ -94,6 +94,7 @@ def refused(e: Exception) -> Refused:
     "Any error as one to answer with. What is no fault of the request is logged by its place alone."
     if isinstance(e, Refused): return e
     if isinstance(e, RequestValidationError): return _refused_field(e.errors()[0])
+    if isinstance(e, HTTPException) and e.status_code == 400: return _refused_field({'type': 'json_invalid'})   # not even text
     if isinstance(e, HTTPException): return Refused(e.status_code, 'http_error', f'{e.detail}.')
     if isinstance(e, ValueError): return Refused(400, 'invalid_prompt', ' '.join(str(e).split()))
     frame = traceback.extract_tb(e.__traceback__)[-1]
@@ -198,12 +199,15 @@ class Worker(threading.Thread):
 
 # %% ../../nbs/runs/76_serve.ipynb #5c6abeaf
 @patch
-def submit(self: Worker, job: Job):
+def submit(self: Worker,
+    job: Job,
+    last: Job | None = None, # Whose place it takes
+):
     "Queue a job. Raises `Refused` where too many wait."
     with self.changed:
         self.drop_ended()
         if self.closing: raise ended_early('closing')
-        if len(self.waiting) >= self.bound:
+        if len(self.waiting) - (last in self.waiting) >= self.bound:
             seconds = max(1, math.ceil(self.typical*len(self.waiting)))
             raise Refused(429, 'queue_full', f'{self.bound} requests wait already: try again later.', **{'Retry-After': str(seconds)})
         self.waiting.append(job)
@@ -277,7 +281,8 @@ def complete(self: Worker, job: Job, i: int, ask: Ask):
     self.figures.rows.set(len(prefixes.rows))
     self.figures.bytes.set(prefixes.bytes)
     seconds, reading = time.monotonic() - began, sum(work.seconds for work in prefixes.works)
-    usage = dict(prompt=first.reused + first.read, cached=first.reused, written=written, reading=reading, writing=seconds - reading)
+    usage = dict(prompt=first.reused + first.read, cached=first.reused, written=written, reading=reading, writing=seconds - reading,
+                 stopped=ended)   # by a text that was to end it
     job.tell('done', i, 'stop' if ended or answer.ended else 'length', usage)
 
 # %% ../../nbs/runs/76_serve.ipynb #94830834
@@ -349,7 +354,7 @@ class LlamaForm:
 
     def done(self, i: int, finish: str, usage: dict, text: str = '') -> dict:
         "The event of the end, or with its text the answer that is no stream."
-        kind = 'limit' if finish == 'length' else 'eos'
+        kind = 'limit' if finish == 'length' else 'word' if usage['stopped'] else 'eos'
         return dict(index=0, content='' if self.hidden else text, stop=True, model=self.name, stop_type=kind,
                     tokens_predicted=usage['written'], tokens_evaluated=usage['prompt'], tokens_cached=usage['cached'],
                     generation_settings=dict(n_ctx=self.context), timings=self.timings(usage))
@@ -414,8 +419,9 @@ class Server:
     def job(self, request: Request, asks: list) -> Job:
         "Queue the completions of a request. Raises `Refused`."
         job, session = Job(asks, request.scope['began'] + self.settings.timeout), request.headers.get('x-session')
-        if session and (last := self.sessions.get(session)): last.end('superseded')   # it may be gone at any time
-        self.worker.submit(job)
+        last = self.sessions.get(session) if session else None   # it may be gone at any time
+        self.worker.submit(job, last)
+        if last: last.end('superseded')
         if session: self.sessions[session] = job
         return job
 

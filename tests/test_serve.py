@@ -379,6 +379,35 @@ def test_a_later_request_of_a_session_takes_the_place_of_the_one_before(slow):
 
 
 @needs_server
+def test_a_request_that_is_refused_ends_no_other(slow):
+    with client_of(slow, bound=1) as client, ThreadPoolExecutor(3) as pool:
+        def ask(session, n): return client.post('/v1/completions', json=dict(prompt='def f(', max_tokens=n), headers={'x-session': session})
+        first = pool.submit(ask, 'a', 60)
+        assert until_true(lambda: client.worker.job)
+        waiting = pool.submit(ask, 'b', 3)
+        assert until_true(lambda: len(client.worker.waiting) == 1)
+        is_error(ask('a', 3), 429, 'queue_full')                # the one of its name that is being written goes on
+        later = pool.submit(ask, 'b', 3)                        # and one that waits makes room
+        assert [later.result().status_code, first.result().status_code] == [200, 200]
+        is_error(waiting.result(), 409, 'superseded')
+
+
+@needs_server
+def test_a_text_that_ends_an_answer_is_said(raw):
+    with client_of(raw) as client:
+        def ask(**more): return client.post('/completion', json=dict(prompt='def f(', n_predict=6, **more)).json()
+        free = ask()
+        assert ask(stop=[free['content'][0]])['stop_type'] == 'word' and free['stop_type'] in ('eos', 'limit')
+
+
+@needs_server
+@pytest.mark.parametrize('body', [b'{"prompt": "\xff"}', b'['*20_000, b'{"prompt": ' + b'1'*5000 + b'}'], ids=['bytes', 'deep', 'number'])
+def test_whatever_is_no_json_is_called_so(raw, body):
+    with client_of(raw) as client:
+        is_error(client.post('/v1/completions', content=body, headers={'content-type': 'application/json'}), 400, 'malformed_json')
+
+
+@needs_server
 def test_what_takes_too_long_ends(slow):
     with client_of(slow, timeout=.6) as client, ThreadPoolExecutor(2) as pool:
         two = [pool.submit(client.post, '/v1/completions', json=dict(prompt='def f(', max_tokens=120)) for _ in range(2)]

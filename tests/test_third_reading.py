@@ -1,14 +1,15 @@
 """Faults that a third reading of the engines and kernels found, each by the input or the accident that showed it."""
-import os
+import ctypes, os, shutil, subprocess
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, pytest, torch
-from codegpt_nbc.core import paths
+import numpy as np, onnxruntime, pytest, torch
+from onnx import TensorProto, helper
+from codegpt_nbc.core import native, paths
 from codegpt_nbc.core.ledger import Ledger
 from codegpt_nbc.core.paths import digest, models_dir
 from codegpt_nbc.data.tokenizer import load_tokenizer, save_tokenizer
-from codegpt_nbc.engines import fastest
+from codegpt_nbc.engines import fastest, onnx_run
 from codegpt_nbc.engines.gguf_export import split_name, tokenizer_of
 from codegpt_nbc.engines.openvino import OpenvinoEngine, export_openvino
 from codegpt_nbc.methods.quantize import in_precision
@@ -184,3 +185,136 @@ def test_another_models_configuration_is_not_believed(quantized):
             AutoModelForCausalLM.from_pretrained(quantized, config=AutoConfig.from_pretrained(quantized, **other))
     same = AutoConfig.from_pretrained(quantized)
     assert AutoModelForCausalLM.from_pretrained(quantized, config=same).config.n_layer == 1
+
+
+# Compiled code
+
+NO_MEMORY = """
+#include <cstdlib>
+extern "C" {
+int broken = 0;
+void* __real_aligned_alloc(size_t, size_t);
+void* __wrap_aligned_alloc(size_t a, size_t n) { return broken ? nullptr : __real_aligned_alloc(a, n); }
+}
+"""
+
+
+def compiled(folder: Path, name: str, code: str, *more) -> Path:
+    "A library of some code and other arguments of the compiler."
+    if not shutil.which('g++'): pytest.skip('there is no C++ compiler here')
+    (folder/f'{name}.cpp').write_text(code)
+    subprocess.run(['g++', '-w', '-shared', '-fPIC', *more, str(folder/f'{name}.cpp'), '-o', str(folder/f'{name}.so')], check=True)
+    return folder/f'{name}.so'
+
+
+@pytest.fixture(scope='module')
+def kernels(tmp_path_factory):
+    "(file, library) of these sources, in which `broken` leaves no memory."
+    sources = [str(CSRC/f'{name}.cpp') for name in ('causal_gradients', 'causal_attention', 'attention_tiles', 'attention_registers')]
+    how = '-O1', '-fopenmp', '-DBUILT_FROM=""', '-Wl,--wrap=aligned_alloc'
+    path = compiled(tmp_path_factory.mktemp('kernels'), 'kernels', NO_MEMORY, *how, *sources)
+    library = ctypes.CDLL(str(path))
+    if library.choose_attention(1): pytest.skip('this processor has no AVX2')
+    return path, library
+
+
+class Attention:
+    "A session of one attention of two heads of 16 channels, with the compiled operator; `how`: further attributes."
+    def __init__(self, kernels, turned=False, **how):
+        inputs = ['q', 'k', 'v', 'past_k', 'past_v', 'last', 'total', *(['cos', 'sin'] if turned else [])]
+        node = helper.make_node('GroupQueryAttention', inputs, ['y', 'k_cache', 'v_cache'], domain='com.microsoft',
+                                num_heads=2, kv_num_heads=2, scale=.25, **how)
+        axes = dict(q=3, k=3, v=3, past_k=4, past_v=4, last=1, total=1, cos=2, sin=2, y=3, k_cache=4, v_cache=4)
+        def value(name):
+            kind = TensorProto.INT32 if name in ('last', 'total') else TensorProto.FLOAT
+            return helper.make_tensor_value_info(name, kind, [f'{name}{i}' for i in range(axes[name])])
+        graph = helper.make_graph([node], 'g', [*map(value, inputs)], [*map(value, node.output)])
+        opsets = [helper.make_opsetid('', 21), helper.make_opsetid('com.microsoft', 1)]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 4
+        options.register_custom_ops_library(str(kernels[0]))
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+        self.session, self.turned = onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider']), turned
+
+    def __call__(self, new, past=0, **other): # `other`: function: array → None, of an input
+        rng, room = np.random.default_rng(0), 2*(-(-(new + past)//2))
+        x = {name: rng.normal(size=(1, new, 32)).astype(np.float32) for name in 'qkv'}
+        x |= {f'past_{name}': np.zeros((1, 2, room//2, 16), np.float32) for name in 'kv'}
+        x |= dict(last=np.array([new + past - 1], np.int32), total=np.array([new + past], np.int32))
+        if self.turned: x |= {name: np.ones((room, 8), np.float32) for name in ('cos', 'sin')}
+        for name, change in other.items(): change(x[name])
+        return self.session.run(['y'], x)[0]   # (1, new, 32)
+
+
+NAN = np.array([0x7FFFFFFF], np.uint32).view(np.float32)[0]   # whose rounding to bfloat16 once overflowed to −0
+
+
+@pytest.mark.parametrize('new', [1, 40])
+def test_what_is_no_number_stays_none(kernels, new):
+    attend = Attention(kernels)
+    whole = attend(new)
+    assert np.isfinite(whole).all()
+    def broken(x): x[0, -1, 3] = NAN   # of the first head, at the last position
+    for name in 'qkv':
+        y, seen = attend(new, **{name: broken}), slice(3, 4) if name == 'v' else slice(0, 16)
+        assert np.isnan(y[0, -1, seen]).all(), name
+        np.testing.assert_array_equal(y[..., 16:], whole[..., 16:])
+
+
+def test_attributes_that_are_not_computed_are_refused(kernels):
+    for how in (dict(local_window_size=2), dict(softcap=1.), dict(rotary_interleaved=1), dict(smooth_softmax=1)):
+        with pytest.raises(Exception, match='CausalAttention has no local_window_size, softcap'): Attention(kernels, **how)
+    for how in (dict(local_window_size=-1, softcap=0., rotary_interleaved=0, smooth_softmax=0), dict(do_rotary=1, turned=True)):
+        assert np.isfinite(Attention(kernels, **how)(3)).all()
+    for how in (dict(do_rotary=1), dict(do_rotary=0, turned=True)):
+        with pytest.raises(Exception, match='do_rotary and the tables of rotary positions go together'): Attention(kernels, **how)(3)
+
+
+@pytest.mark.parametrize('new, past', [(1, 5000), (900, 0)])
+def test_memory_that_is_not_there_is_an_error_and_not_the_end(kernels, new, past):
+    attend, switch = Attention(kernels), ctypes.c_int.in_dll(kernels[1], 'broken')
+    switch.value = 1
+    try:
+        with pytest.raises(Exception, match='CausalAttention finds no memory'): attend(new, past)
+    finally: switch.value = 0
+    assert np.isfinite(attend(new, past)).all()
+
+
+def test_gradients_without_memory_say_so(kernels):
+    library, switch = kernels[1], ctypes.c_int.in_dll(kernels[1], 'broken')
+    if library.ready(): pytest.skip('this processor has no AMX')
+    switch.value = 1
+    try: assert library.causal_gradients(None, None, None, 1, 1, 32, 1, 1) == 2
+    finally: switch.value = 0
+
+
+def test_a_runtime_that_gets_nothing_is_told_so(kernels):
+    said, library = [], ctypes.CDLL(str(kernels[0]))
+    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(lambda code, why: said.append((code, why)) or 1)
+    table = (ctypes.c_void_p*275)(ctypes.cast(create, ctypes.c_void_p))
+    get = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(lambda version: ctypes.addressof(table) if version == 1 else None)
+    base = (ctypes.c_void_p*1)(ctypes.cast(get, ctypes.c_void_p))   # of a runtime older than the operator
+    library.RegisterCustomOps.restype = ctypes.c_void_p
+    assert library.RegisterCustomOps(None, base) == 1
+    assert said == [(1, b'compiled attention needs ONNX Runtime 1.17 or a newer one')]
+
+
+def test_a_session_without_its_operator_is_not_opened(tmp_path, monkeypatch):
+    (tmp_path/'model.onnx').touch()
+    monkeypatch.setattr(onnx_run, 'use_attention', lambda options: False)
+    with pytest.raises(RuntimeError, match='compiled attention cannot run on this machine: leave compiled out'):
+        onnx_run.open_session(tmp_path/'model.onnx', compiled=True)
+
+
+def test_a_library_of_other_sources_counts_as_none(tmp_path, monkeypatch):
+    def found(digest):
+        code = ''.join(f'extern "C" const char* {name}() {{ return "{digest}"; }}\n' for name in native.KERNELS)
+        monkeypatch.setattr(native, 'LIBRARY', compiled(tmp_path, f'stub{digest[:9]}', code))
+        return native.library.__wrapped__() is not None
+    assert len(native.sources()) == 64 and found(native.sources())
+    assert not found('others')
+    (tmp_path/'csrc').mkdir()
+    monkeypatch.setattr(native, 'PACKAGE', tmp_path)   # an installation without the sources
+    assert not native.sources() and found('any')
+    (tmp_path/'csrc'/'attention.h').write_text('// later')
+    assert not found('any once more')

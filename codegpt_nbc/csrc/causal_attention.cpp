@@ -156,7 +156,7 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   const bool prompt = c.length >= PROMPT;
   const char* no_memory = "CausalAttention finds no memory for its scores: end other programs, or read shorter prompts";
   if (prompt && size && !kept.of(2*size)) return CALL(api, CreateStatus)(ORT_FAIL, no_memory);
-  c.packed_keys = kept.x, c.packed_values = kept.x + size;
+  if (prompt) c.packed_keys = kept.x, c.packed_values = kept.x + size;
   std::atomic<bool> failed(false);
   Work work = {c, *k.form, prompt ? (c.length + k.form->queries - 1)/k.form->queries : 1, prompt, failed};
   const size_t units = (size_t)c.batch*c.groups, parts = (size_t)c.batch*c.heads*work.blocks;

@@ -177,7 +177,7 @@ def split_name(tok: Tokenizer) -> str:
         elif p.get('type') == 'Digits' and p['individual_digits']: parts.append('Digits')
         elif p.get('type') == 'ByteLevel' and not p['add_prefix_space']: parts += ['ByteLevel']*p['use_regex']
         else: parts.append(None)   # whole numbers, a space before the text, or another split: no name has these
-    known = normal['type'] == 'NFC' and tuple(parts) in SPLITS   # which llama.cpp leaves out, as source code is NFC as a rule
+    known = normal['type'] == 'NFC' and tuple(parts) in SPLITS   # NFC is left out by llama.cpp, and source code is in that form as a rule
     if spec['model']['type'] != 'BPE' or spec['model'].get('byte_fallback') or not known:
         raise ValueError('llama.cpp has no name for what this tokenizer does before BPE: use the model in another engine.')
     return SPLITS[tuple(parts)]

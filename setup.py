@@ -1,5 +1,5 @@
 """Package metadata comes from settings.ini, so that it is written once."""
-import shutil
+import hashlib, shutil
 from configparser import ConfigParser
 from pathlib import Path
 import setuptools
@@ -33,10 +33,11 @@ class WheelForAnyPython(bdist_wheel):
 
 
 SOURCES = ('causal_gradients', 'causal_attention', 'attention_tiles', 'attention_registers')
-HEADERS = ('attention', 'tiles', 'onnxruntime_abi')
+CSRC = sorted(p for p in (Path(__file__).parent/'codegpt_nbc'/'csrc').iterdir() if p.suffix in ('.cpp', '.h'))
+DIGEST = hashlib.sha256(b''.join(p.read_bytes() for p in CSRC)).hexdigest()   # see `core.native.sources`
 KERNELS = setuptools.Extension(   # optional: without a compiler the package works, and is slower
     'codegpt_nbc._kernels', [f'codegpt_nbc/csrc/{name}.cpp' for name in SOURCES],
-    depends=[f'codegpt_nbc/csrc/{name}.h' for name in HEADERS], optional=True, language='c++',
+    depends=[f'codegpt_nbc/csrc/{p.name}' for p in CSRC], optional=True, language='c++', define_macros=[('BUILT_FROM', f'"{DIGEST}"')],
     extra_compile_args=['-O3', '-fopenmp', '-w'], extra_link_args=['-fopenmp'])
 
 cfg = ConfigParser(delimiters=['='])

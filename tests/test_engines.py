@@ -197,7 +197,7 @@ def test_a_model_too_large_for_the_memory_is_one_sentence_before_work_begins(mod
     folder = export_onnx(source, tmp_path/'onnx', 'int4')
     monkeypatch.setattr(paths, 'free_memory', lambda: 10_000)
     for call in (lambda: load_model(source), lambda: export_onnx(source, tmp_path/'x', 'int8'), lambda: OrtEngine(folder)):
-        with pytest.raises(ValueError, match=r'takes 0\.\d\d GB of memory, but 0\.00 GB are free: end other programs'): call()
+        with pytest.raises(paths.MemoryShort, match=r'takes 0\.\d\d GB of memory, but 0\.00 GB are free: end other programs'): call()
     assert not (tmp_path/'x').exists()
 
 

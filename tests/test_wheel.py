@@ -57,6 +57,12 @@ def test_it_is_the_wheel_that_runs(installed):
     assert ok(run(code='import codegpt_nbc; print(codegpt_nbc.__file__)')).startswith(str(site))
 
 
+def test_its_kernels_are_those_of_its_sources(installed):
+    run, _, _ = installed
+    code = 'from codegpt_nbc.core.native import LIBRARY, library; print(LIBRARY.is_file() == (library() is not None))'
+    assert ok(run(code=code)).strip() == 'True'
+
+
 def test_it_completes_and_compresses_where_one_stands(installed):
     run, here, site = installed
     before = listed(site)

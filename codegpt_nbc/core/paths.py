@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
-           'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'check_memory', 'atomic_path',
-           'waiting_lock', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out', 'new_folder',
-           'foreign_files', 'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums', 'write_checksums',
-           'sealed', 'check_seal', 'export_settings']
+           'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'MemoryShort', 'check_memory',
+           'atomic_path', 'waiting_lock', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out',
+           'new_folder', 'foreign_files', 'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums',
+           'write_checksums', 'sealed', 'check_seal', 'export_settings']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, errno, hashlib, json, os, re, shutil, sys, tempfile, warnings
@@ -91,15 +91,18 @@ def _file_cache(group: Path) -> int:
     stat = dict(line.split() for line in (group/'memory.stat').read_text(encoding='ascii').splitlines())
     return int(stat.get('inactive_file', 0))
 
+class MemoryShort(OSError):
+    "Less memory is free than a task takes: not a fault of what it was given, and it may pass."
+
 def check_memory(
     need: int,   # bytes
     what: str,   # takes them, such as 'reading models/big'
 ):
-    "Raise `ValueError` if so much memory is not free; where that is unknown, begin."
+    "Raise `MemoryShort` if so much memory is not free; where that is unknown, begin."
     free = free_memory()
     if free is not None and need > free:
-        raise ValueError(f'{what} takes {need/1e9:.2f} GB of memory, but {free/1e9:.2f} GB are free: '
-                         'end other programs, or use a smaller model or a machine with more memory.')
+        raise MemoryShort(f'{what} takes {need/1e9:.2f} GB of memory, but {free/1e9:.2f} GB are free: '
+                          'end other programs, or use a smaller model or a machine with more memory.')
 
 
 # %% ../../nbs/core/00_paths.ipynb #04f0be8e

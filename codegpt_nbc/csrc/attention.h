@@ -38,8 +38,8 @@ struct Form {   // a way to compute it
   size_t element;                                         // bytes of what is packed
   void (*append)(const Call&, int b, int g);              // new keys and values to the cache of one row and group
   void (*pack)(const Call&, int b, int g);                // all of them, for the blocks
-  void (*attend_block)(const Call&, int b, int h, int q0);  // queries from q0 on, of one row and head
-  void (*attend_query)(const Call&, int b, int h, int t);   // the query at t, with the cache as it is
+  bool (*attend_block)(const Call&, int b, int h, int q0);  // queries from q0 on, of one row and head; false: no memory for it
+  bool (*attend_query)(const Call&, int b, int h, int t);   // the query at t, with the cache as it is; false: the same
 };
 extern const Form TILES, REGISTERS;
 extern "C" int ready();   // 0: the tiles can be used
@@ -51,14 +51,14 @@ const int ROUND = 32;            // of channels and positions
 const int MOST_CHANNELS = 256;   // per head
 const float LOG2E = 1.44269504f;
 
-template <typename T> T* buffer(i64 n) { return (T*)aligned_alloc(64, (n*sizeof(T) + 63)/64*64); }
+template <typename T> T* buffer(i64 n) { return (T*)aligned_alloc(64, (n*sizeof(T) + 63)/64*64); }   // nullptr: there is none
 
-// Memory that grows and is kept
+// Memory that grows and is kept. nullptr: there is not as much
 template <typename T> struct Kept {
   T* x = nullptr;
   i64 size = 0;
   T* of(i64 n) {
-    if (n > size) free(x), x = buffer<T>(n), size = n;
+    if (n > size) free(x), x = buffer<T>(n), size = x ? n : 0;
     return x;
   }
   ~Kept() { free(x); }

@@ -25,13 +25,13 @@ void round_row(const float* x, int n, u16* out) {   // to bfloat16, a half to ev
   for (int i = 0; i < n; i++) {
     u32 bits;
     memcpy(&bits, x + i, 4);
-    out[i] = (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    out[i] = x[i] == x[i] ? (u16)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16) : 0x7FC0;   // the sum could make a NaN a number
   }
 }
 
-// 2^t, relative error 2e-7; nothing below 2^-126
+// 2^t, relative error 2e-7; below t = -126 it stays 2^-126, and NaN stays NaN: of two operands, `max` takes the second one then
 inline __m256 exp2v(__m256 t) {
-  t = _mm256_max_ps(t, _mm256_set1_ps(-126.f));
+  t = _mm256_max_ps(_mm256_set1_ps(-126.f), t);
   const __m256 n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(t, n);
   __m256 p = _mm256_set1_ps(0.00132765f);   // as in tiles.h
   p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(0.00967554f));
@@ -118,7 +118,8 @@ struct Room {   // of a thread
 };
 thread_local Room ROOM;
 
-// Scores in powers of two → exponentials of the first `seen`, with zeros up to `end`, a multiple of 8; 1 over their sum
+// Scores in powers of two → exponentials of the first `seen`, 2^-126 from there to `end`, a multiple of 8; 1 over the sum of all,
+// which is at least 1, so that those behind do not count
 inline float soften(float* s, int seen, int end) {
   for (int j = seen; j < end; j++) s[j] = -INFINITY;
   __m256 top = _mm256_loadu_ps(s), sum = _mm256_setzero_ps();
@@ -139,11 +140,12 @@ inline void prepare_query(const Call& c, const float* x, int position, float* ou
   for (int i = 0; i < c.d; i++) out[i] = x[i]*c.scale*LOG2E;
 }
 
-void attend_block(const Call& c, int b, int h, int q0) {
+bool attend_block(const Call& c, int b, int h, int q0) {
   const int queries = std::min(QUERIES, c.length - q0), first = c.past(b) + q0, d = c.d;
   const float *keys = (const float*)c.packed_keys + c.packed(b, c.group(h)), *values = (const float*)c.packed_values + c.packed(b, c.group(h));
   const i64 ld = c.longest + COLUMNS;   // not a power of two, whose rows would meet in the cache
   float* scores = ROOM.scores.of(ld*QUERIES);
+  if (!scores) return false;
   alignas(32) float q[QUERIES*MOST_CHANNELS], product[ROWS*COLUMNS], inverse[QUERIES];
   for (int t = 0; t < QUERIES; t++)
     if (t < queries) prepare_query(c, c.q + ((i64)b*c.length + q0 + t)*c.ldq + (i64)h*d, first + t, q + t*d);
@@ -163,6 +165,7 @@ void attend_block(const Call& c, int b, int h, int q0) {
       }
     }
   }
+  return true;
 }
 
 // 16 channels as two registers, of the even and of the odd ones: a word is the upper half of its float
@@ -192,13 +195,14 @@ template <int parts> inline void add_values(const float* weights, const u16* x, 
   }
 }
 
-void attend_query(const Call& c, int b, int h, int t) {
+bool attend_query(const Call& c, int b, int h, int t) {
   const int n = c.past(b) + t + 1, d = c.d, whole = d/COLUMNS*COLUMNS;
   const u16 *k = c.keys + c.cache(b, c.group(h)), *v = c.values + c.cache(b, c.group(h));
   alignas(32) float q[MOST_CHANNELS], by_turns[MOST_CHANNELS];   // as `even` and `odd` have them
   prepare_query(c, c.q + ((i64)b*c.length + t)*c.ldq + (i64)h*d, n - 1, q);
   for (int i = 0; i < whole; i++) by_turns[i/COLUMNS*COLUMNS + i % 2*LANES + i % COLUMNS/2] = q[i];
   float* scores = ROOM.scores.of(c.longest + COLUMNS);
+  if (!scores) return false;
   for (int j = 0; j < n; j += LANES) {
     __m256 sums[LANES];
     const u16* rows[LANES];
@@ -228,6 +232,7 @@ void attend_query(const Call& c, int b, int h, int t) {
     for (int j = 0; j < n; j++) sum += scores[j]*one(v + (i64)j*d + i);
     out[i] = sum*inverse;
   }
+  return true;
 }
 
 }  // namespace

@@ -70,7 +70,7 @@ void soften(const float* scores, u32* pairs, int keys, int first, float to_bits,
   }
 }
 
-void compute_block(const Call& c, int b, int h, int q0) {
+bool compute_block(const Call& c, int b, int h, int q0) {
   const int past = c.past(b), queries = std::min(BLOCK, c.length - q0), first = past + q0;
   const int keys = (first + queries + BLOCK - 1)/BLOCK*BLOCK;
   const i64 at = c.packed(b, c.group(h));
@@ -86,6 +86,7 @@ void compute_block(const Call& c, int b, int h, int q0) {
   for (int i = 0; i < c.wide; i += 32) pack_channels(rows + i, c.wide, BLOCK, q + i*16);
   float* scores = ROOM.scores.of((i64)c.longest*BLOCK);
   u32* pairs = ROOM.pairs.of((i64)c.longest*BLOCK/2);
+  if (!scores || !pairs) return false;
   for (int j = 0; j < keys; j += BLOCK) {   // K·Qᵀ, so that a register holds 16 queries
     zero_square();
     for (int i = 0; i < c.wide; i += 32) add_product(packed_keys + (i64)j*c.wide + i, c.wide, q + i*16, 16, 256);
@@ -107,10 +108,11 @@ void compute_block(const Call& c, int b, int h, int q0) {
         for (int n = 0; n < 16 && q1 + n < queries; n++) _mm512_mask_storeu_ps(out + (i64)(q1 + n)*c.heads*c.d + i + r, there, (__m512)x[n]);
       }
   }
+  return true;
 }
 
 // parts: registers of 32 channels
-template <int parts> void compute_query(const Call& c, int b, int h, int t) {
+template <int parts> bool compute_query(const Call& c, int b, int h, int t) {
   const int keys = c.past(b) + t + 1, d = c.d;
   const i64 at = c.cache(b, c.group(h));
   const float* q = c.q + ((i64)b*c.length + t)*c.ldq + (i64)h*d;
@@ -123,6 +125,7 @@ template <int parts> void compute_query(const Call& c, int b, int h, int t) {
   __m512i x[parts];
   for (int i = 0; i < parts; i++) x[i] = _mm512_load_si512(rounded + 32*i);
   float* scores = ROOM.scores.of((i64)c.longest*BLOCK);
+  if (!scores) return false;
   __m512 top = _mm512_set1_ps(-INFINITY);
   for (int j = 0; j < keys; j += 16) {       // 16 sums of products, whose lanes are then added together
     __m512i sums[16];
@@ -164,21 +167,23 @@ template <int parts> void compute_query(const Call& c, int b, int h, int t) {
     _mm512_mask_storeu_ps(out + 32*i, first_lanes(d - 32*i), _mm512_permutex2var_ps(e, first, o));
     _mm512_mask_storeu_ps(out + 32*i + 16, first_lanes(d - 32*i - 16), _mm512_permutex2var_ps(e, second, o));
   }
+  return true;
 }
 
-typedef void ComputeQuery(const Call&, int b, int h, int t);
+typedef bool ComputeQuery(const Call&, int b, int h, int t);
 template <int... n> ComputeQuery* for_parts(int parts, std::integer_sequence<int, n...>) {
   ComputeQuery* const made[] = {compute_query<n + 1>...};
   return made[parts - 1];
 }
 
-void attend_block(const Call& c, int b, int h, int q0) {
+bool attend_block(const Call& c, int b, int h, int q0) {
   configure_tiles();
-  compute_block(c, b, h, q0);
+  const bool done = compute_block(c, b, h, q0);
   _tile_release();
+  return done;
 }
-void attend_query(const Call& c, int b, int h, int t) {
-  for_parts((c.d + 31)/32, std::make_integer_sequence<int, MOST_CHANNELS/32>())(c, b, h, t);
+bool attend_query(const Call& c, int b, int h, int t) {
+  return for_parts((c.d + 31)/32, std::make_integer_sequence<int, MOST_CHANNELS/32>())(c, b, h, t);
 }
 
 }  // namespace

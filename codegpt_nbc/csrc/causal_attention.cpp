@@ -1,5 +1,7 @@
 // Causal attention for ONNX Runtime: an operator that takes the place of `GroupQueryAttention` of com.microsoft, as far as
-// nbs/engines/52_onnx_export.ipynb writes it, computed in the form that suits the processor. Without one, nothing is registered.
+// nbs/engines/52_onnx_export.ipynb writes it, computed in the form that suits the processor. Without one, nothing is registered,
+// and the runtime is told so: its own operator would take the cache for float32.
+#include <atomic>
 #include "attention.h"
 #include "onnxruntime_abi.h"
 
@@ -7,6 +9,15 @@
 extern "C" int attention_form();
 // To be called before `RegisterCustomOps`, whose operators have this form. 1: it cannot run here
 extern "C" int choose_attention(int form);
+// A digest of these sources, see setup.py
+extern "C" const char* built_from() { return BUILT_FROM; }
+
+namespace {
+OrtStatus* nothing_registered(const OrtApiBase* base, const char* why) {
+  const OrtApi* api = base->GetApi(1);   // every version of the runtime has that
+  return api ? CALL(api, CreateStatus)(ORT_FAIL, why) : nullptr;
+}
+}  // namespace
 
 #ifdef HAS_FORMS
 
@@ -19,6 +30,7 @@ struct Work {   // what the runtime's threads share
   const Form& form;
   int blocks;   // of queries, each head
   bool prompt;
+  std::atomic<bool>& failed;   // a thread found no memory
 };
 // Called by the runtime's threads, once for each part
 void prepare(void* work, size_t i) {
@@ -30,8 +42,10 @@ void prepare(void* work, size_t i) {
 void attend(void* work, size_t i) {
   const Work& w = *(Work*)work;
   const int unit = (int)i/w.blocks, b = unit/w.c.heads, h = unit % w.c.heads;
-  if (w.prompt) w.form.attend_block(w.c, b, h, (int)i % w.blocks*w.form.queries);
-  else for (int t = 0; t < w.c.length; t++) w.form.attend_query(w.c, b, h, t);
+  bool done = true;
+  if (w.prompt) done = w.form.attend_block(w.c, b, h, (int)i % w.blocks*w.form.queries);
+  else for (int t = 0; t < w.c.length && done; t++) done = w.form.attend_query(w.c, b, h, t);
+  if (!done) w.failed = true;
 }
 
 struct Operator : OrtCustomOp {
@@ -41,18 +55,28 @@ struct Operator : OrtCustomOp {
 struct Kernel {
   const OrtApi* api;
   const Form* form;
-  i64 heads, groups, turns;
+  i64 heads, groups, turns;   // turns: do rotary positions turn the heads?
   float scale;
 };
 
 OrtStatus* create(const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info, void** made) {
-  auto k = new Kernel{api, ((const Operator*)op)->form, 0, 0, 0, 0.f};
-  OrtStatus* wrong = nullptr;
-  auto whole = [&](const char* name, i64* value) { if (!wrong) wrong = CALL(api, KernelInfoGetAttribute_int64)(info, name, value); };
-  whole("num_heads", &k->heads), whole("kv_num_heads", &k->groups);
-  if (!wrong) wrong = CALL(api, KernelInfoGetAttribute_float)(info, "scale", &k->scale);
-  *made = k;
-  return wrong;
+  Kernel k = {api, ((const Operator*)op)->form, 0, 0, 0, 0.f};
+  for (auto& [name, value] : {std::pair{"num_heads", &k.heads}, {"kv_num_heads", &k.groups}})
+    if (OrtStatus* wrong = CALL(api, KernelInfoGetAttribute_int64)(info, name, value)) return wrong;
+  if (OrtStatus* wrong = CALL(api, KernelInfoGetAttribute_float)(info, "scale", &k.scale)) return wrong;
+  auto optional = [&](OrtStatus* missing) { if (missing) CALL(api, ReleaseStatus)(missing); };   // its value stays the usual one
+  i64 window = -1, interleaved = 0, smooth = 0;
+  float softcap = 0.f;
+  optional(CALL(api, KernelInfoGetAttribute_int64)(info, "do_rotary", &k.turns));
+  optional(CALL(api, KernelInfoGetAttribute_int64)(info, "local_window_size", &window));
+  optional(CALL(api, KernelInfoGetAttribute_int64)(info, "rotary_interleaved", &interleaved));
+  optional(CALL(api, KernelInfoGetAttribute_int64)(info, "smooth_softmax", &smooth));
+  optional(CALL(api, KernelInfoGetAttribute_float)(info, "softcap", &softcap));
+  if (window != -1 || interleaved || smooth > 0 || softcap != 0.f)
+    return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT,
+                                   "CausalAttention has no local_window_size, softcap, rotary_interleaved or smooth_softmax");
+  *made = new Kernel(k);
+  return nullptr;
 }
 void destroy(void* kernel) { delete (Kernel*)kernel; }
 
@@ -111,6 +135,8 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   c.last = (const int32_t*)in[5].x;
   c.cosines = (const float*)in[7].x, c.sines = (const float*)in[8].x, c.turned = c.cosines ? (int)in[7].shape[1] : 0;
   if (const char* why = misfit(c, in)) return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, why);
+  if (!c.cosines != !k.turns)
+    return CALL(api, CreateStatus)(ORT_INVALID_ARGUMENT, "CausalAttention: do_rotary and the tables of rotary positions go together");
   const i64 shape[3] = {c.batch, c.length, (i64)c.heads*c.d};
   for (int i = 0; i < 3; i++) {
     OrtValue* value = nullptr;
@@ -128,12 +154,16 @@ OrtStatus* compute(void* kernel, OrtKernelContext* context) {
   static thread_local Kept<char> kept;
   const i64 size = c.packed(c.batch, 0)*k.form->element;
   const bool prompt = c.length >= PROMPT;
-  if (prompt) c.packed_keys = kept.of(2*size), c.packed_values = kept.x + size;
-  Work work = {c, *k.form, prompt ? (c.length + k.form->queries - 1)/k.form->queries : 1, prompt};
+  const char* no_memory = "CausalAttention finds no memory for its scores: end other programs, or read shorter prompts";
+  if (prompt && size && !kept.of(2*size)) return CALL(api, CreateStatus)(ORT_FAIL, no_memory);
+  if (prompt) c.packed_keys = kept.x, c.packed_values = kept.x + size;
+  std::atomic<bool> failed(false);
+  Work work = {c, *k.form, prompt ? (c.length + k.form->queries - 1)/k.form->queries : 1, prompt, failed};
   const size_t units = (size_t)c.batch*c.groups, parts = (size_t)c.batch*c.heads*work.blocks;
   if (!prompt) for (size_t i = 0; i < units; i++) prepare(&work, i);   // less work than waking a thread
   else if (OrtStatus* wrong = CALL(api, KernelContext_ParallelFor)(context, prepare, units, 0, &work)) return wrong;
-  return CALL(api, KernelContext_ParallelFor)(context, attend, parts, prompt ? parts : 0, &work);
+  if (OrtStatus* wrong = CALL(api, KernelContext_ParallelFor)(context, attend, parts, prompt ? parts : 0, &work)) return wrong;
+  return failed ? CALL(api, CreateStatus)(ORT_FAIL, no_memory) : nullptr;
 }
 
 const char* name(const OrtCustomOp*) { return "GroupQueryAttention"; }
@@ -168,7 +198,8 @@ extern "C" int choose_attention(int form) {
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(ORT_VERSION);
   const int form = chosen < 0 ? best() : chosen;
-  if (!api || !form) return nullptr;
+  if (!api) return nothing_registered(base, "compiled attention needs ONNX Runtime 1.17 or a newer one");
+  if (!form) return nothing_registered(base, "no form of compiled attention can run on this processor");
   static OrtCustomOpDomain* domains[3] = {nullptr, nullptr, nullptr};
   OrtStatus* wrong = nullptr;
   if (!domains[form]) {
@@ -181,5 +212,7 @@ extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApi
 #else
 extern "C" int attention_form() { return 0; }
 extern "C" int choose_attention(int) { return 1; }
-extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase*) { return nullptr; }
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions*, const OrtApiBase* base) {
+  return nothing_registered(base, "the compiler of this library has no form of compiled attention");
+}
 #endif

@@ -63,6 +63,9 @@ template <int C> struct Work {
     k_transposed = buffer<u16>(T*32*C), p = buffer<u16>(T*32), ds = buffer<u16>(T*32), ds_pairs = buffer<u32>(T*16);
     dq = buffer<float>(T*32*C), delta = buffer<float>(T);
   }
+  bool whole() const {   // did all of it fit into the memory?
+    return q_channels && g_channels && q_rows && g_rows && ds_pairs && k_transposed && p && ds && dq && delta;
+  }
   ~Work() {
     free(q_channels), free(g_channels), free(q_rows), free(g_rows), free(ds_pairs), free(k_transposed), free(p), free(ds), free(dq), free(delta);
   }
@@ -149,30 +152,39 @@ template <int C> void one_head(Work<C>& w, const u16* q, i64 ldq, const u16* k, 
     for (int q0 = 0; q0 < T; q0 += 32) store_transposed(w.dq + (i64)c*32*T + q0, T, scale, dq + q0*ld + 32*c, ld);
 }
 
-template <int C> void all_heads(const View* in, const float* lse, const View* out, int B, int H, int T, int threads) {
+// 2: a thread found no memory
+template <int C> int all_heads(const View* in, const float* lse, const View* out, int B, int H, int T, int threads) {
+  int failed = 0;
   #pragma omp parallel num_threads(threads)
   {
     configure_tiles();
     Work<C> w(T);
+    const bool whole = w.whole();
+    if (!whole) {
+      #pragma omp atomic write
+      failed = 2;
+    }
     #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < B*H; i++) {
+      if (!whole) continue;
       const int b = i/H, h = i%H;
       one_head<C>(w, in[0].at(b, h), in[0].row, in[1].at(b, h), in[1].row, in[2].at(b, h), in[2].row, in[3].at(b, h), in[3].row,
                   in[4].at(b, h), in[4].row, lse + (i64)i*T, out[0].at(b, h), out[1].at(b, h), out[2].at(b, h), out[0].row);
     }
     _tile_release();
   }
+  return failed;
 }
 
 }  // namespace
 
 // Gradients of causal attention. in: q, k, v, o, dO; out: dq, dk, dv, whose rows lie equally far apart; each (B, H, T, 32·blocks),
-// T a multiple of 32. lse: (B, H, T), natural.
+// T a multiple of 32. lse: (B, H, T), natural. 1: there is no kernel for so many channels; 2: no memory.
 extern "C" int causal_gradients(const View* in, const float* lse, const View* out, int B, int H, int T, int blocks, int threads) {
   switch (blocks) {
-    case 1: all_heads<1>(in, lse, out, B, H, T, threads); return 0;
-    case 2: all_heads<2>(in, lse, out, B, H, T, threads); return 0;
-    case 4: all_heads<4>(in, lse, out, B, H, T, threads); return 0;
+    case 1: return all_heads<1>(in, lse, out, B, H, T, threads);
+    case 2: return all_heads<2>(in, lse, out, B, H, T, threads);
+    case 4: return all_heads<4>(in, lse, out, B, H, T, threads);
   }
   return 1;
 }

@@ -18,7 +18,7 @@ struct OrtApiBase { const OrtApi* (*GetApi)(uint32_t version); };
 const uint32_t ORT_VERSION = 17;
 enum { ORT_FLOAT = 1, ORT_INT32 = 6 };                 // ONNXTensorElementDataType
 enum { ORT_REQUIRED = 0, ORT_OPTIONAL = 1 };           // OrtCustomOpInputOutputCharacteristic
-enum { ORT_INVALID_ARGUMENT = 2 };                     // OrtErrorCode
+enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };       // OrtErrorCode
 
 // Name, place, type
 template <int place, typename Function> struct Entry {
@@ -38,6 +38,7 @@ typedef Entry<86, OrtStatus*(const OrtKernelInfo*, const char* name, int64_t*)> 
 typedef Entry<88, OrtStatus*(const OrtKernelContext*, size_t*)> KernelContext_GetInputCount;
 typedef Entry<90, OrtStatus*(const OrtKernelContext*, size_t index, const OrtValue**)> KernelContext_GetInput;
 typedef Entry<91, OrtStatus*(OrtKernelContext*, size_t index, const int64_t* shape, size_t axes, OrtValue**)> KernelContext_GetOutput;
+typedef Entry<93, void(OrtStatus*)> ReleaseStatus;
 typedef Entry<99, void(OrtTensorTypeAndShapeInfo*)> ReleaseTensorTypeAndShapeInfo;
 typedef Entry<274, OrtStatus*(const OrtKernelContext*, void (*part)(void*, size_t), size_t parts, size_t batches, void*)> KernelContext_ParallelFor;
 

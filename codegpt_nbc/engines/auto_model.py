@@ -56,13 +56,6 @@ class PaddedCache(KVCache):
         "Go on with these rows, of which some may be copies."
         self.keep(beam_idx)
 
-    def crop(self,
-        columns: int, # To keep; negative: to take back
-    ):
-        "Forget the last columns."
-        fewer = -columns if columns < 0 else max(0, self.seen - columns)
-        self.seen, self.length = self.seen - fewer, self.length - fewer
-
 # %% ../../nbs/engines/57_auto_model.ipynb #51039088
 class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
     "A decoder, float or quantised, in the interface of transformers."
@@ -82,6 +75,11 @@ class DecoderForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module): pass                          # the decoder has its weights
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool: return False   # it makes its own
+
+    def _assisted_decoding(self, *args, **how):
+        "Raises `ValueError`: the cache takes no guesses back."
+        raise ValueError('this model does not decode with an assistant or guesses from the prompt: leave assistant_model and '
+                         'prompt_lookup_num_tokens out, or complete with codegpt_nbc.load, which guesses by itself.')
 
     def get_input_embeddings(self):
         "The embedding of tokens."
@@ -179,13 +177,15 @@ def from_pretrained(cls: DecoderForCausalLM,
     output_loading_info=False,
     **more,                  # As transformers takes them: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`, …
 ): # `DecoderForCausalLM`, in evaluation mode
-    "Read a folder with `load_model`. Raises as that does, and `ValueError` for arguments that would change the model."
+    "Read a folder with `load_model`. Raises as that does, and `ValueError` for arguments or a `config` that would change the model."
     hub = {k: more.pop(k) for k in ('revision', 'token', 'cache_dir', 'local_files_only', 'subfolder') if k in more}
     dtype = more.pop('torch_dtype', None) or dtype
     _check_arguments(more)
     folder = _folder_of(pretrained_model_name_or_path, **{k: v for k, v in hub.items() if v is not None})
-    config = config or AutoConfig.from_pretrained(folder)
-    model = cls(config, _in_dtype(load_model(folder), dtype)).eval()
+    config, decoder = config or AutoConfig.from_pretrained(folder), load_model(folder)
+    if shape_of_config(config.to_dict())[0] != decoder.shape:
+        raise ValueError(f'config describes another model than the one in {folder}: leave it out.')
+    model = cls(config, _in_dtype(decoder, dtype)).eval()
     model.folder = folder
     if generation_config is not None: model.generation_config = generation_config
     elif (folder/'generation_config.json').is_file(): model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from ..core.paths import BASE_MODEL, atomic_path
 from ..data.raw_text import begin_tokens
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import check_fits, load_tokenizer
 from ..methods.quantize import QuantizedDecoder, float_decoder, quantize, warn_without_ranges
 from ..methods.schemes import weight_schemes
 from ..model.decoder import Decoder
@@ -171,14 +171,14 @@ SPLITS = {('ByteLevel',): 'gpt-2', ('Digits', 'ByteLevel'): 'smollm', (_WORDS % 
 def split_name(tok: Tokenizer) -> str:
     "llama.cpp's name of what a tokenizer does before BPE. Raises `ValueError` where it has none."
     spec = json.loads(tok.to_str())
-    pre = spec['pre_tokenizer'] or {}
-    parts = []
+    pre, normal, parts = spec['pre_tokenizer'] or {}, spec['normalizer'] or {'type': 'NFC'}, []
     for p in pre.get('pretokenizers', [pre]):
         if p.get('type') == 'Split': parts.append(p['pattern'].get('Regex'))
         elif p.get('type') == 'Digits' and p['individual_digits']: parts.append('Digits')
         elif p.get('type') == 'ByteLevel' and not p['add_prefix_space']: parts += ['ByteLevel']*p['use_regex']
-        else: parts.append(p.get('type'))
-    if spec['model']['type'] != 'BPE' or spec['model'].get('byte_fallback') or tuple(parts) not in SPLITS:
+        else: parts.append(None)   # whole numbers, a space before the text, or another split: no name has these
+    known = normal['type'] == 'NFC' and tuple(parts) in SPLITS   # NFC is left out by llama.cpp, and source code is in that form as a rule
+    if spec['model']['type'] != 'BPE' or spec['model'].get('byte_fallback') or not known:
         raise ValueError('llama.cpp has no name for what this tokenizer does before BPE: use the model in another engine.')
     return SPLITS[tuple(parts)]
 
@@ -187,7 +187,10 @@ def tokenizer_of(
     tok: Tokenizer,
     vocab: int,  # Rows of the embedding; those without a token are filled
 ) -> dict: # key of `GGUFWriter` → value
-    "The tokenizer as GGUF writes it, with the token that it puts before a text. Raises `ValueError` as `split_name` does, and for several."
+    """The tokenizer as GGUF writes it, with the token that it puts before a text.
+
+    Raises `ValueError` as `split_name` does, for several such tokens, and for more tokens than rows."""
+    check_fits(tok, vocab)
     begin = begin_tokens(tok)
     if len(begin) > 1:
         raise ValueError(f'the tokenizer begins a text with {len(begin)} tokens, GGUF with one: use the model in another engine.')

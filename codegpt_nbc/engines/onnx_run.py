@@ -294,8 +294,8 @@ def open_session(
     from onnxruntime.capi import onnxruntime_pybind11_state as errors
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_onnx.')
     options = _options(threads, spin, profile)
-    if compiled: use_attention(options)
     try:
+        if compiled and not use_attention(options): raise RuntimeError('compiled attention cannot run on this machine: leave compiled out.')
         with _graph_of(path, rewrite) as graph, _without_flash_attention(), large_pages():
             session = ort.InferenceSession(str(graph), options, providers=['CPUExecutionProvider'], enable_fallback=0)
             return_memory()

@@ -277,6 +277,7 @@ class OpenvinoEngine:
         if not path.is_file(): raise FileNotFoundError(f'{path} does not exist: make it with export_openvino.')
         if how.get('precision') not in OPENVINO_PRECISIONS: raise ValueError(f'{folder} does not say how it was exported: export it again.')
         self.context, self.vocab = shape.context, shape.vocab
+        self.column = 2*4*shape.d_head*sum(shape.heads)   # bytes of a position: a key and a value in float32 in each layer
         hint = _hint(how['precision']) if hint is None else hint
         options = {'PERFORMANCE_HINT': 'LATENCY', 'NUM_STREAMS': '1', 'INFERENCE_NUM_THREADS': str(threads or cores())} | hint
         try: self.compiled = ov.Core().compile_model(path, 'CPU', options)
@@ -295,14 +296,16 @@ def start(self: OpenvinoEngine, batch, capacity):
 
 @patch
 def cache_bytes(self: OpenvinoEngine) -> int:
-    "Memory of the cache."
-    return sum(state.state.byte_size for state in self.request.query_state())
+    "Memory of the cache. It is computed, as asking the runtime for a state copies it."
+    return self.seen.size*self.column
 
 @patch
 def rewind(self: OpenvinoEngine, length):
-    "Forget the positions of the only row from `length` on."
-    if length == self.lengths[0]: return
-    for s in self.request.query_state(): s.state = openvino().Tensor(np.ascontiguousarray(s.state.data[:, :length]))
+    "Forget the positions of the only row from `length` on, and the columns of a call that was interrupted."
+    if length == self.lengths[0] == self.seen.shape[1]: return
+    if not length: self.request.reset_state()
+    else:
+        for s in self.request.query_state(): s.state = openvino().Tensor(np.ascontiguousarray(s.state.data[:, :length]))
     self.lengths, self.seen = np.array([length]), self.seen[:, :length]
 
 @patch

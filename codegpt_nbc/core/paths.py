@@ -289,9 +289,9 @@ def contents_of(folder) -> dict: # file name → SHA-256
     return {p.name: sha256(p) for p in files}
 
 def digest(
-    *parts, # Folders (`Path`), rows of token ids (lists), settings (anything that prints)
+    *parts, # Folders (`Path`), rows of token ids (lists), arrays of numbers, settings (anything that prints as a whole)
 ) -> str: # 16 hexadecimal digits
-    "One name for models, token ids and settings. It changes with any file of a folder."
+    "One name for models, token ids and settings. It changes with any file of a folder and any number of an array."
     h = hashlib.sha256()
     for p in parts:
         if isinstance(p, Path): h.update(repr(contents_of(p)).encode())
@@ -299,8 +299,17 @@ def digest(
             import numpy as np   # brought where there are ids
             lengths = np.array([len(p), *map(len, p)])
             h.update(lengths.tobytes() + b''.join(np.array(row, np.int32).tobytes() for row in p))
+        elif hasattr(p, '__array__'): _add_array(h, p)   # which prints in part
         else: h.update(str(p).encode())
     return h.hexdigest()[:16]
+
+def _add_array(h, array):
+    "Add type, shape and all numbers of an array, a tensor or a table to a hash, without a copy, as a corpus may be large."
+    import numpy as np
+    a = np.asarray(array)
+    if a.dtype.hasobject: raise ValueError(f'a {type(array).__name__} that does not hold numbers alone has no digest: give its texts.')
+    h.update(f'{a.dtype} {a.shape} '.encode())
+    h.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
 
 @cache
 def code_of(

@@ -76,8 +76,8 @@ class Speed(Strict):
     rounds: int
     prompt_tokens: int
     new_tokens: int
-    joules: float | None = None       # of a completion, of the whole processor
-    energy_source: str | None = None  # 'RAPL', or 'stated': time × the power that the configuration states
+    joules: float | None = None       # of a completion, of the whole processor, and of its memory where `energy_source` says so
+    energy_source: str | None = None  # 'RAPL' and what its counters count, or 'stated': time × the power that the configuration states
 
 # %% ../../nbs/core/02_record.ipynb #62932342
 class Provenance(Strict):

@@ -54,13 +54,17 @@ def _stated_words(folder: Path) -> tuple: # (settings, added words in the order 
     return settings, [*dict.fromkeys(w for w in (*(word(added[i]) for i in sorted(added)), *special) if w)]
 
 # %% ../../nbs/data/15_tokenizer.ipynb #69d9b66a
-def save_tokenizer(tok: Tokenizer, folder):
+def save_tokenizer(
+    tok: Tokenizer,
+    folder,
+    context: int = 512, # Positions of the model, which transformers warns beyond
+):
     "Write the files from which both this package and `transformers` load the tokenizer."
     folder = Path(folder)
     tok.save(str(folder/'tokenizer.json'))
     write_json(folder/'tokenizer_config.json', dict(
         tokenizer_class='PreTrainedTokenizerFast', bos_token='<s>', eos_token='</s>', pad_token='<pad>',
-        clean_up_tokenization_spaces=False, model_max_length=512))
+        clean_up_tokenization_spaces=False, model_max_length=context))
 
 def is_panic(e: BaseException) -> bool:
     "Is this the end of a Rust library's patience, which Python gets as an error that is no `Exception`?"

@@ -259,18 +259,20 @@ def replay(
 def summarise_replay(
     df,              # From `replay`
     against: str,    # The way whose times and texts the others are compared with
-): # DataFrame, a row a way: requests, median_ms, p95_ms, their ratios (of the CPU seconds also), share of same texts
-    "From keystroke to whole line, over the requests that have an answer."
+): # DataFrame, a row a way: requests, refused, median_ms, p95_ms, their ratios (of the CPU seconds also), share of same texts
+    "From keystroke to whole line, over the requests that all ways answered; `refused` counts those that a way did not."
     import pandas as pd
-    asked = df[df[f'{against}_text'].notna()]
     names = [column.removesuffix('_seconds') for column in df if column.endswith('_seconds')]
+    answered = df[[f'{name}_text' for name in names]].notna()
+    asked = df[answered.all(axis=1)]
     def row(name):
         seconds, other = asked[f'{name}_seconds'], asked[f'{against}_seconds']
         same = asked[f'{name}_text'] == asked[f'{against}_text']
         cpu = asked[f'{name}_cpu'].median()/asked[f'{against}_cpu'].median()
         (median, p95), (median_of, p95_of) = seconds.quantile([.5, .95]), other.quantile([.5, .95])
-        return dict(way=name, requests=len(asked), median_ms=1e3*median, p95_ms=1e3*p95, ratio=median/median_of, ratio_p95=p95/p95_of,
-                    ratio_cpu=cpu, same_text=same.mean())
+        refused = int((~answered[f'{name}_text']).sum())
+        return dict(way=name, requests=len(asked), refused=refused, median_ms=1e3*median, p95_ms=1e3*p95, ratio=median/median_of,
+                    ratio_p95=p95/p95_of, ratio_cpu=cpu, same_text=same.mean())
     return pd.DataFrame([row(name) for name in names]).set_index('way')
 
 # %% ../../nbs/evidence/69_editing.ipynb #c08effd9

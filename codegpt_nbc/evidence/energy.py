@@ -20,14 +20,16 @@ def _name_of(counter: Path) -> str: # '' where there is none
 
 def counters(
     folder=POWERCAP,
-) -> dict: # package → (microjoules, at which the counter begins again); empty where none can be read
-    """The energy counters of all packages. Their parts, such as `intel-rapl:0:0`, are in them.
+) -> dict: # zone → (microjoules, at which the counter begins again); empty where none can be read
+    """The energy counters of all packages and of their memory.
 
+    A package's counter holds its parts, such as `intel-rapl:0:0`, but for the memory, `dram`, which is counted beside it.
     The counter of the whole platform, `psys`, which holds the packages once more, is left out."""
     found = {}
-    for package in sorted(Path(folder).glob('intel-rapl:*')):
-        if package.name.count(':') != 1 or _name_of(package) == 'psys': continue
-        try: found[package.name] = tuple(int((package/name).read_text(encoding='utf-8')) for name in ('energy_uj', 'max_energy_range_uj'))
+    for zone in sorted(Path(folder).glob('intel-rapl:*')):
+        name, part = _name_of(zone), zone.name.count(':') > 1
+        if name == 'psys' or (part and name != 'dram'): continue
+        try: found[zone.name] = tuple(int((zone/file).read_text(encoding='utf-8')) for file in ('energy_uj', 'max_energy_range_uj'))
         except (OSError, ValueError): continue    # no right to read it, or no such file
     return found
 
@@ -37,8 +39,8 @@ def joules_between(
 ) -> float | None: # None where a counter is missing
     "The energy between two readings, less than one turn of a counter apart."
     if not before or before.keys() - after.keys(): return None
-    def used(package):
-        (start, turn), (end, _) = before[package], after[package]
+    def used(zone):
+        (start, turn), (end, _) = before[zone], after[zone]
         return end - start if end >= start else end - start + turn
     return sum(map(used, before))/1e6
 
@@ -50,7 +52,7 @@ class Meter:
     folder: Path = POWERCAP
     seconds: float = 0.
     joules: float | None = None
-    source: str | None = None  # 'RAPL' or 'stated'; None: neither
+    source: str | None = None  # 'RAPL' and what the counters that were summed count, or 'stated'; None: neither
     _start: tuple = field(default=(), repr=False)
 
     def __enter__(self):
@@ -62,6 +64,7 @@ class Meter:
         taken = time.perf_counter() - began
         self.seconds += taken
         used = joules_between(before, counters(self.folder))
-        self.source = 'RAPL' if used is not None else 'stated' if self.watts else None
+        summed = dict.fromkeys(_name_of(Path(self.folder)/zone) or zone for zone in before)
+        self.source = f'RAPL ({", ".join(summed)})' if used is not None else 'stated' if self.watts else None
         if used is None and self.watts: used = self.watts*taken
         if used is not None: self.joules = (self.joules or 0.) + used

@@ -69,18 +69,18 @@ class TransformersEngine:
     name = 'transformers'
     def __init__(self, model):
         shape = shape_of_config(model.config.to_dict())[0]
-        self.model, self.context, self.vocab = model, shape.context, shape.vocab
+        self.model, self.context, self.vocab, self.device = model, shape.context, shape.vocab, model.device
         self.takes_places = 'position_ids' in signature(model.forward).parameters   # ours counts for itself
 
     def start(self, batch: int, capacity: int):
         "Begin with an empty cache, which grows by itself."
-        self.cache, self.mask = None, torch.zeros((batch, 0), dtype=torch.long)
+        self.cache, self.mask = None, torch.zeros((batch, 0), dtype=torch.long, device=self.device)
 
     def prefill(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray: # (B, S) and (B,) → (B, vocab)
         "Logits after each right-padded prompt: transformers wants the padding on the left."
         size = ids.shape[1]
         left = np.stack([np.roll(row, size - n) for row, n in zip(ids, lengths)])   # (B, S)
-        self.mask = torch.from_numpy(np.arange(size) >= size - lengths[:, None]).long()
+        self.mask = torch.from_numpy(np.arange(size) >= size - lengths[:, None]).long().to(self.device)
         return self._logits(left)
 
     def step(self, tokens: np.ndarray) -> np.ndarray: # (B,) → (B, vocab)
@@ -90,7 +90,7 @@ class TransformersEngine:
 
     def keep(self, rows: np.ndarray):
         "Go on with these rows only."
-        rows = torch.from_numpy(rows)
+        rows = torch.from_numpy(rows).to(self.device)
         self.mask = self.mask[rows]
         self.cache.reorder_cache(rows)
 
@@ -98,10 +98,10 @@ class TransformersEngine:
         places = (self.mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]          # (B, n)
         more = {'position_ids': places} if self.takes_places else {}
         with torch.no_grad():
-            out = self.model(torch.from_numpy(ids), attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
+            out = self.model(torch.from_numpy(ids).to(self.device), attention_mask=self.mask, past_key_values=self.cache, use_cache=True,
                              logits_to_keep=1, **more)
         self.cache = out.past_key_values
-        return out.logits[:, -1].float().numpy()
+        return out.logits[:, -1].float().cpu().numpy()
 
 # %% ../../nbs/evidence/65_harness.ipynb #ad4c0473
 def register():
@@ -126,7 +126,8 @@ def register():
             if not (self.reads_raw and all(map(asks_for_a_line, asked))): return super().generate_until(requests, disable_tqdm)
             new = max(a.get('max_gen_toks', MAX_NEW) for a in asked)
             engine, texts = TransformersEngine(self.model), [r.args[0] for r in requests]
-            return complete_raw(engine, self.own_tokenizer, texts, new, batch=int(self.batch_size))
+            size = {'batch': int(self.batch_size)} if str(self.batch_size).isdigit() else {}   # 'auto': as many as our loop takes
+            return complete_raw(engine, self.own_tokenizer, texts, new, **size)
     return OurLM
 
 def asks_for_a_line(

@@ -98,7 +98,7 @@ def held_out_of(
     return HeldOut(tokens=rows[:, 1:].numel(), reference=c.reference, **found)
 
 def interval_of_means(x) -> tuple: # (low, high)
-    "95 % interval of a mean of nats, to five decimals."
+    "95 % interval of a mean of nats, to six decimals."
     return tuple(round(v/1000, 6) for v in interval(1000*np.asarray(x)))
 
 def held_out_table(h: HeldOut | None): # DataFrame; empty where nothing was measured

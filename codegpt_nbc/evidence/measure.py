@@ -28,12 +28,11 @@ from .energy import Meter
 def peak_memory() -> int: # bytes
     "The most memory that this process has held. `ru_maxrss` would start with its parent's."
     try:
-        with open('/proc/self/status', encoding='utf-8') as f:
-            peak = next(line for line in f if line.startswith('VmHWM'))
-        return int(peak.split()[1])*1024
-    except OSError:   # no Linux
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
+        with open('/proc/self/status', encoding='utf-8') as f: peak = next((line for line in f if line.startswith('VmHWM')), None)
+    except OSError: peak = None   # no Linux
+    if peak: return int(peak.split()[1])*1024
+    import resource               # some sandboxes have the file without the line
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 OURS = 'codegpt_nbc.evidence.measure.open_ours'
 

@@ -58,7 +58,7 @@ def identifier_f1(pred: str, gt: str) -> float: # in [0, 1]
     if not p and not g: return 1.
     return 2*(p & g).total()/(p.total() + g.total())
 
-def _closes(line: str) -> tuple: # (net round, square, curly brackets; quotes even?)
+def _closes(line: str) -> tuple: # (net round, square, curly brackets; is a quote left open?)
     bare = re.sub(r"'[^']*'|\"[^\"]*\"", '', line)   # without strings that close
     open_brackets = (bare.count(a) - bare.count(b) for a, b in ('()', '[]', '{}'))
     return *open_brackets, ("'" in bare or '"' in bare)
@@ -112,11 +112,14 @@ def paired(
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict: # difference of means x − y, its 95 % interval, the p of a sign-flip permutation test, what could have been detected
-    "Compare two models sample by sample."
+    """Compare two models sample by sample. `detectable` is None where nothing tells how much they scatter.
+
+    Raises `ValueError` if one has more scores than the other."""
+    if len(x) != len(y): raise ValueError(f'{len(x)} scores are compared with {len(y)}: ask both models the same samples.')
     d = np.asarray(x, float) - np.asarray(y, float)
-    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': float('nan')}   # nothing tells how much they scatter
+    if not d.any(): return {'difference': 0., 'ci': [0., 0.], 'p': 1., 'detectable': None}
     return {'difference': round(float(d.mean()), 3), 'ci': interval(d, resamples=resamples, seed=seed),
-            'p': round(sign_flip_p(d, seed=seed), 5), 'detectable': round(detectable(d), 3)}
+            'p': round(sign_flip_p(d, seed=seed), 5), 'detectable': round(detectable(d), 3) if len(d) > 1 else None}
 
 def sign_flip_p(
     d,                   # Paired differences (n,)
@@ -126,18 +129,19 @@ def sign_flip_p(
     """The share of random signs under which the mean is at least as far from 0 as it is, the two-sided permutation test
     of paired samples (Pitman 1937). Matrix products are ten times faster here than `scipy.stats.permutation_test`."""
     rng, d = np.random.default_rng(seed), np.asarray(d, np.float32)
-    found, far, done = abs(d.sum()) - 1e-3*max(1., np.abs(d).max()), 0, 0
+    found, far, done = abs(d.sum()) - 1e-3*np.abs(d).max(), 0, 0   # sums differ in their last bits
     while done < flips:
         rows = min(1000, flips - done)
         positive = rng.integers(0, 2, (rows, len(d)), dtype=np.int8).astype(np.float32)   # (rows, n)
         far += int((np.abs(2*(positive @ d) - d.sum()) >= found).sum())
         done += rows
     p = (far + 1)/(flips + 1)
-    return p if far or len(d) < 100 else min(p, _t_test_p(d))
+    alike = np.ptp(d) <= 1e-6*np.abs(d).max()   # then the t test does not apply, as it divides by how much they scatter
+    return p if far or len(d) < 100 or alike else min(p, _t_test_p(d))
 
 def _t_test_p(d) -> float:
     from scipy.stats import ttest_1samp
-    return float(ttest_1samp(d, 0.).pvalue) if d.std() else 0.
+    return float(ttest_1samp(d, 0.).pvalue)
 
 # %% ../../nbs/evidence/60_metrics.ipynb #71d9a87b
 def detectable(

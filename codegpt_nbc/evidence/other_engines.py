@@ -8,7 +8,7 @@ __all__ = ['PEERS', 'BLOCKS', 'OUR_ENGINES', 'PEER', 'OWN', 'TEXT_TOKENS', 'Peer
            'OpenVinoInt8Dynamic', 'OpenVinoInt4', 'OpenVinoInt4Dynamic', 'CTranslate2', 'without_tiles', 'tiles_work',
            'LlamaCpp', 'LlamaCpp4', 'OrtGenai', 'OrtGenai8', 'OpenVinoGenai', 'OpenVinoGenai4', 'make', 'rest_of_line',
            'line_writer', 'open_peer', 'open_own', 'peers_python', 'python_of', 'prepare', 'machine_rates',
-           'weights_of_blocks', 'floor', 'PeersConfig', 'source_of', 'benchmark']
+           'weights_of_blocks', 'cache_width', 'floor', 'PeersConfig', 'source_of', 'benchmark']
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #cb470b41
 import json, os, re, shutil, subprocess, sys, tempfile
@@ -25,6 +25,7 @@ from .measure import Worker, compared, take_turns
 # %% ../../nbs/evidence/63_other_engines.ipynb #969cba1c
 class Peer:
     "Another engine. `make` runs once, in the peers' environment; folders are `Path`s."
+    cached = 4   # bytes of a number in its cache
     def __init__(self, folder, threads: int): raise NotImplementedError
     @staticmethod
     def make(source, out):
@@ -68,7 +69,7 @@ class Transformers(Generating):
 
 class TransformersBf16(Transformers):
     "The same in bfloat16."
-    dtype = 'bfloat16'
+    dtype, cached = 'bfloat16', 2
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #f8a7cb6a
 class Optimum(Generating):
@@ -128,7 +129,7 @@ def _fitting(weights: dict, source) -> dict:
 
 class OpenVino(Stepping):
     "OpenVINO, exported by optimum-intel."
-    precision, weights = 'bf16', None
+    precision, weights, cached = 'bf16', None, 1   # it rounds its cache to eight bits unless told otherwise
     def __init__(self, folder, threads):
         import openvino as ov
         model = ov.Core().read_model(folder/'openvino_model.xml')
@@ -229,7 +230,7 @@ def tiles_work(gguf) -> bool:
 # %% ../../nbs/evidence/63_other_engines.ipynb #d9795cb0
 class LlamaCpp(Stepping):
     "llama.cpp, eight bits in blocks of 32."
-    kind = 'Q8_0'
+    kind, cached = 'Q8_0', 2
     def __init__(self, folder, threads):
         if not read_json(folder/'tiles.json'): without_tiles()
         self.open_file(folder/'model.gguf', threads)
@@ -493,14 +494,18 @@ def python_of(name: str) -> str:
 _CONVERTING = 'core', 'model', 'methods', 'engines', 'evidence/other_engines'   # whose code decides what a converted folder holds
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
+def _remove_older(path: Path, pattern: str):
+    "Remove what other code made in the place of `path`."
+    for old in path.parent.glob(pattern):
+        if old != path: shutil.rmtree(old)
+
 def prepare(name: str, source, folder) -> Path:
     """An engine's folder under `folder`, converted unless this code and these pins have done so; older ones are removed.
 
     Raises `RuntimeError` with one sentence for a model that the engine cannot take."""
     pins = project_root()/'requirements-peers.txt'
     made = Path(folder)/f'made-{digest(code_of(*_CONVERTING), pins.read_text(encoding="utf-8") if pins.is_file() else "")}'
-    for old in Path(folder).glob('made-*'):
-        if old != made: shutil.rmtree(old)
+    _remove_older(made, 'made-*')
     out = made/name.replace(' ', '-')
     if out.is_dir(): return out
     program = f'from codegpt_nbc.evidence.other_engines import make; make({name!r}, {str(source)!r}, {str(out)!r})'
@@ -542,7 +547,7 @@ def _int8_product(n: int, d: int, inner: int, threads: int): # → function
 # %% ../../nbs/evidence/63_other_engines.ipynb #f0864586
 def machine_rates(
     threads: int,
-    n: int = 512, d: int = 768, inner: int = 3072, # a prompt through the widest linear map
+    n: int = 512, d: int = 768, inner: int = 3072, # a prompt through the widest linear map of CodeGPT
     megabytes: int = 512,                          # to read
 ) -> dict: # fp32, bf16, int8: operations/s; bandwidth: bytes/s
     "The best rates of this machine."
@@ -569,10 +574,16 @@ def weights_of_blocks(shape) -> int: # `Shape` → weights
     return shape.d_model*sum(widths)
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #954fcac8
+def cache_width(engine: str) -> int: # bytes
+    "Of a number in an engine's cache, at the least: ours keep bfloat16 beside rounded weights, where the processor has AMX or AVX2."
+    if engine in PEERS: return PEERS[engine].cached
+    return 4 if engine.endswith('fp32') else 2
+
 def floor(
     shape,         # `Shape`
     prompt_tokens: int, new_tokens: int,
     rates: dict,   # As from `machine_rates`
+    cached: int = 2, # Bytes of a number in the cache, see `cache_width`; beside float32 weights it has four
 ) -> dict: # precision → samples_per_s, prefill_ms, decode_ms_per_token, disk_mb
     "The least time of one completion, by the formulas above."
     blocks, head, keys = weights_of_blocks(shape), shape.vocab*shape.d_model, shape.d_head*sum(shape.heads)
@@ -582,9 +593,9 @@ def floor(
     int_rate = max(('int8', float_rate), key=rates.get)
 
     def row(bytes_, rate, other):
-        weights, cached = bytes_*(blocks + head), 2 if other == 'bf16' else 4
+        weights, each = bytes_*(blocks + head), 4 if bytes_ == 4 else cached
         prefill = max(linear/rates[rate] + attention/rates[other], weights/rates['bandwidth'])
-        decode = (weights + 2*keys*(prompt_tokens + new_tokens/2)*cached)/rates['bandwidth']
+        decode = (weights + 2*keys*(prompt_tokens + new_tokens/2)*each)/rates['bandwidth']
         return dict(samples_per_s=1/(prefill + (new_tokens - 1)*decode), prefill_ms=1e3*prefill,
                     decode_ms_per_token=1e3*decode, disk_mb=bytes_*(blocks + tables)/1e6)
 
@@ -620,14 +631,17 @@ class PeersConfig(RunConfig):
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #2a0d4deb
 def source_of(cfg: PeersConfig) -> Path:
-    "The model folder, in float32, from which all engines are made. Its parent is named after its weights."
+    """The model folder, in float32, from which all engines are made. It is named after the code that made it, and its parent after
+    the weights, or else after shape and tokenizer; older ones are removed."""
     import torch
     from codegpt_nbc.methods.quantize import float_decoder
     from codegpt_nbc.methods.vocabulary import CODEGPT
     from codegpt_nbc.model.decoder import Decoder
     from codegpt_nbc.model.folder import load_model, save_model
     random = cfg.geometry == 'codegpt'
-    out = models_dir(cfg.profile)/f'peers-{"random" if random else digest(cfg.model_folder)[:8]}'/'source'
+    name = f'random-{digest(cfg.model_folder, CODEGPT)[:8]}' if random else digest(cfg.model_folder)[:8]
+    out = models_dir(cfg.profile)/f'peers-{name}'/f'source-{code_of("core", "data", "model", "methods")}'
+    _remove_older(out, 'source*')
     if out.is_dir(): return out
     model = Decoder(CODEGPT).init_weights() if random else float_decoder(load_model(cfg.model_folder))
     with atomic_path(out) as tmp: _with_older_name(save_model(model, tmp, cfg.model_folder, dtype=torch.float32))
@@ -645,7 +659,7 @@ def _texts(workers: dict, cfg: PeersConfig, max_new: int = 48) -> dict: # name �
     "Let every worker complete the same samples, and compare the lines with the first one's and with the truth."
     from codegpt_nbc.data.samples import load_samples, protocols_of
     from codegpt_nbc.evidence.metrics import score
-    samples = load_samples(protocols_of(cfg.text)[0], cfg.texts, folder=cfg.data_folder)
+    samples = load_samples(protocols_of(cfg.text)[0], cfg.texts, folder=cfg.data_folder, skip=cfg.skip)
     lines = {name: w.ask([samples.input.tolist(), max_new])['lines'] for name, w in workers.items()}
     base, out = next(iter(lines.values())), {}
     for name, own in lines.items():
@@ -712,6 +726,6 @@ def benchmark(cfg: PeersConfig) -> dict: # engines: name → measures; refused: 
             ratios=ratios, peak_mb=done[e][-1]['peak']/1e6, disk_mb=_disk(e, folders[e])/1e6, packages=packages[e]) | texts.get(e, {})
     profiled = [e for e in done if e.startswith('onnx ') and cfg.batch == 1 and cfg.new_tokens > 1]
     operators = {e: operator_times(folders[e], cfg.prompt_tokens, cfg.new_tokens, threads) for e in profiled}
-    least = floor(shape_of_config(read_config(source))[0], cfg.prompt_tokens, cfg.new_tokens, rates)
+    least = floor(shape_of_config(read_config(source))[0], cfg.prompt_tokens, cfg.new_tokens, rates, min(map(cache_width, done)))
     return dict(engines=engines, refused=refused, operators=operators, rates=rates, floor=least, **about, batch=cfg.batch,
                 geometry=cfg.geometry)

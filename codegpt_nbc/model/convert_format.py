@@ -14,14 +14,14 @@ from typing import ClassVar
 from pydantic import Field
 from tokenizers import AddedToken, Tokenizer
 from torch import nn
-from ..core.paths import write_json
+from ..core.paths import read_json, write_json
 from ..core.record import StepResult
 from ..data.hub import gguf_of
 from ..data.inputs import RunConfig
 from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import SPECIAL, encode_batch, load_tokenizer, save_tokenizer
 from .decoder import Decoder
-from .folder import load_float, recipe_of, save_model
+from .folder import SETTINGS_FILES, _dtype_of, load_float, recipe_of, save_model, special_ids
 from .gguf_import import read_gguf
 from .losses import hard_loss
 from .train import Samples, TrainConfig, batches_loss, files_enough, fit, training_rows
@@ -45,7 +45,8 @@ def with_words(
     tok: Tokenizer,   # Its tokenizer; is not changed
     words: list,      # To become a token each; words that have one stay as they are
 ) -> tuple: # (Decoder, Tokenizer)
-    "A model and a tokenizer with more words. The row of each new word is the mean of the rows that spelled it (Hewitt 2021)."
+    """A model and a tokenizer with more words. The row of each new word is the mean of the rows that spelled it (Hewitt 2021),
+    or of all rows where none did."""
     new = [w for w in words if tok.token_to_id(w) is None]
     pieces = encode_batch(tok, [spelled(w) for w in new])
     more = Tokenizer.from_str(tok.to_str())
@@ -57,7 +58,7 @@ def with_words(
         old = state[name]                                           # (old vocab, D), of the head's bias (old vocab,)
         rows = torch.zeros(vocab, *old.shape[1:])                   # (vocab, D) or (vocab,)
         rows[:len(old)] = old
-        for i, spelling in zip(ids, pieces): rows[i] = old[spelling].mean(0)
+        for i, spelling in zip(ids, pieces): rows[i] = old[spelling or slice(None)].mean(0)   # some tokenizers drop line breaks
         state[name] = rows
     out = Decoder(replace(model.shape, vocab=vocab))
     out.load_state_dict(state)
@@ -143,13 +144,23 @@ def save_adopted(
     tok: Tokenizer,
     folder,         # Written whole, or not at all
     step: dict,     # For the recipe
-    parent=None,    # The folder it was made from, if any: its recipe is continued
+    parent=None,    # The folder it was made from, if any: recipe, settings and kind of float are carried on
 ) -> Path:
     "Write a model folder with its own tokenizer."
     with tempfile.TemporaryDirectory() as d:
-        save_tokenizer(tok, d)
-        if parent: write_json(Path(d)/'recipe.json', {'chain': recipe_of(parent)})
-        return save_model(model, folder, parent=d, step=step)
+        save_tokenizer(tok, d, model.shape.context)
+        if parent: _carry_on(Path(parent), Path(d))
+        return save_model(model, folder, parent=d, step=step, dtype=_dtype_of(parent or d))
+
+def _carry_on(parent: Path, folder: Path):
+    "Put what a model keeps with another tokenizer beside that tokenizer. Generation begins and ends with the new words."
+    write_json(folder/'recipe.json', {'chain': recipe_of(parent)})
+    for file in (parent/name for name in SETTINGS_FILES):
+        if file.is_file(): (folder/file.name).write_bytes(file.read_bytes())
+    if (generation := folder/'generation_config.json').is_file(): write_json(generation, read_json(generation) | special_ids(folder))
+    named, own = parent/'tokenizer_config.json', folder/'tokenizer_config.json'
+    template = read_json(named).get('chat_template') if named.is_file() else None   # older folders have it there
+    if template: write_json(own, read_json(own) | {'chat_template': template})
 
 # %% ../../nbs/model/27_convert_format.ipynb #f9b9c970
 def _tail_loss(tail: Tail, batch: tuple): return tail(*batch)

@@ -11,15 +11,15 @@ import numpy as np, shutil, torch
 from dataclasses import asdict
 from pathlib import Path
 from ..core.config import Strict
-from ..core.paths import BASE_MODEL, digest, models_dir, new_folder, read_json, write_checksums, write_json, write_text
+from ..core.paths import BASE_MODEL, code_of, digest, models_dir, new_folder, read_json, write_checksums, write_json, write_text
 from ..core.record import StepResult, Train
 from ..data.inputs import RunConfig
-from ..data.samples import load_texts
+from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
 from .folder import load_model, save_model
 from .layers import Shape
-from .train import TrainConfig, Windows, autocast, corpus_folder, fit, full_rows_loss, next_token_loss
+from .train import TrainConfig, Windows, autocast, check_long_enough, corpus_folder, fit, full_rows_loss, next_token_loss
 
 # %% ../../nbs/model/26_pretrain.ipynb #e038dc4d
 class Stage(Strict):
@@ -89,8 +89,9 @@ def mean_loss(
     windows: int = 32, # Rows of the model's context, evenly spread
     batch: int = 4,    # Rows at a time
 ) -> float: # nats per token
-    "Mean cross-entropy on a packed corpus."
+    "Mean cross-entropy on a packed corpus. Raises `ValueError` for one that is shorter than a row."
     n, total = model.shape.context, 0.
+    check_long_enough(ids, n)
     starts = np.linspace(0, len(ids) - n - 1, windows).astype(int)
     for i in range(0, windows, batch):
         rows = np.stack([ids[s:s+n+1] for s in starts[i:i+batch]]).astype(np.int64)   # (batch, n + 1)
@@ -100,13 +101,13 @@ def mean_loss(
 
 # %% ../../nbs/model/26_pretrain.ipynb #2041de7b
 def packed_corpus(c: PretrainConfig) -> tuple: # (folder with the tokenizer, training ids, validation ids, name of the data)
-    "The packed tokens that a run trains on: of a frozen corpus, or of a part of the shipped shard."
+    "The packed tokens that a run trains on: of a frozen corpus, or of a part of the shipped shard. No project is in both parts."
     if c.corpus:
         folder = c.corpus_folder
         train, valid = (np.memmap(folder/f'{split}.bin', np.uint16, 'r') for split in ('train', 'valid'))
         return folder, train, valid, (folder/'about.txt').read_text(encoding='utf-8').strip()
-    tok, texts = load_tokenizer(), load_texts()
-    return BASE_MODEL, pack(tok, texts[50:350]), pack(tok, texts[:50]), 'the shipped training shard, in part'
+    tok, prompts = load_tokenizer(), load_samples('codexglue', split='valid').drop_duplicates(['project', 'path']).input
+    return BASE_MODEL, pack(tok, load_texts(n=350)[50:]), pack(tok, prompts.tolist()), 'the shipped training shard, in part'
 
 def pretrain_step(
     c: PretrainConfig,
@@ -115,8 +116,9 @@ def pretrain_step(
     "Pretrain from scratch through all stages. A killed run goes on from checkpoints beside the folder, if it is the very same run."
     out = Path(out or c.out_folder)
     folder, ids, valid, data = packed_corpus(c)
+    check_long_enough(valid, c.context)   # now, not after the training
     place = out.parent if out != c.out_folder else models_dir(c.profile)
-    work = place/f'{out.name}-unfinished-{digest(c.model_dump_json(), len(ids), ids)}'
+    work = place/f'{out.name}-unfinished-{digest(c.model_dump_json(), ids, code_of("core", "data", "model"))}'
     model, results = pretrain(c, ids, load_tokenizer(folder).get_vocab_size(), work)
     valid_loss = mean_loss(model, valid)
     stages = [asdict(r) | {'config': stage} for r, stage in zip(results, c.stages)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'newton_schulz', 'ExactMuon', 'make_optimizers',
-           'lr_factor', 'Windows', 'Samples', 'within_context', 'cut_to_context', 'cut_rows', 'files_enough',
-           'training_rows', 'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows', 'share',
-           'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time', 'Clocks', 'fit',
+           'lr_factor', 'check_long_enough', 'Windows', 'Samples', 'within_context', 'cut_to_context', 'cut_rows',
+           'files_enough', 'training_rows', 'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows',
+           'share', 'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time', 'Clocks', 'fit',
            'batches_loss', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
@@ -107,6 +107,15 @@ def lr_factor(
     return c.final_lr + (1 - c.final_lr)*.5*(1 + math.cos(math.pi*done))
 
 # %% ../../nbs/model/24_train.ipynb #c099f1be
+def check_long_enough(
+    ids,         # (tokens,) packed
+    length: int, # Tokens of a row, beside its last target
+):
+    "Raise `ValueError` for a packed corpus that is shorter than a row."
+    if len(ids) > length: return
+    raise ValueError(f'the corpus has {len(ids)} tokens, but a row of length {length} takes {length + 1}: '
+                     'ask for shorter rows, or add texts.')
+
 @dataclass(frozen=True)
 class Windows:
     "Random windows of a packed corpus: batch number → (ids, targets)."
@@ -114,6 +123,8 @@ class Windows:
     batch: int        # rows (B)
     length: int       # tokens per row (S)
     seed: int = 0
+
+    def __post_init__(self): check_long_enough(self.ids, self.length)
 
     def __call__(self, step: int) -> tuple: # two int64 tensors (B, S)
         rng = np.random.default_rng((self.seed, step, 0))

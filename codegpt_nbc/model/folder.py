@@ -408,7 +408,7 @@ def load_model(
 ) -> Decoder: # in evaluation mode, float32
     """Read a model folder.
 
-    Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged, not supported, or larger than the memory."""
+    Raises `FileNotFoundError` or `ValueError` for one that is missing, damaged or not supported, and `MemoryShort` where memory lacks."""
     config = read_config(folder)
     shape, _ = shape_of_config(config)
     quantization = config.get('quantization_config') or {}

@@ -40,6 +40,7 @@ def causal_gradients(
     lse, out = lse.contiguous(), q.new_empty(batch, length + pad, 3, heads, d)
     sizes = batch, heads, length + pad, d//BLOCK, torch.get_num_threads()
     failed = library().causal_gradients(views(q, k, v, y, g), ctypes.c_void_p(lse.data_ptr()), views(*out.permute(2, 0, 3, 1, 4)), *sizes)
+    if failed == 2: raise MemoryError('there is no memory for the gradients of attention: end other programs, or take smaller batches.')
     if failed: raise ValueError(f'there is no kernel here for heads of {d} channels: call attend_causally, which takes what there is.')
     return out[:, :length].contiguous()
 

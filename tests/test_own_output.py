@@ -6,7 +6,7 @@ import pytest
 from test_protocols import write
 from test_rare import tiny
 from codegpt_nbc.core.paths import check_out, models_dir, project_root, read_json, runs_dir
-from codegpt_nbc.core.record import HeldOut
+from codegpt_nbc.core.record import HeldOut, provenance
 from codegpt_nbc.data.hub import _reason
 from codegpt_nbc.data.inputs import RunConfig, resolve_data
 from codegpt_nbc.data.repository import is_repository
@@ -130,3 +130,9 @@ def test_templates_that_judge_a_recipe_pass_over_the_samples_that_chose_it(templ
     assert judges and all(named.get((call, 'skip')) == 'cfg.skip' for call in judges)
     makes = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'apply_recipe', 'search'}
     assert all(named.get((call, 'seed')) == 'cfg.seed' for call in makes)
+
+
+def test_a_result_says_whether_kernels_of_ours_were_there(monkeypatch):
+    for form in ('', 'AVX2'):
+        monkeypatch.setattr('codegpt_nbc.core.record.attention_form', lambda: form)
+        assert provenance(42, 0.).attention == form

@@ -15,6 +15,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from .config import Strict
+from .native import attention_form
 from .paths import PACKAGE, cores, read_json, runs_dir, write_json
 
 # %% ../../nbs/core/02_record.ipynb #25ba978d
@@ -86,6 +87,7 @@ class Provenance(Strict):
     dirty: bool | None = None     # True: the checkout had uncommitted changes
     packages: dict[str, str]
     cpu: str
+    attention: str | None = None  # compiled, of `native.FORMS`; '': no kernels were built, or none can run here; None: not recorded
     threads: int
     python: str
     seed: int
@@ -182,7 +184,7 @@ def provenance(
     commit, dirty = code or state_of_code()
     started = datetime.fromtimestamp(began, timezone.utc).isoformat(timespec='seconds')
     return Provenance(git_commit=commit, dirty=dirty, packages=versions(),
-                      cpu=cpu_model(), threads=cores(), python=platform.python_version(), seed=seed,
+                      cpu=cpu_model(), attention=attention_form(), threads=cores(), python=platform.python_version(), seed=seed,
                       started=started, seconds=round(time.time() - began, 1))
 
 # %% ../../nbs/core/02_record.ipynb #5c2bed6d

@@ -16,7 +16,7 @@ from ..core.config import Strict
 from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_dir, write_json
 from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
-from ..data.samples import FORMS
+from ..data.samples import FORMS, PROTOCOLS
 from ..data.tokenizer import text_of
 from ..evidence.metrics import pareto_front
 from .grid import Recipe, check_notebooks, read_profile, read_recipes, run_notebook, spell_time, template_of
@@ -189,14 +189,15 @@ def name_of_search(
     return kind if usual else f'{kind}-{digest(str(model and named_model(model)), code)[:6]}'
 
 def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
-    "The settings of the profile `search`, with one's own model, goal and code; at the end 200 test samples, as many as a search by budget."
+    "The settings of the profile `search`, with one's own model, goal and code; at the end 200 test samples at most, as in a search by budget."
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
     own = dict(run_id=name_of_search(f'search-{objective}-{es_drop:g}', model, data), es_drop=es_drop)
     if model is not None: own['model'] = named_model(model)
     if data: own |= {'data': data, 'skip': 0}     # nothing was ever chosen on it
     config = SearchConfig(**runs[0].params | own)
-    config = config.with_samples(min(200, config.samples_there()))       # in the text of one's own model
+    asked = max(getattr(config, p) for p in PROTOCOLS)
+    config = config.with_samples(min(asked, 200, config.samples_there()))     # in the text of one's own model
     config.check()
     config.check_valid(max(Rung(**r).samples for r in config.rungs))
     return config

@@ -189,7 +189,7 @@ def name_of_search(
     return kind if usual else f'{kind}-{digest(str(model and named_model(model)), code)[:6]}'
 
 def _search_config(model, es_drop: float, objective: str, data: str): # `SearchConfig`
-    "The settings of the profile `search`, with one's own model, goal and code; at the end 200 test samples at most, as in a search by budget."
+    "The settings of the profile `search`, with one's own model, goal and code; 200 test samples at most."
     runs = [r for r in read_profile('search').values() if r.method == 'search' and r.params.get('objective') == objective]
     if not runs: raise ValueError(f'configs/search.yaml has no search with the objective {objective!r}: add one, or choose another.')
     own = dict(run_id=name_of_search(f'search-{objective}-{es_drop:g}', model, data), es_drop=es_drop)

@@ -1,5 +1,6 @@
 """Input and places that are rare and legitimate: each of these once ended in a wrong model, a lost file or an error that named nothing."""
 import json, os, subprocess, sys
+from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -16,9 +17,9 @@ from codegpt_nbc.model.layers import Shape
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def tiny(folder, seed=0) -> Path:
+def tiny(folder, seed=0, **other) -> Path: # `other`: fields of `Shape`
     tok = load_tokenizer()
-    save_model(Decoder(Shape(tok.get_vocab_size(), 512, 32, 16, (2,), (64,))).init_weights(seed), folder)
+    save_model(Decoder(replace(Shape(tok.get_vocab_size(), 512, 32, 16, (2,), (64,)), **other)).init_weights(seed), folder)
     save_tokenizer(tok, folder)
     return folder
 

@@ -1,33 +1,25 @@
-"""Faults that a third reading of the engines and kernels found, each by the input or the accident that showed it."""
-import ctypes, os, shutil, subprocess
-from dataclasses import replace
+"""Exports, the choice of the fastest engine, and compiled code: what interrupts them, what they cannot do, and what is stale."""
+import ctypes, os, shutil, subprocess, sys
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, onnxruntime, pytest, torch
 from onnx import TensorProto, helper
+sys.path.insert(0, str(Path(__file__).parent))
+from test_rare import tiny
 from codegpt_nbc.core import native, paths
 from codegpt_nbc.core.ledger import Ledger
 from codegpt_nbc.core.paths import digest, models_dir
-from codegpt_nbc.data.tokenizer import load_tokenizer, save_tokenizer
+from codegpt_nbc.data.tokenizer import load_tokenizer
 from codegpt_nbc.engines import fastest, onnx_run
 from codegpt_nbc.engines.gguf_export import split_name, tokenizer_of
 from codegpt_nbc.engines.openvino import OpenvinoEngine, export_openvino
 from codegpt_nbc.methods.quantize import in_precision
-from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.folder import load_model, save_model
-from codegpt_nbc.model.layers import Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT/'codegpt_nbc'/'csrc'
 needs_openvino = pytest.mark.skipif(not find_spec('openvino'), reason='OpenVINO is not installed here')
 needs_gguf = pytest.mark.skipif(not find_spec('gguf'), reason='the package gguf is not installed here')
-
-
-def tiny(folder, seed=0, **other) -> Path:
-    tok = load_tokenizer()
-    save_model(Decoder(replace(Shape(tok.get_vocab_size(), 512, 32, 16, (2,), (64,)), **other)).init_weights(seed), folder)
-    save_tokenizer(tok, folder)
-    return folder
 
 
 # OpenVINO

@@ -1,4 +1,4 @@
-"""What a second reading of data, model and evidence found, each with the case that gave it away."""
+"""Evidence that counts what it says: floors, energy, digests, validation text, p-values; and what an adopted model keeps."""
 import io, json, sys
 from pathlib import Path
 from types import SimpleNamespace

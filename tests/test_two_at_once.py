@@ -10,7 +10,7 @@ from codegpt_nbc import compress, load
 from codegpt_nbc.data.raw_text import RawText
 from codegpt_nbc.data.raw_words import last_line, open_at_end
 from codegpt_nbc.data.tokenizer import load_tokenizer
-from codegpt_nbc.engines.completion import UntilStatement, WordsAnswer, complete_raw, stream_raw
+from codegpt_nbc.engines.completion import UntilStatement, complete_raw, stream_raw
 
 PROMPTS = ['def read(path):\n    with open(path) as f:\n        data = ', 'class A:\n    def __init__(self, name, value):\n        self.',
            'import os\nfor name in os.', 'def f(a, b):\n    return ']
@@ -50,26 +50,14 @@ def test_a_session_is_at_one_answer_at_a_time():
 
 # Source
 
-def answer_of(tok, words):
-    raw = RawText(tok)
-    ends = raw.ends | {raw.vocabulary[w] for w in ('<EOL>', '<s>', '</s>', '<pad>') if w in raw.vocabulary}
-    answer = WordsAnswer(raw, b'', None, 9, ends)
-    return [answer.take(tok.token_to_id(w)) for w in words], answer.tokens
-
-
-@pytest.mark.parametrize('end', ['<EOL>', '</s>', '<s>'])
-def test_a_line_of_words_ends_where_its_text_does(end):
-    ended, tokens = answer_of(load_tokenizer(load().folder), ['(', end])
-    assert ended == [False, True] and len(tokens) == 1
-
-
-def test_nothing_that_ends_a_text_is_written_into_source(monkeypatch):
+@pytest.mark.parametrize('word', ['</s>', '<s>', '<pad>'])
+def test_nothing_that_ends_or_begins_a_text_is_written_into_source(word, monkeypatch):
     model = load()
-    eos = model.tokenizer.token_to_id('</s>')
+    end = model.tokenizer.token_to_id(word)
     kept = type(model.engine).prefill
-    def ends(self, ids, lengths): # the model would end the text
+    def ends(self, ids, lengths): # the word is the most probable one
         logits = kept(self, ids, lengths)
-        logits[:, eos] = logits.max() + 1
+        logits[:, end] = logits.max() + 1
         return logits
     monkeypatch.setattr(type(model.engine), 'prefill', ends)
     assert model.complete('def main():\n    pass\n\n\nif __name__ == "__main__":\n    main()') == ''

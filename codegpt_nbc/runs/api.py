@@ -72,7 +72,7 @@ def text_of_prompt(
 
 # %% ../../nbs/runs/74_api.ipynb #253d864b
 class Model:
-    "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads."
+    "An open model: the engine that runs it, its tokenizer, its folder and the text that it reads. Threads may share one."
     block = 1   # tokens left out at once where source is too long, see `complete_raw`
     def __init__(self, folder, choice: str | None = None): # `choice`: see `open_engine`
         from codegpt_nbc.data.tokenizer import text_of
@@ -94,6 +94,7 @@ class Model:
         check=None,             # See `Prefixes`
     ): # -> Model
         """The same weights for source that is being edited: what a prompt has in common with an earlier one is not read again.
+        It works at one answer at a time; a later one ends an earlier with a `RuntimeError`.
 
         A text that is too long loses a quarter at once."""
         from codegpt_nbc.engines.session import Prefixes, PromptLookup

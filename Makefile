@@ -16,6 +16,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+# As pip compiles nothing, each process would compile all that it imports
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce test lint prepare itrex peers pythons smollm2 lab export readme site ship clean forget lock

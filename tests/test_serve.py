@@ -313,15 +313,17 @@ def test_other_errors_have_the_same_form(client):
 
 
 @needs_server
-def test_a_fault_of_the_program_is_logged_by_its_place(raw, capfd):
+@pytest.mark.parametrize('error', [KeyError, ValueError])   # NumPy's for shapes that do not fit is a ValueError
+def test_a_fault_of_the_program_is_logged_by_its_place(raw, capfd, error):
+    def fails(): raise error('SECRET')
     with client_of(raw) as client:
         engine = client.worker.model.engine
-        engine.check = lambda: {}['SECRET']
+        engine.check = fails
         is_error(client.post('/v1/completions', json={'prompt': 'SECRET'}), 500, 'internal_error')
         engine.check = lambda: None
         assert complete(client, 'def f(')['choices'][0]['text'] == function(raw, 'def f(', 8)
     said = ''.join(capfd.readouterr())
-    assert 'KeyError at test_serve.py' in said and 'SECRET' not in said
+    assert f'{error.__name__} at test_serve.py' in said and 'SECRET' not in said
 
 
 @needs_server

@@ -12,7 +12,7 @@ __all__ = ['CHOICES', 'STUDENTS', 'BETAS', 'Layers', 'STUDENT_CARD', 'STARTS', '
 # %% ../../nbs/methods/37_distill.ipynb #307cac6e
 import math, numpy as np, shutil, torch
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 from fastcore.basics import patch
@@ -29,7 +29,7 @@ from ..model.decoder import Decoder, with_layers
 from ..model.folder import load_float, load_model, read_config, save_model, shape_of_config
 from ..model.layers import Shape
 from ..model.losses import OverVocabulary, hard_loss
-from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, corpus_folder,
+from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autocast, batches_loss, corpus_folder, losses_without,
                                      cut_to_context, files_enough, fit, keep_zeros, packed_rows, training_rows)
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6
@@ -71,17 +71,16 @@ def spread(n: int, keep: int) -> list: # of `keep` layer indices out of `n`
 def least_loss(
     model: Decoder,
     keep: int,
-    loss,            # Function: model → float
+    batches,   # Function: number → (ids, targets), each (B, S)
+    n: int,    # Batches
 ) -> list: # of `keep` layer indices
-    "Drop layer after layer, always the one whose absence `loss` notices least."
+    "Drop layer after layer, always the one whose absence the loss of the first `n` batches notices least."
     left = list(range(model.shape.n_layer))
     spread(len(left), keep)     # refuses a number that is impossible
-    while len(left) > keep:
-        losses = {layer: loss(with_layers(model, [other for other in left if other != layer])) for layer in left}
-        left.remove(min(losses, key=losses.get))
+    while len(left) > keep: left.pop(int(np.argmin(losses_without(model, batches, n, left))))
     return left
 
-def spread_evenly(model: Decoder, keep: int, loss=None) -> list: # of `keep` layer indices
+def spread_evenly(model: Decoder, keep: int, batches=None, n: int = 0) -> list: # of `keep` layer indices
     "`spread` with the arguments of `least_loss`."
     return spread(model.shape.n_layer, keep)
 
@@ -381,7 +380,7 @@ def layers_of(
     choose = CHOICES[c.choice if c.student == 'reduced' else 'spread']
     n = model.shape.n_layer
     keep = max(1, n//2) if c.layers is None else number_of(c.layers, n)
-    return choose(model, keep, partial(batches_loss, batches=data, n=2))
+    return choose(model, keep, data, 2)
 
 # %% ../../nbs/methods/37_distill.ipynb #b57cffed
 def load_pair(

@@ -124,9 +124,14 @@ class Decoder(nn.Module):
         pieces = zip(ids.split(PIECE, 1), (cache.length[:, None] + new).split(PIECE, 1))   # (B, ≤ PIECE) twice
         return torch.cat([self._stream(piece, cache, at) for piece, at in pieces], 1)
 
-    def _stream(self, ids, cache, at): # (B, S) and (S,) or, of rows that go on, (B, S) → (B, S, D)
-        x, turn = self.embed(ids, at), self.turn(at)
+    def begin(self, ids, at): # as in `embed` → ((B, S, D), see `turn`)
+        "The residual stream before the first block, and what blocks turn queries and keys by."
+        x = self.embed(ids, at)
         if x.is_cuda and torch.is_autocast_enabled('cuda'): x = x.to(torch.get_autocast_dtype('cuda'))   # half the bytes per layer
+        return x, self.turn(at)
+
+    def _stream(self, ids, cache, at): # (B, S) and (S,) or, of rows that go on, (B, S) → (B, S, D)
+        x, turn = self.begin(ids, at)
         for block in self.blocks: x = block(x, cache, at if at.ndim > 1 else None, turn)
         return x
 
@@ -139,7 +144,13 @@ class Decoder(nn.Module):
         targets=None, # (B, S) next token ids; −100: ignored
     ): # (B, S, vocab) logits, or with `targets` their mean cross-entropy in nats
         h = self.hidden(ids)                                     # (B, S, D)
-        if targets is None: return self.logits(h)
+        return self.logits(h) if targets is None else self.cross_entropy(h, targets)
+
+    def cross_entropy(self,
+        h,       # (B, S, D) of `hidden`
+        targets, # (B, S) next token ids; −100: ignored
+    ): # mean over the targets, nats
+        "What `forward` returns with targets."
         real = targets != -100                                   # (B, S)
         h, targets = h[real], targets[real]                      # (n, D), (n,)
         if h.requires_grad: return hard_loss(self.norm(h), self.tokens.output, targets)   # keeps no logits

@@ -7,7 +7,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast'
            'lr_factor', 'check_long_enough', 'Windows', 'Samples', 'within_context', 'cut_to_context', 'cut_rows',
            'files_enough', 'training_rows', 'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows',
            'share', 'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time', 'Clocks', 'fit',
-           'batches_loss', 'keep_zeros']
+           'batches_loss', 'losses_without', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
@@ -457,6 +457,26 @@ def batches_loss(
     with autocast():
         for i in range(n): total += float(next_token_loss(model, [t.to(device) for t in batches(i)]))
     return total/n
+
+@torch.no_grad()
+def losses_without(
+    model,
+    batches,       # As in `batches_loss`
+    n: int,        # Batches
+    layers: list,  # Indices of the layers that are there, in order
+) -> list: # nats per token, as many as `layers`
+    "`batches_loss` when one of the layers is missing, for each of them."
+    device, totals = model.norm.weight.device, [0.]*len(layers)
+    with autocast():
+        for i in range(n):
+            ids, targets = (t.to(device) for t in batches(i))
+            x, turn = model.begin(ids, torch.arange(ids.shape[1], device=device))   # (B, S, D)
+            for j in range(len(layers)):
+                if j: x = model.blocks[layers[j - 1]](x, turn=turn)
+                h = x
+                for layer in layers[j + 1:]: h = model.blocks[layer](h, turn=turn)
+                totals[j] += float(model.cross_entropy(h, targets))
+    return [total/n for total in totals]
 
 # %% ../../nbs/model/24_train.ipynb #5715ba09
 def keep_zeros(model: nn.Module): # → a function for `after_step`; None where there is nothing to keep

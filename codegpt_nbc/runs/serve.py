@@ -96,7 +96,6 @@ def refused(e: Exception) -> Refused:
     if isinstance(e, RequestValidationError): return _refused_field(e.errors()[0])
     if isinstance(e, HTTPException) and e.status_code == 400: return _refused_field({'type': 'json_invalid'})   # not even text
     if isinstance(e, HTTPException): return Refused(e.status_code, 'http_error', f'{e.detail}.')
-    if isinstance(e, ValueError): return Refused(400, 'invalid_prompt', ' '.join(str(e).split()))
     frame = traceback.extract_tb(e.__traceback__)[-1]
     print(f'codegpt-nbc: {type(e).__name__} at {Path(frame.filename).name}:{frame.lineno}', file=sys.stderr, flush=True)
     return Refused(500, 'internal_error', f'a fault of the server ({type(e).__name__}): its log names the place.')
@@ -269,7 +268,8 @@ def complete(self: Worker, job: Job, i: int, ask: Ask):
         model = copy.copy(model)
         model.engine = Sampled(prefixes, ask.temperature, ask.seed)
     job.check()
-    pieces = model.stream(ask.prompt, ask.suffix, ask.max_new, 'end' if model.reads == 'raw' else 'line', 'raw')
+    try: pieces = model.stream(ask.prompt, ask.suffix, ask.max_new, 'end' if model.reads == 'raw' else 'line', 'raw')
+    except ValueError as e: raise Refused(400, 'invalid_prompt', ' '.join(str(e).split())) from None   # later: our fault
     for piece in pieces:
         send, held, ended = cut(held + piece, ask.stops)
         if send: job.tell('piece', i, send)

@@ -268,8 +268,9 @@ def complete(self: Worker, job: Job, i: int, ask: Ask):
         model = copy.copy(model)
         model.engine = Sampled(prefixes, ask.temperature, ask.seed)
     job.check()
+    # Reads the prompt, which may be wrong; what is raised while the answer is written is no fault of the request
     try: pieces = model.stream(ask.prompt, ask.suffix, ask.max_new, 'end' if model.reads == 'raw' else 'line', 'raw')
-    except ValueError as e: raise Refused(400, 'invalid_prompt', ' '.join(str(e).split())) from None   # later: our fault
+    except ValueError as e: raise Refused(400, 'invalid_prompt', ' '.join(str(e).split())) from None
     for piece in pieces:
         send, held, ended = cut(held + piece, ask.stops)
         if send: job.tell('piece', i, send)

@@ -89,6 +89,13 @@ def test_the_import_alone_imports_nothing():
     assert done.stdout.split() == ['codegpt_nbc']
 
 
+def test_no_notebook_waits_for_a_grammar():
+    "jsonschema imports rfc3987_syntax from 4.25 on, which builds twenty parsers: 3 s of every notebook and of JupyterLab."
+    program = 'import sys, nbformat; print("rfc3987_syntax" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.stdout.split() == ['False'], done.stdout + done.stderr
+
+
 def test_older_transformers_is_left_alone():
     "Its automatic classes have other interfaces; what imports them must not fail."
     program = ('import sys, types; old = types.ModuleType("transformers"); old.__version__ = "4.45.2"; sys.modules["transformers"] = old\n'

@@ -39,7 +39,7 @@ def installed(tmp_path_factory):
     (d/'elsewhere').mkdir()
     start = locking(d/'env')
     env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'CODEGPT', 'LC_', 'LANG'))}
-    env |= {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'HF_HUB_OFFLINE': '1', 'PYTHONDONTWRITEBYTECODE': '1'}
+    env |= {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'HF_HUB_OFFLINE': '1'}
 
     def run(*args, code=None):
         command = [*start, str(d/'env'/'bin'/'python'), *(['-c', code] if code else ['-m', 'codegpt_nbc.runs.cli', *args])]

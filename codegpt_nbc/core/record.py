@@ -158,6 +158,7 @@ def _git(*args) -> str | None:
     try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
+@cache
 def _version(name: str) -> str | None:
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None

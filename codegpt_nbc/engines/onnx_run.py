@@ -8,7 +8,7 @@ __all__ = ['FUSED', 'DOMAIN', 'DATA_FILE', 'SMALL', 'PAGE', 'LARGE_PAGE', 'PROMP
            'nibbles', 'prompt_graph', 'OrtEngine', 'operator_times']
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #bff4586d
-import ctypes, os, tempfile, numpy as np
+import ctypes, os, re, tempfile, numpy as np
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -182,16 +182,14 @@ def int8_product(self: Graph,
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #c5a0f7e2
 LARGE_PAGE = 2**21   # bytes
+_OF_NO_FILE = re.compile(r'^(\w+)-(\w+) rw-p \w+ \S+ 0\b', re.M)   # lines of a process's maps: addresses, access, offset, device, inode
 
 def own_memory() -> list: # of (start, end), ascending
     "The pieces of memory, of a large page at least, that this process has for itself; none where the system does not tell."
-    try: lines = Path('/proc/self/maps').read_text(encoding='ascii', errors='replace').splitlines()
+    try: maps = Path('/proc/self/maps').read_text(encoding='ascii', errors='replace')
     except OSError: return []
-    found = []
-    for addresses, access, _, _, file, *_ in (line.split() for line in lines):
-        start, end = (int(a, 16) for a in addresses.split('-'))
-        if access == 'rw-p' and file == '0' and end - start >= LARGE_PAGE: found.append((start, end))
-    return found
+    pieces = [(int(start, 16), int(end, 16)) for start, end in _OF_NO_FILE.findall(maps)]
+    return [(start, end) for start, end in pieces if end - start >= LARGE_PAGE]
 
 def without(pieces: list, gone: list): # two lists of (start, end), ascending
     "Yield what of `pieces` is not in `gone`."

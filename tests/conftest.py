@@ -5,8 +5,8 @@ when one worker has nothing to do.
 """
 import pytest
 
-FIRST = ('test_families', 'test_wheel', 'test_contributing', 'test_family_engines', 'test_kills', 'test_grid', 'test_raw', 'test_protocols',
-         'test_force', 'test_fuzz')
+FIRST = ('test_budget', 'test_families', 'test_wheel', 'test_family_engines', 'test_grid', 'test_systems', 'test_kills', 'test_docs',
+         'test_protocols', 'test_contributing', 'test_force', 'test_interop', 'test_raw', 'test_engines', 'test_fuzz', 'test_serve')
 
 
 def pytest_collection_modifyitems(items):

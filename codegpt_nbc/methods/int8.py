@@ -71,7 +71,7 @@ def pack(
     width = stored_bits(bits)
     if width == 8: return codes
     per_byte = 8//width
-    if codes.is_meta:   # its size alone is asked for, and no operation is quick without memory
+    if codes.is_meta:   # only the size is asked for, and PyTorch's operations without memory are slow
         return codes.new_empty((*codes.shape[:-1], -(-codes.shape[-1]//per_byte)), dtype=torch.uint8)
     unsigned = codes.to(torch.int16) + 2**(width - 1)
     if width == 1: unsigned = unsigned >> 1                                     # −1 and 1, made 0 and 2: now 0 and 1

@@ -184,10 +184,10 @@ class RunNumbers(PageContext):
         return float(scores[first:first + n].mean())
 
     @pass_context
-    def corrected(self, context, pattern: str, profile: str = '') -> dict: # run id → p
-        "p of the paired difference of edit similarity from the dense model, corrected over the runs that match (Holm)."
+    def corrected(self, context, pattern: str, profile: str = '', base: str = 'baseline') -> dict: # run id → p
+        "p of the paired difference of edit similarity from that of `base`, corrected over the runs that match (Holm)."
         fr, ids = self._profile(profile).frame, [r.run_id for r in self.runs(context, pattern, profile)]
-        return {run: test['es']['p'] for (run, _), test in family_tests(fr, [(i, 'baseline') for i in ids], ['es']).items()}
+        return {run: test['es']['p'] for (run, _), test in family_tests(fr, [(i, base) for i in ids], ['es']).items()}
 
     @pass_context
     def delta(self, context, id: str, base: str = 'baseline') -> str:

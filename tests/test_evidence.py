@@ -15,6 +15,7 @@ from codegpt_nbc.evidence.evaluate import against
 from codegpt_nbc.evidence.harness import TransformersEngine, register
 from codegpt_nbc.evidence.metrics import paired, sign_flip_p
 from codegpt_nbc.evidence.other_engines import PEERS, PeersConfig, cache_width, floor, source_of
+from codegpt_nbc.methods.distill import DistillConfig
 from codegpt_nbc.model import pretrain as pretraining
 from codegpt_nbc.model.convert_format import save_adopted, with_words
 from codegpt_nbc.model.decoder import Decoder
@@ -98,6 +99,28 @@ def test_checkpoints_belong_to_tokens_and_code(tmp_path, monkeypatch):
     assert started(ids.copy()) == first != started(np.where(ids == 2500, 0, ids).astype(np.uint16))
     monkeypatch.setattr(pretraining, 'code_of', lambda *wings: 'changed')
     assert started(ids) != first
+
+
+@pytest.mark.parametrize('second, said', [
+    (dict(layers=3), 'a model of 2 layers cannot grow to 3: give a multiple'),
+    (dict(lenght=8), "unknown parameter 'lenght' of Stage: did you mean"),
+    (dict(length=64), 'a stage has rows of 64 tokens, but the model 32 positions'),
+    (dict(schedule='cosin'), "parameter 'schedule' of Stage is 'cosin'"),
+    (dict(steps=0), "parameter 'steps' of Stage is 0")])
+def test_a_later_stage_is_refused_before_the_first_is_trained(second, said):
+    first = dict(layers=2, length=32, batch=2, steps=1)
+    with pytest.raises(ValueError, match=f'^{said}') as e: PretrainConfig(run_id='x', context=32, stages=[first, first | second])
+    assert '\n' not in str(e.value) and not str(e.value).endswith('..')
+
+
+def test_no_stage_at_all_is_one_sentence():
+    c = PretrainConfig(run_id='x', stages=[])
+    with pytest.raises(ValueError, match='stages is empty: give one at least'): pretraining.pretrain(c, None, 9, 'w')
+
+
+def test_parameters_that_contradict_each_other_are_one_sentence():
+    with pytest.raises(ValueError, match="^layers are chosen for a student that is 'random' or 'reduced': [^.]*[.]$"):
+        DistillConfig(run_id='x', student='model', layers=3)
 
 
 def test_a_corpus_shorter_than_a_row_is_one_sentence(tmp_path, monkeypatch):
@@ -188,21 +211,45 @@ def test_the_harness_asks_a_model_where_it_is():
     assert model.given == {'meta'}
 
 
-def test_the_harness_may_choose_how_many(monkeypatch):
+@pytest.fixture
+def harness_of(monkeypatch):
+    "The harness's model, without the harness: what our loop is asked for, and a function that makes one."
     from codegpt_nbc.evidence import harness
-    Theirs = type('HFLM', (), {'batch_size': property(lambda self: self.batch_size_per_gpu), 'model': None})
+    Theirs = type('HFLM', (), {'batch_size': property(lambda self: self.batch_size_per_gpu), 'model': None,
+                               'generate_until': lambda self, requests, quiet=False: [f'theirs {r.args[0]}' for r in requests]})
     stubs = {'lm_eval.api.registry': {'register_model': lambda name: lambda kind: kind}, 'lm_eval.models.huggingface': {'HFLM': Theirs}}
     for name in ('lm_eval', 'lm_eval.api', 'lm_eval.models', *stubs):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**stubs.get(name, {})))
     asked = []
+    def ours(engine, tok, texts, new, **how): asked.append((texts, new, how)); return [f'ours {t}' for t in texts]
     monkeypatch.setattr(harness, 'TransformersEngine', lambda model: model)
-    monkeypatch.setattr(harness, 'complete_raw', lambda *_, **how: asked.append(how) or [])
-    kind = register()
-    for size in ('auto', 4, '8'):
-        lm = kind.__new__(kind)
-        lm.reads_raw, lm.own_tokenizer, lm.batch_size_per_gpu = True, None, size
-        lm.generate_until([SimpleNamespace(args=('x', {'until': ['\n']}))])
-    assert asked == [{}, {'batch': 4}, {'batch': 8}]
+    monkeypatch.setattr(harness, 'complete_raw', ours)
+    def made(size='auto', raw=True):
+        lm = (kind := register()).__new__(kind)
+        lm.reads_raw, lm.own_tokenizer, lm.batch_size_per_gpu = raw, None, size
+        return lm
+    return asked, made
+
+
+def request(text, new=48, until='\n', **more):
+    "As the harness asks. `new`: tokens at most; None: the task does not say."
+    return SimpleNamespace(args=(text, {'until': [until]} | ({'max_gen_toks': new} if new else {}) | more))
+
+
+def test_the_harness_may_choose_how_many(harness_of):
+    asked, made = harness_of
+    for size in ('auto', 4, '8'): made(size).generate_until([request('x')])
+    assert asked == [(['x'], 48, {}), (['x'], 48, {'batch': 4}), (['x'], 48, {'batch': 8})]
+
+
+def test_a_task_of_the_harness_is_answered_as_if_it_were_alone(harness_of):
+    asked, made = harness_of
+    both = [request('a'), request('b', until='\n\n'), request('c', 4), request('d'), request('e', None),
+            request('f', None, max_new_tokens=5), request('g', do_sample=True), request('h', 256)]
+    want = ['ours a', 'theirs b', 'ours c', 'ours d', 'theirs e', 'ours f', 'theirs g', 'theirs h']
+    assert made().generate_until(both) == want == [made().generate_until([r])[0] for r in both]
+    assert asked[:3] == [(['a', 'd'], 48, {}), (['c'], 4, {}), (['f'], 5, {})]
+    assert made(raw=False).generate_until(both[:1]) == ['theirs a']
 
 
 def test_p_does_not_hang_on_the_unit():

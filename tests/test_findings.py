@@ -7,10 +7,13 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from codegpt_nbc.core.paths import BASE_MODEL
 from codegpt_nbc.data.codexglue import imported
+from codegpt_nbc.data.inputs import RunConfig
+from codegpt_nbc.data.samples import load_samples
 from codegpt_nbc.data.text_format import spell_out
 from codegpt_nbc.data.tokenizer import encode_batch, load_tokenizer, train_tokenizer, save_tokenizer
 from codegpt_nbc.engines.onnx_export import export_onnx
 from codegpt_nbc.evidence.evaluate import size_of
+from codegpt_nbc.evidence.held_out import held_out_rows
 from codegpt_nbc.methods.quantize import quantize
 from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.families import is_regular
@@ -283,6 +286,35 @@ def test_the_hubs_converted_layout_is_found(tmp_path):
         pd.DataFrame({'id': range(n), 'code': code}).to_parquet(d/'0000.parquet')
     made = imported(tmp_path)
     assert len(pd.read_parquet(made/'train.parquet')) == 40 and len(pd.read_parquet(made/'test_codexglue.parquet')) == 20
+
+
+@pytest.mark.usefixtures('home')
+def test_published_samples_can_be_read_token_by_token(tmp_path):
+    d = tmp_path/'py150'; (d/'line_completion').mkdir(parents=True); (d/'token_completion').mkdir()
+    files = ['<s> ' + ' <EOL> '.join(f'x{i} = f ( y{j} )' for j in range(120)) + ' </s>' for i in range(30)]
+    (d/'token_completion'/'train.txt').write_text('\n'.join(files) + '\n')
+    (d/'token_completion'/'test.txt').write_text('\n'.join(files) + '\n')
+    rows = [{'id': i, 'input': files[i].rpartition(' <EOL> ')[0] + ' <EOL>', 'gt': ''} for i in range(30)]
+    (d/'line_completion'/'test.json').write_text('\n'.join(json.dumps(r) for r in rows))
+    c = RunConfig(run_id='x', data=str(d), codexglue=5, thesis=5, held_out=2000)
+    c.check()
+    there = load_samples('codexglue', folder=c.data_folder)
+    assert list(there.columns) == ['project', 'path', 'input', 'gt'] and there.project.is_unique and len(there) == 30
+    assert held_out_rows(c, BASE_MODEL, 64).shape == (31, 65)
+    with pytest.raises(ValueError, match='1000000 held-out tokens asked, but the test files give .*: ask for fewer'):
+        RunConfig(run_id='x', data=str(d), codexglue=5, thesis=5, held_out=10**6).check()
+
+
+POINTER = 'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n'
+
+@pytest.mark.usefixtures('home')
+def test_a_table_that_was_not_fetched_is_named(tmp_path):
+    code = [f'<s> import m{i} <EOL> x = f ( y{i} ) <EOL> return x . z </s>' for i in range(40)]
+    for split in ('train', 'test'): pd.DataFrame({'id': range(40), 'code': code}).to_parquet(tmp_path/f'{split}.parquet')
+    (tmp_path/'notes.parquet').write_text(POINTER)                   # of another kind
+    assert len(pd.read_parquet(imported(tmp_path)/'train.parquet')) > 30
+    (tmp_path/'test.parquet').write_text(POINTER)
+    with pytest.raises(ValueError, match='test.parquet is damaged .*: fetch it again, from git by git lfs pull'): imported(tmp_path)
 
 
 # 4. Limits

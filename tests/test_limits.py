@@ -10,12 +10,13 @@ from codegpt_nbc.engines.onnx_export import build_graph, export_onnx
 from codegpt_nbc.engines.onnx_run import OrtEngine, operator_times
 from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.engines.session import Session
-from codegpt_nbc.methods.distill import DistillConfig, layers_of, number_of
+from codegpt_nbc.methods.distill import DistillConfig, StudentShape, distill_step, layers_of, number_of
 from codegpt_nbc.methods.gptq import gptq
+from codegpt_nbc.methods.mixed import MixedConfig, train_mixed
 from codegpt_nbc.methods.quantize import finetune_quantized, quantize
 from codegpt_nbc.methods.schemes import Scheme, weight_schemes
 from codegpt_nbc.methods.static_quantize import calibrate, mixed_precision, static_quantize
-from codegpt_nbc.methods.xtc import XtcConfig, load_models
+from codegpt_nbc.methods.xtc import XtcConfig, load_models, xtc, xtc_step
 from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.folder import load_model, read_config, recipe_of, save_model
 from codegpt_nbc.model.layers import KVCache, Shape
@@ -280,11 +281,84 @@ def test_xtc_takes_a_share_a_number_or_indices(n, want, words, tmp_path):
         for own, theirs in enumerate(want): assert torch.equal(student.blocks[own].mlp.up.weight, start.blocks[theirs].mlp.up.weight)
 
 
-@pytest.mark.parametrize('layers', [0, -1, 0., 1.5, 'six', [[1]]])
+@pytest.mark.parametrize('layers', [0, -1, 0., 1.5, 'six', [[1]], []])
 def test_other_layers_are_refused_in_a_sentence(layers):
     for config in (DistillConfig, XtcConfig):
         with pytest.raises(ValueError, match='layers') as e: config(run_id='x', layers=layers)
         assert '\n' not in str(e.value)
+
+
+# Trainings beside a teacher
+
+def packed(folder, ids):
+    "A corpus of these token ids."
+    folder.mkdir(exist_ok=True)
+    np.asarray(ids, np.uint16).tofile(folder/'train.bin')
+    return str(folder)
+
+
+@pytest.mark.usefixtures('home')
+def test_a_training_goes_on_only_with_the_text_that_it_began_with(words, corpus, tmp_path, monkeypatch):
+    source, ids = saved(TOY, tmp_path/'m', words), np.arange(500) % 300
+    def work(kind, **own): return kind(run_id='x', model=str(source), **own).work.name
+    for kind, own in ((DistillConfig, {}), (XtcConfig, {}), (MixedConfig, {'bits': {'blocks.0.mlp.up': '8'}})):
+        folder = packed(tmp_path/'packed', ids)
+        first = work(kind, corpus=folder, **own)
+        assert work(kind, corpus=folder, **own) == first
+        assert work(kind, corpus=packed(tmp_path/'packed', ids[::-1]), **own) != first
+        before = work(kind, data=str(corpus), **own)
+        shard = pd.read_parquet(corpus/'train.parquet')
+        shard.iloc[::-1].to_parquet(corpus/'train.parquet')
+        after = work(kind, data=str(corpus), **own)
+        shard.to_parquet(corpus/'train.parquet')
+        assert before != after
+        monkeypatch.setattr('codegpt_nbc.methods.distill.code_of', lambda *places: 'changed')
+        assert work(kind, corpus=packed(tmp_path/'packed', ids), **own) != first
+        monkeypatch.undo()
+        monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+
+
+@pytest.mark.usefixtures('home')
+def test_a_packed_corpus_is_read_more_than_once(words, corpus, tmp_path):
+    (tmp_path/'packed').mkdir()
+    for file in words.iterdir(): (tmp_path/'packed'/file.name).write_bytes(file.read_bytes())
+    common = dict(model=str(saved(TOY, tmp_path/'m', words)), data=str(corpus), corpus=packed(tmp_path/'packed', np.arange(2000) % 300),
+                  length=32, layers=[0], lr=1e-3, validation=4)
+    losses = [distill_step(DistillConfig(run_id=f'x{epochs}', epochs=epochs, tokens=512*epochs, **common)).details for epochs in (1, 2)]
+    assert losses[1]['steps'] == 2*losses[0]['steps'] and losses[1]['loss_after']['student'] < losses[0]['loss_after']['student']
+
+
+@pytest.mark.usefixtures('home')
+def test_layers_of_a_bfloat16_model_are_written_as_they_were_trained(words, corpus, tmp_path):
+    source = save_model(Decoder(TOY).init_weights(), tmp_path/'m', parent=words, dtype=torch.bfloat16)
+    c = XtcConfig(run_id='x', model=str(source), data=str(corpus), bits=32, layers=1, tokens=256, length=32, validation=4)
+    folder = xtc_step(c).folder
+    assert load_file(folder/'model.safetensors')['transformer.wte.weight'].dtype == torch.bfloat16 and load_model(folder).shape.n_layer == 1
+
+
+@pytest.mark.parametrize('method', ['mixed', 'xtc'])
+def test_zeros_of_a_pruned_model_stay(method, tmp_path):
+    student, teacher = Decoder(TOY).init_weights(), Decoder(TOY).init_weights(1)
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if 'blocks' in name and p.ndim == 2: p[:, ::2] = 0
+    zeros = {name: p == 0 for name, p in student.named_parameters() if 'blocks' in name and p.ndim == 2}
+    rows = [[(7*i + j) % 300 for j in range(33)] for i in range(32)]
+    common = dict(run_id='x', tokens=1024, length=32, lr=1e-2)
+    if method == 'xtc': xtc(student, teacher, rows, XtcConfig(bits=32, layers=1, **common))   # the layers of `student` are chosen
+    else: train_mixed(student, teacher, rows, MixedConfig(bits=dict.fromkeys((n.removesuffix('.weight') for n in zeros), '8'), **common))
+    trained = dict(student.named_parameters())
+    for name, zero in zeros.items(): assert zero.any() and not trained[name][zero].any() and trained[name][~zero].any()
+
+
+@pytest.mark.parametrize('family, turned, want', [('llama', None, None), ('gpt_neox', 2, 2), ('gpt_neox', 4, 2), ('gpt_neox', 6, None)])
+def test_a_student_of_another_shape_turns_its_channels_in_pairs(family, turned, want):
+    start = Decoder(replace(TOY, family=family, turned=turned)).init_weights()
+    with pytest.raises(ValueError, match='d_head is 7, but rotary positions turn channels in pairs'):
+        StudentShape(layers=1, d_model=16, heads=2, d_head=7, inner=32).of(start.shape)
+    shape = StudentShape(layers=1, d_model=16, heads=2, d_head=4, inner=32).of(start.shape)
+    assert shape.turned == want
+    assert Decoder(shape).init_weights()(torch.arange(8)[None]).isfinite().all()
 
 
 # What is not written says so

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 def _sentence(cls, e: ValidationError) -> str:
     "Which parameter is wrong, and what would be right; of several errors, the first."
     error = e.errors()[0]
-    name = '.'.join(map(str, error['loc'])) or cls.__name__
+    name = '.'.join(map(str, error['loc']))
     if error['type'] != 'extra_forbidden':
-        reason = error['msg'].removeprefix('Value error, ')
-        return f'parameter {name!r} of {cls.__name__} is {error["input"]!r}: {reason}.'
+        reason = error['msg'].removeprefix('Value error, ').removesuffix('.')
+        return f'parameter {name!r} of {cls.__name__} is {error["input"]!r}: {reason}.' if name else f'{reason}.'
     near = get_close_matches(name, cls.model_fields, 1)
     hint = f'did you mean {near[0]!r}?' if near else f'it has {", ".join(cls.model_fields)}.'
     return f'unknown parameter {name!r} of {cls.__name__}: {hint}'

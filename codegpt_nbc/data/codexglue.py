@@ -23,15 +23,20 @@ def _words(path: Path) -> set:
     "The words of a relative path: `python/train/0000.parquet` has python and train."
     return set(re.split('[^a-z]+', path.with_suffix('').as_posix().lower()))
 
+def _opened(path): # `pyarrow.parquet.ParquetFile`
+    "A table. Raises `ValueError` for one that is damaged, or the pointer that git leaves in its place."
+    import pyarrow.parquet as pq
+    try: return pq.ParquetFile(path)
+    except Exception as e: raise ValueError(f'{path} is damaged ({type(e).__name__}): fetch it again, from git by git lfs pull.') from None
+
 def split_files(folder, split: str) -> list: # of paths
     "The text files `<split>.txt`, or the parquet files named after the split, of one data set. Raises `ValueError` for two in one folder."
-    import pyarrow.parquet as pq
     folder = Path(folder)
     files = sorted(foreign_files(folder))
     texts, tables = [p for p in files if p.suffix == '.txt' and p.stem in SPLITS[split]], []
     for path in (p for p in files if p.suffix == '.parquet'):
         if not _words(path.relative_to(folder)) & SPLITS[split]: continue
-        columns = set(pq.ParquetFile(path).schema_arrow.names)
+        columns = set(_opened(path).schema_arrow.names)
         if 'code' in columns: tables.append(path)
         elif not {'input', 'gt'} <= columns:
             raise ValueError(f"{path} has no field 'code', only {', '.join(sorted(columns))}: "
@@ -58,10 +63,9 @@ def code_lines(
     blank: bool = False, # Yield '' for a blank line, so that positions are those in the file
 ): # yields finished CodeXGLUE lines
     "The files of a split, one a line. Raises `ValueError` for text in another format."
-    import pyarrow.parquet as pq
     for path in split_files(folder, split):
         if path.suffix == '.parquet':
-            for batch in pq.ParquetFile(path).iter_batches(5000, columns=['code']):
+            for batch in _opened(path).iter_batches(5000, columns=['code']):
                 for code in batch.column(0).to_pylist():
                     line = _joined(code, path)
                     if line or blank: yield line
@@ -90,7 +94,7 @@ def line_completion_samples(
 ) -> pd.DataFrame: # id, input, gt
     "Read CodeXGLUE's own line-completion test file. Raises `ValueError` naming a line that is no such object."
     if Path(path).suffix == '.parquet':
-        df = pd.read_parquet(path, columns=['id', 'input', 'gt']).astype({'input': object, 'gt': object})
+        df = _opened(path).read(['id', 'input', 'gt']).to_pandas().astype({'input': object, 'gt': object})
         df = df.fillna({'input': '', 'gt': ''})
         for field in ('input', 'gt'):
             if not all(isinstance(text, str) for text in df[field]):
@@ -144,19 +148,20 @@ def _line_at(lines: list, number) -> str: # '': there is none
 def answered(
     samples: pd.DataFrame, # id, input, gt
     test: list,            # The test files' lines
-) -> pd.DataFrame: # input, gt: those with an answer
+) -> pd.DataFrame: # project, path, input, gt: those with an answer; each sample is a project of its own
     "Look up missing answers where the file begins with the sample's input; drop samples that stay without one."
     def answer(r):
         text = '' if r.gt else _line_at(test, r.id)
         if not text.startswith(r.input + ' '): return r.gt
         return text[len(r.input):].split(' <EOL>')[0].removesuffix('</s>').strip()
-    out = samples.assign(gt=[answer(r) for r in samples.itertuples()])
-    return out.loc[out['gt'] != '', ['input', 'gt']].reset_index(drop=True)
+    out = samples.assign(gt=[answer(r) for r in samples.itertuples()], project=samples.id.astype(str), path='')
+    return out.loc[out['gt'] != '', ['project', 'path', 'input', 'gt']].reset_index(drop=True)
 
 def _samples_in(folder) -> list: # of paths
     "The files of samples: `test.json`, or else parquet with the columns of samples."
-    import pyarrow.parquet as pq
-    def has_samples(path): return {'id', 'input', 'gt'} <= set(pq.ParquetFile(path).schema_arrow.names)
+    def has_samples(path):
+        try: return {'id', 'input', 'gt'} <= set(_opened(path).schema_arrow.names)
+        except ValueError: return False   # a table of another kind: those of a split are opened, and refused, by `split_files`
     files = sorted(foreign_files(folder))
     found = [p for p in files if p.name == 'test.json']
     _check_one(Path(folder), 'samples', {p.parent: p for p in found})
@@ -174,7 +179,7 @@ ENOUGH = .5   # share of the samples that must find their answers; below, sample
 
 def _answered_samples(folder: Path, test: list) -> tuple: # (samples with an answer, how many there were)
     files = [line_completion_samples(p) for p in _samples_in(folder)]
-    if not files: return pd.DataFrame(columns=['input', 'gt']), 0
+    if not files: return pd.DataFrame(columns=['project', 'path', 'input', 'gt']), 0
     return pd.concat([answered(f, test) for f in files]), sum(map(len, files))
 
 def _own_samples(folder: Path, test: list) -> pd.DataFrame: # empty: there are none, or too few have answers

@@ -174,7 +174,7 @@ def probes_of(
 def machine() -> str:
     "All that a time depends on besides the model: processor, threads, our code, versions of the libraries that compute."
     used = {k: v for k, v in versions().items() if k in ('torch', 'onnxruntime')}
-    return digest(cpu_model(), cores(), attention_form(), code_of('core', 'model', 'methods', 'engines'), used)[:12]
+    return digest(cpu_model(), cores(), attention_form(), code_of('core', 'model', 'methods', 'engines', 'evidence/cost_table'), used)[:12]
 
 def _key(probe: Probe, s: Shape, work: Workload) -> str:
     constants = replace(s, vocab=0, d_model=0, heads=(), inner=())

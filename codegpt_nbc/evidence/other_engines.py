@@ -491,7 +491,7 @@ def python_of(name: str) -> str:
     "The interpreter that runs an engine."
     return peers_python() if name in PEERS or name.startswith('openvino') else sys.executable
 
-_CONVERTING = 'core', 'model', 'methods', 'engines', 'evidence/other_engines'   # whose code decides what a converted folder holds
+_CONVERTING = 'core', 'data', 'model', 'methods', 'engines', 'evidence/other_engines'   # whose code decides what a converted folder holds
 
 # %% ../../nbs/evidence/63_other_engines.ipynb #3334b012
 def _remove_older(path: Path, pattern: str):

@@ -20,12 +20,13 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from ..core.config import Strict
-from ..core.paths import (BASE_MODEL, atomic_path, digest, models_dir, new_folder, read_json, runs_dir, write_checksums,
+from ..core.paths import (BASE_MODEL, atomic_path, code_of, digest, models_dir, new_folder, read_json, runs_dir, write_checksums,
                                     write_json, write_text)
 from ..core.record import Result, StepResult, load_result
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, with_layers
+from ..model.families import FAMILIES
 from ..model.folder import load_float, load_model, read_config, save_model, shape_of_config
 from ..model.layers import Shape
 from ..model.losses import OverVocabulary, hard_loss
@@ -96,8 +97,14 @@ class StudentShape(Strict):
     inner: int = Field(ge=1)     # neurons of a layer
 
     def of(self, s: Shape) -> Shape:
-        "The shape of a student of a model of shape `s`."
-        return replace(s, d_model=self.d_model, d_head=self.d_head, heads=(self.heads,)*self.layers, inner=(self.inner,)*self.layers)
+        """The shape of a student of a model of shape `s`. Rotary positions turn the same share of its heads' channels. Raises `ValueError`
+        where these are no pairs."""
+        turned, rotary = s.turned, not FAMILIES[s.family].learned
+        if rotary and self.d_head % 2:
+            raise ValueError(f'd_head is {self.d_head}, but rotary positions turn channels in pairs: give an even number.')
+        if turned: turned = 2*max(1, round(self.d_head*turned/s.d_head/2))
+        return replace(s, d_model=self.d_model, d_head=self.d_head, heads=(self.heads,)*self.layers, inner=(self.inner,)*self.layers,
+                       turned=None if turned == self.d_head else turned)
 
 def random_student(model: Decoder, layers: list, seed: int) -> Decoder:
     "A student of the chosen layers' shapes with random weights."
@@ -227,7 +234,7 @@ def _write_hidden(teacher: Decoder, samples: Samples, path, batch: int):
     size = sum(len(row) for row in inputs), teacher.shape.d_model
     states, at = np.lib.format.open_memmap(path, 'w+', np.float16, size), 0    # (positions, d)
     for i in range(0, len(inputs), batch):
-        rows = [torch.tensor(row) for row in inputs[i:i+batch]]
+        rows = [torch.from_numpy(np.asarray(row, np.int64)) for row in inputs[i:i+batch]]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)     # (batch, n)
         with autocast(): h = teacher.norm(teacher.hidden(ids))                 # (batch, n, d)
         for row, x in zip(rows, h.cpu()):
@@ -254,11 +261,14 @@ class TaughtConfig(RunConfig):
         "The folder of the teacher."
         return resolve_model(self.teacher or self.model, self.profile)
 
-    @property
+    @cached_property
     def work(self) -> Path:
-        "Folder of an unfinished run's checkpoint and curves, named after settings and weights: only the very same run goes on from it."
-        settings = digest(self.model_dump_json(), self.model_folder, self.teacher_folder)
-        return models_dir(self.profile)/f'{self.run_id}-unfinished-{settings}'
+        """Folder of an unfinished run's checkpoint and curves, named after settings, weights, text and code: only the very same run
+        goes on from it."""
+        from codegpt_nbc.data.samples import FORMS
+        read = corpus_folder(self.corpus, self.profile) if self.corpus else self.data_folder/FORMS[self.text].folder
+        about = digest(self.model_dump_json(), self.model_folder, self.teacher_folder, read, code_of('core', 'data', 'model', 'methods'))
+        return models_dir(self.profile)/f'{self.run_id}-unfinished-{about}'
 
 # %% ../../nbs/methods/37_distill.ipynb #d55742c9
 @patch
@@ -300,7 +310,8 @@ def check_pair(self: TaughtConfig):
 BETAS = (.9, .98) # AdamW's, DistilBERT's training code
 
 # Which layers of a model: how many of them, a share of them such as 0.5, or their indices
-Layers = Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, le=1)] | list[int]
+Layers = (Annotated[int, Field(strict=True, ge=1)] | Annotated[float, Field(strict=True, gt=0, le=1)]
+          | Annotated[list[int], Field(min_length=1)])
 
 def number_of(
     layers: int | float, # As in `Layers`
@@ -434,7 +445,7 @@ def distill(
     c = cut_to_context(c, student.shape, teacher.shape)
     data = Samples(rows, c.batch, c.length, c.seed)
     if c.frozen and c.epochs > 1:
-        kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length)}.npy'
+        kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length, code_of("core", "model"))}.npy'
         data = taught(teacher, data, kept)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
@@ -466,6 +477,7 @@ def distill_step(
     if c.curve_samples and score is None:
         raise ValueError('curve_samples asks for a learning curve, but nothing scores it: pass score=evidence.evaluate.validation_es.')
     tok, work = load_tokenizer(c.model_folder), c.work
+    if c.shape: c.shape.of(c.shapes[0])   # now, not when the text has been read
     c = cut_to_context(c, *c.shapes)
     rows = c.rows(tok)
     student, teacher, layers = load_pair(c, rows)

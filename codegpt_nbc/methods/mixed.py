@@ -13,7 +13,7 @@ from ..core.record import StepResult
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder
 from ..model.folder import load_float, load_model, save_model
-from ..model.train import Samples, cut_to_context, fit
+from ..model.train import Samples, cut_to_context, fit, keep_zeros
 from .distill import BETAS, DistillLoss, Pair, TaughtConfig, clip_each, pair_loss, trained_details
 from .gptq import calibration_windows, gptq
 from .quantize import QuantizedDecoder, float_decoder, quantize, simulated
@@ -76,7 +76,8 @@ def train_mixed(
     pair = Pair(student, teacher, DistillLoss(alpha_cos=.33*wide))
     with simulated(student, *mixed_schemes(c.bits)):
         return fit(pair, Samples(rows, c.batch, c.length, c.seed), c.training(rows, betas=BETAS, clip=0.), pair_loss,
-                   before_step=clip_each(c.clip), checkpoint=work and work/'checkpoint', desc='training, rounded')
+                   before_step=clip_each(c.clip), after_step=keep_zeros(student),
+                   checkpoint=work and work/'checkpoint', desc='training, rounded')
 
 def mixed_step(
     c: MixedConfig,

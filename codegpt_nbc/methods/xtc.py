@@ -22,7 +22,7 @@ from ..data.tokenizer import load_tokenizer
 from ..model.decoder import Decoder, count_parameters, with_layers
 from ..model.folder import load_model, read_config, read_tensors, save_model, shape_of_config
 from ..model.layers import Shape
-from ..model.train import Samples, TrainResult, cut_to_context, fit
+from ..model.train import Samples, TrainResult, cut_to_context, fit, keep_zeros
 from .distill import (DistillLoss, Layers, TaughtConfig, number_of, pair_loss, spread, trained_details,
                                          validation_batches, validation_loss)
 from .quantize import float_decoder, quantize, simulated
@@ -275,7 +275,7 @@ def xtc(
     curves = LossCurves(pair, settings.steps, path=work and Path(work)/'curves.json')
     with simulated(student, *schemes):
         r = fit(pair, Samples(rows, c.batch, c.length, c.seed), settings, pair_loss, observe=curves,
-                checkpoint=work and Path(work)/'checkpoint', desc='XTC')
+                after_step=None if schemes else keep_zeros(student), checkpoint=work and Path(work)/'checkpoint', desc='XTC')
     return quantize(student, *schemes) if schemes else student, r, curves.curves
 
 # %% ../../nbs/methods/38_xtc.ipynb #0a797904
@@ -323,7 +323,10 @@ def xtc_step(
 
 # %% ../../nbs/methods/38_xtc.ipynb #9fd262db
 def _check_file(folder, model: Decoder):
-    "Raise `RuntimeError` unless a folder holds exactly this model."
+    "Raise `RuntimeError` unless a folder holds exactly this model; of plain floats, as they are after rounding to the file's type."
     own, again = model.state_dict(), load_model(folder).state_dict()
+    if not hasattr(model, 'to_quantized_disk'):
+        kept = getattr(torch, read_config(folder)['torch_dtype'])
+        own = {name: t.to(kept).to(t.dtype) for name, t in own.items()}
     if own.keys() != again.keys() or not all(torch.equal(t, again[name]) for name, t in own.items()):
         raise RuntimeError(f'{folder} does not hold the model that was trained: write it again.')

@@ -174,8 +174,9 @@ def with_layers(
     layers: list,         # Indices of `model`'s layers, in the new order; may repeat
     silent: bool = False, # Repeated layers start as identity
 ) -> Decoder:
-    "A new model whose layer i is a copy of `model`'s layer `layers[i]`. Raises `ValueError` for an index outside the model."
+    "A new model whose layer i is a copy of `model`'s layer `layers[i]`. Raises `ValueError` for none, or an index outside the model."
     s = model.shape
+    if not layers: raise ValueError('no layer is to be kept: name one at least.')
     outside = [l for l in layers if not 0 <= l < s.n_layer]
     if outside: raise ValueError(f'layer {outside[0]} is outside the model, which has layers 0 to {s.n_layer-1}.')
     new = Decoder(replace(s, heads=tuple(s.heads[l] for l in layers), inner=tuple(s.inner[l] for l in layers)))

@@ -10,6 +10,8 @@ __all__ = ['CARD', 'Stage', 'PretrainConfig', 'grown', 'pretrain', 'mean_loss', 
 import numpy as np, shutil, torch
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
+from pydantic import Field
 from ..core.config import Strict
 from ..core.paths import BASE_MODEL, code_of, digest, models_dir, new_folder, read_json, write_checksums, write_json, write_text
 from ..core.record import StepResult, Train
@@ -19,23 +21,30 @@ from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
 from .folder import load_model, save_model
 from .layers import Shape
-from .train import TrainConfig, Windows, autocast, check_long_enough, corpus_folder, fit, full_rows_loss, next_token_loss
+from .train import (SCHEDULES, TrainConfig, Windows, autocast, check_long_enough, corpus_folder, fit, full_rows_loss,
+                                     next_token_loss)
 
 # %% ../../nbs/model/26_pretrain.ipynb #e038dc4d
 class Stage(Strict):
     "One stretch of pretraining."
-    layers: int          # blocks; a later stage has a multiple of the one before
-    length: int          # tokens per row
-    batch: int           # rows per step
-    steps: int
-    lr: float = 2e-3     # peak learning rate
-    schedule: str = 'constant'
-    warmup: int = 100    # steps
+    layers: int = Field(ge=1)        # blocks; a later stage has a multiple of the one before
+    length: int = Field(ge=1)        # tokens per row
+    batch: int = Field(ge=1)         # rows per step
+    steps: int = Field(ge=1)
+    lr: float = Field(2e-3, gt=0)    # peak learning rate
+    schedule: Literal[SCHEDULES] = 'constant'
+    warmup: int = Field(100, ge=0)   # steps
 
     @property
     def tokens(self) -> int:
         "Targets of the whole stage."
         return self.steps*self.batch*self.length
+
+def _times(layers: int, more: int) -> int:
+    "How often each layer is repeated when a model grows. Raises `ValueError` if that is no whole number."
+    times, rest = divmod(more, layers)
+    if rest or not times: raise ValueError(f'a model of {layers} layers cannot grow to {more}: give a multiple.')
+    return times
 
 class PretrainConfig(RunConfig):
     "Parameters of `experiments/pretrain`."
@@ -45,6 +54,14 @@ class PretrainConfig(RunConfig):
     heads: int = 8
     context: int = 512               # positions
     compile: bool = False            # torch.compile
+
+    def model_post_init(self, _):
+        "Raise `ValueError` for a stage that could not begin, now and not when those before it are trained."
+        stages = [Stage(**s) for s in self.stages]
+        for before, stage in zip(stages, stages[1:]): _times(before.layers, stage.layers)
+        longest = max((stage.length for stage in stages), default=0)
+        if longest > self.context:
+            raise ValueError(f'a stage has rows of {longest} tokens, but the model {self.context} positions: shorten them.')
 
     @property
     def corpus_folder(self) -> Path:
@@ -58,9 +75,7 @@ class PretrainConfig(RunConfig):
 # %% ../../nbs/model/26_pretrain.ipynb #b357dec9
 def grown(model: Decoder, layers: int) -> Decoder:
     "Repeat every layer as often as it takes to have `layers`; the copies start silent. Raises `ValueError` if that is no multiple."
-    times, rest = divmod(layers, model.shape.n_layer)
-    if rest or not times:
-        raise ValueError(f'a model of {model.shape.n_layer} layers cannot grow to {layers}: give a multiple.')
+    times = _times(model.shape.n_layer, layers)
     return with_layers(model, [l for l in range(model.shape.n_layer) for _ in range(times)], silent=True)
 
 def pretrain(
@@ -69,7 +84,8 @@ def pretrain(
     vocab: int,       # Words of the tokenizer
     work,             # Folder for the checkpoints; those in it are resumed
 ) -> tuple: # (Decoder, list of `TrainResult`, one a stage)
-    "Train through all stages. A killed run resumes at its last checkpoint."
+    "Train through all stages. A killed run resumes at its last checkpoint. Raises `ValueError` where there is no stage."
+    if not cfg.stages: raise ValueError('stages is empty: give one at least.')
     model, results = None, []
     loss = full_rows_loss if torch.cuda.is_available() else next_token_loss
     for i, stage in enumerate(Stage(**s) for s in cfg.stages):

@@ -320,6 +320,11 @@ class Placeholders(Quotations):
             return said if name == self._name else f"{render('before.md', fr, now=self._name)}\n{said}"
         return paragraph(page, self._fr, root=self._root)
 
+    def rounds(self, profile: str = '') -> tuple | None: # rounds, completions in each; None: nothing was timed
+        "How often a profile timed its models, each of them at least."
+        timed = [(r.speed.rounds, r.config['completions']) for r in self._profile(profile).results.values() if r.speed]
+        return tuple(map(min, zip(*timed))) if timed else None
+
     def energy_known(self) -> bool:
         "Whether the energy of any completion was measured or reckoned."
         return len(TABLES['tab_energy'](self._fr)) > 0

@@ -61,7 +61,7 @@ def toy_plan() -> dict: # as a profile's YAML
         variant('distill', 'distill-8-seed-43', **student | {'layers': 8, 'seed': 43}),
         variant('distill', 'distill-control', student='model', teacher='baseline', frozen=True),
         one('session', 'session-dense'),
-        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models', 'set': {'watts': 30.}},
+        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models', 'set': {'watts': 30., 'completions': 3}},
         *(one('evaluate', f'elsewhere-other-{i}', i, data='installed:other', thesis=0)
           for i in ('baseline', 'onnx-dense-int8', 'prune-unstructured-0.9'))]}
 
@@ -80,7 +80,7 @@ def raw_plan() -> dict: # as a profile's YAML
         one('gptq', 'gptq-mixed', block=32, eight=.25, **unjudged), one('onnx', 'onnx-gptq-mixed', 'gptq-mixed', precision='int4'),
         one('trim_vocabulary', 'trimmed', size=16384, **unjudged),
         one('onnx', 'onnx-int8-trimmed', 'trimmed', precision='int8'), *pruned,
-        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models'}]}
+        {'method': 'measure', 'id': 'measure-{target}', 'of': 'models', 'set': {'completions': 3}}]}
 
 # %% ../../nbs/report/86_toy.ipynb #e7a11e23
 NOWHERE = Provenance(packages={}, cpu='none', threads=2, python='3.11', seed=0, started='2026-01-01T00:00:00+00:00',

@@ -90,6 +90,39 @@ def figures(home):
 def config(tiny, **own): return SMALL | {'model': str(tiny), 'budget': {'mb': 1.2}} | own
 
 
+@pytest.mark.parametrize('tokens, most', [(300_000, 300_000*1.02), (4096, 2**17 + 4096*1.02)])   # pruning alone takes 128 rows twice
+@pytest.mark.parametrize('recipe', ['half', 'pruned', 'half-pruned'])
+def test_fixed_recipes_see_as_many_tokens_as_the_winner(recipe, tokens, most):
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, spend
+    from codegpt_nbc.runs.steps import plan_of
+    search, known = Search(BudgetConfig(run_id='x', rows=256)), read_recipes()[recipe]
+    seen = sum(map(sum, plan_of(known, search.c.model_folder, spend(search, known.steps, tokens))))
+    assert min(tokens*.97, 4096*.97) <= seen <= most
+
+
+def test_fixed_recipes_have_the_seed_of_the_search(monkeypatch):
+    from codegpt_nbc.runs import budget
+    seeds = []
+    def make_recipe(*args, seed=42, **more): seeds.append(seed); raise InterruptedError
+    monkeypatch.setattr(budget, 'make_recipe', make_recipe)
+    search = budget.Search(budget.BudgetConfig(run_id='x', seed=7))
+    with pytest.raises(InterruptedError): search.made('int4', read_recipes()['int4'].steps)
+    assert seeds == [7]
+
+
+def test_every_search_is_drawn():
+    from types import SimpleNamespace
+    from codegpt_nbc.report.figures import fig_budget
+    from codegpt_nbc.report.toy import toy_budget
+    limits = [{'ms': i} for i in range(10, 23)]
+    where = SimpleNamespace(threads=1)
+    results = [SimpleNamespace(run_id=f'b{i}', config={'budget': limit}, details=toy_budget(limit, .25), provenance=where)
+               for i, limit in enumerate(limits)]
+    fig = fig_budget(results)
+    labels = {t.get_text() for legend in [*fig.legends, *(ax.get_legend() for ax in fig.axes)] if legend for t in legend.get_texts()}
+    assert all(any(f'{limit["ms"]}' in label for label in labels) for limit in limits), labels
+
+
 def test_a_killed_search_goes_on(tiny, tmp_path):
     process, deadline = started(tmp_path, config(tiny)), time.time() + 300
     while len(figures(tmp_path)) < 40 and process.poll() is None and time.time() < deadline: time.sleep(.05)

@@ -112,6 +112,19 @@ def test_a_grid_killed_at_any_moment_loses_nothing(tree):
     print(f'{kills} kills, 0 lost')
 
 
+@pytest.mark.usefixtures('home')
+@pytest.mark.parametrize('run_id', ['int8', 'measure-ptq-dense-asym-channel-weights', 'x'*60])
+def test_what_a_killed_run_leaves_is_found(run_id):
+    from codegpt_nbc.core.paths import atomic_path, models_dir, runs_dir
+    from codegpt_nbc.runs.grid import _left_by_killed
+    places = [runs_dir('quick')/f'{run_id}.ipynb', runs_dir('quick')/f'{run_id}.json']
+    with atomic_path(places[0]) as a, atomic_path(places[1]) as b, atomic_path(runs_dir('quick')/f'other-{run_id}.json') as c:
+        for file in (a, b, c): file.touch()
+        (models_dir('quick')/f'.tmp-{run_id}-999999999_abc').mkdir(parents=True)
+        found = _left_by_killed('quick', run_id)
+        assert len(found) == 3 and all(run_id[:30] in p.name and 'other' not in p.name for p in found)
+
+
 def test_relative_folders_are_the_callers(tree, tmp_path):
     (tmp_path/'here').mkdir()
     shutil.copytree(tree.root/'toy', tmp_path/'here'/'mine')

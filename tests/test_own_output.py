@@ -128,8 +128,16 @@ def test_templates_that_judge_a_recipe_pass_over_the_samples_that_chose_it(templ
     named = {(c.func.id, k.arg): ast.unparse(k.value) for c in calls if isinstance(c.func, ast.Name) for k in c.keywords}
     judges = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'before_after', 'load_samples'}
     assert judges and all(named.get((call, 'skip')) == 'cfg.skip' for call in judges)
+    counts = {ast.unparse(c.args[2]) for c in calls if ast.unparse(c.func) == 'before_after'}
+    assert counts == {'cfg.judged'} and 'cfg.check_judged' in {ast.unparse(c.func) for c in calls}   # of raw source, too
     makes = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'apply_recipe', 'search'}
     assert all(named.get((call, 'seed')) == 'cfg.seed' for call in makes)
+
+
+def test_no_sample_to_be_judged_by_is_one_sentence():
+    with pytest.raises(ValueError, match='^codexglue is 0, but its samples judge the model: give 1 or more[.]$'):
+        RunConfig(run_id='x', codexglue=0, thesis=8).check_judged()
+    RunConfig(run_id='x', codexglue=1, thesis=0).check_judged()
 
 
 def test_a_result_says_whether_kernels_of_ours_were_there(monkeypatch):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
            'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'MemoryShort', 'check_memory',
-           'atomic_path', 'waiting_lock', 'write_text', 'write_json', 'read_json', 'check_replaceable', 'check_out',
-           'new_folder', 'foreign_files', 'sha256', 'contents_of', 'digest', 'code_of', 'verify_checksums',
-           'write_checksums', 'sealed', 'check_seal', 'export_settings']
+           'scratch_prefix', 'atomic_path', 'waiting_lock', 'write_text', 'write_json', 'read_json',
+           'check_replaceable', 'check_out', 'new_folder', 'foreign_files', 'sha256', 'contents_of', 'digest',
+           'code_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal', 'export_settings']
 
 # %% ../../nbs/core/00_paths.ipynb #163431fb
 import ctypes, errno, hashlib, json, os, re, shutil, sys, tempfile, warnings
@@ -106,6 +106,10 @@ def check_memory(
 
 
 # %% ../../nbs/core/00_paths.ipynb #04f0be8e
+def scratch_prefix(name: str) -> str:
+    "How the folder begins in which a file of this name is made; names have 255 bytes at most."
+    return f'.tmp-{name[:40]}-'
+
 @contextmanager
 def atomic_path(
     path, # The file that exists, complete, if the block ends without an error; for a folder see `new_folder`. Of a link, what it leads to
@@ -114,7 +118,7 @@ def atomic_path(
     path, scratch = Path(path).resolve(), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f'.tmp-{path.name[:40]}-', dir=path.parent))   # names have 255 bytes at most
+        scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix(path.name), dir=path.parent))
         tmp = scratch/path.name
         yield tmp
         _put(tmp, path)

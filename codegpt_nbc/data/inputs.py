@@ -193,6 +193,13 @@ def judged(self: RunConfig) -> int:
     return getattr(self, protocols_of(self.text)[0])
 
 @patch
+def check_judged(self: RunConfig):
+    "Raise `ValueError` where none of the samples is asked for by which a table compares models, see `judged`."
+    from codegpt_nbc.data.samples import protocols_of
+    asked = protocols_of(self.text)[0]
+    if not getattr(self, asked): raise ValueError(f'{asked} is 0, but its samples judge the model: give 1 or more.')
+
+@patch
 def check_data(self: RunConfig):
     "Raise `ValueError` where `data` lacks the text that the model reads."
     from codegpt_nbc.data.samples import FORMS, has_text

@@ -649,7 +649,7 @@ def said_threads(results: list) -> str:
 def budget_fronts(ax, results: list) -> dict: # recipe → place
     "The front of each search, and the fixed recipes in its space; `results`: of `experiments/budget`."
     marked = {}
-    for result, color in zip(results, SERIES):
+    for result, color in zip(results, cycle(SERIES)):
         line = np.array(result.details['front'])                            # (points, 3): ms, MB, nats
         over_time = result.config['budget'].get('ms') or not result.config['budget'].get('mb')   # else its front is one of sizes
         ax.plot(line[:, 0], line[:, 2], 'o-' if over_time else 'o', ms=3, lw=1.1, c=color, label=result.details['budget'])
@@ -682,7 +682,7 @@ def fixed_candidates(results: list) -> dict: # name → the longest trained
 
 def budget_models(ax, results: list) -> dict: # recipe → place
     "Edit similarity and measured time of the models that were made."
-    for result, color in zip(results, SERIES):
+    for result, color in zip(results, cycle(SERIES)):
         made = [c for c in result.details['candidates'] if c['name'].startswith('shape ')]
         took = result.details['unseen']['ms'][result.details['chosen']]     # of a shape, each rung is a model
         best = max((c for c in made if c['ms'] == took), key=lambda c: c['tokens'])

@@ -31,7 +31,7 @@ from .allocate import Budget, Problem, allocate, check_reachable, read_budget
 from .explore import Explorer, Found, explore, finished, front, open_study
 from .grid import Recipe, check_notebooks, read_recipes, run_notebook, template_of
 from .search import name_of_search
-from .steps import WINGS, make_recipe, recipe_named, scores_of
+from .steps import WINGS, make_recipe, plan_of, recipe_named, scores_of
 
 # %% ../../nbs/runs/79_budget.ipynb #f1ee7df4
 class BudgetConfig(RunConfig):
@@ -305,7 +305,8 @@ def steps_of(self: Search, point: Point, trained: tuple) -> list: # of dicts
 @patch
 def made(self: Search, name: str, steps: list, point: Point | None = None, budgets: dict | None = None) -> Candidate:
     "Make a model by a recipe, unless it has been made, and judge it on validation samples."
-    results = make_recipe(self.c.model_folder, Recipe(about=name, steps=steps), budgets or {}, self.c.data, quiet=not self.progress)
+    results = make_recipe(self.c.model_folder, Recipe(about=name, steps=steps), budgets or {}, self.c.data, quiet=not self.progress,
+                          seed=self.c.seed)
     folder, trained = results[-1].folder if results else self.c.model_folder, sum(r.train.tokens for r in results if r.train)
     key = f'judged {machine()} {self.work} {self.c.samples} {folder.name} {digest(self.c.data_folder/FORMS[self.c.text].folder)}'
     found = self.ledger.known(key, lambda: self._judged(folder))
@@ -323,7 +324,8 @@ def rate(self: Search, point: Point) -> float: # tokens a second
     "How fast a student of this shape is distilled, from a short distillation, which is also its first."
     steps = self.steps_of(point, (WARM,))
     until = next(i for i, s in enumerate(steps) if s['method'] == 'distill')
-    train = make_recipe(self.c.model_folder, Recipe(about='rate', steps=steps[:until + 1]), {}, self.c.data, quiet=True)[-1].train
+    train = make_recipe(self.c.model_folder, Recipe(about='rate', steps=steps[:until + 1]), {}, self.c.data, quiet=True,
+                        seed=self.c.seed)[-1].train
     return train.tokens/train.seconds
 
 def order_of(budget: Budget, dense_es: float, goal: str = 'ms'): # function of a `Candidate`, least is best
@@ -380,10 +382,15 @@ class Outcome:
 TRAINS = ('distill', 'xtc')   # steps that see as many tokens as they are told
 
 def spend(s: Search, steps: list, tokens: int) -> dict: # method → parameters
-    "The budgets of a fixed recipe that is to see as many tokens as the winner, in all of its steps together."
-    each = max(1024, tokens//max(1, sum(step['method'] in TRAINS for step in steps)))
-    trained = {m: {'tokens': each, 'length': s.c.rows, 'batch': s.c.batch} for m in TRAINS}
-    return trained | {'gptq': {'calibration': 4*s.c.windows, 'length': 2*s.c.window}, 'onnx': {'compare': 2}}
+    """The budgets of a fixed recipe that is to see as many tokens as the winner, in all of its steps together: what pruning trains on is
+    taken off. Each other training sees 1,024 tokens at least."""
+    def budgets(each):
+        trained = {m: {'tokens': each, 'length': s.c.rows, 'batch': s.c.batch} for m in TRAINS}
+        return trained | {'gptq': {'calibration': 4*s.c.windows, 'length': 2*s.c.window}, 'onnx': {'compare': 2}}
+    told = [step['method'] in TRAINS for step in steps]
+    plan = plan_of(Recipe(about='', steps=steps), s.c.model_folder, budgets(1024), s.c.data)
+    others = sum(sum(loops) for loops, is_told in zip(plan, told) if not is_told)
+    return budgets(max(1024, (tokens - others)//max(1, sum(told))))
 
 def run(s: Search) -> Outcome:
     "The whole search. Raises `ValueError` for a budget that nothing meets, before shapes are made."

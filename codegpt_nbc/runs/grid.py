@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import field_validator
 from ..core.config import BACKENDS, Strict
 from ..core.paths import (BASE_MODEL, EMBEDDED, OWN_FILES, NAME, all_cores, atomic_path, check_out, check_replaceable,
-                                    figures_dir, models_dir, project_root, read_json, runs_dir, shared)
+                                    figures_dir, models_dir, project_root, read_json, runs_dir, scratch_prefix, shared)
 from .warm import as_client, warmed
 
 # %% ../../nbs/runs/70_grid.ipynb #d919ddb9
@@ -365,9 +365,9 @@ def _lives(pid: str) -> bool:
 
 def _left_by_killed(profile: str, run_id: str) -> list: # of paths
     "The scratch folders of a run; none while a process that made one of them lives."
-    names = {f'.tmp-{run_id}{suffix}' for suffix in ('', '.ipynb', '.json')}
-    found = [p for folder in (runs_dir(profile), models_dir(profile)) for p in folder.glob(f'.tmp-{run_id}[-.]*')
-             if p.name.rpartition('-')[0] in names]
+    prefixes = {f'.tmp-{run_id}-', *(scratch_prefix(f'{run_id}{suffix}') for suffix in ('.ipynb', '.json'))}
+    found = [p for folder in (runs_dir(profile), models_dir(profile)) for p in folder.glob('.tmp-*')
+             if p.name[:p.name.rfind('-') + 1] in prefixes]
     makers = [p.name.rpartition('-')[2].partition('_')[0] for p in found]
     return [] if any(map(_lives, makers)) else found
 

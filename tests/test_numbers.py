@@ -158,7 +158,7 @@ def test_answers_without_a_model(profile):
 
 # The tables of the results page: heading → (profile, the run of each row), as far as those have results
 TABLES = {
-    'Pruning': ('full', ['baseline', *(f'prune-{p}-{s}' for p in ('unstructured', 'tile', 'structured') for s in (.4, .6))]),
+    'Pruning': ('full', ['baseline', *(f'prune-{p}-{s}' for p in ('unstructured', 'tile', 'structured') for s in (.4, .6)), 'lasso-0.6']),
     'ONNX Runtime': ('full', ['baseline', *(f'onnx-{m}-{p}' for m in ('dense', 'pruned', 'structured') for p in ('fp32', 'int8'))]),
     'Four bits': ('full', ['baseline', 'onnx-dense-int8', 'gptq-int4', 'onnx-gptq-int4']),
     'Distillation': ('full', ['baseline', 'distill-4', 'distill-8', 'distill-12', 'distill-8-epochs', 'distill-8-pretrained',

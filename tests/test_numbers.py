@@ -5,6 +5,7 @@ import pytest
 from codegpt_nbc.report.frame import PEERS_PROFILES, benchmarks, engine_frame, frame, measured_ms, precision_of, versus
 from codegpt_nbc.report.prose import MissingResult, render
 from codegpt_nbc.report.publish import PAGES, page_text
+from codegpt_nbc.report.tables import TABLES as TABLES_OF, as_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -229,6 +230,14 @@ def comparisons(heading):
 @pytest.mark.parametrize('heading', TABLES)
 def test_table_says_what_the_results_say(heading):
     for run, column, cell, value in comparisons(heading): check(f'{heading}, {run}, {column}', cell, value)
+
+
+@pytest.mark.parametrize('profile', ['full', 'earlier'])   # the second has no plan of its own: what it shows is what `full` had planned
+def test_committed_tables_are_those_of_the_committed_results(profile):
+    fr = frame(profile)
+    assert set(fr.attrs['planned']) >= set(fr.index) and fr.attrs['main'] and fr.attrs['variants']
+    for name in ('tab_main', 'tab_comparison', 'tab_xtc', 'tab_static', 'tab_session'):
+        assert (ROOT/'figures'/profile/f'{name}.md').read_text(encoding='utf-8') == as_markdown(TABLES_OF[name](fr)) + '\n', name
 
 
 def test_more_than_thirty_numbers_are_computed_anew():

@@ -196,8 +196,7 @@ def judged(self: RunConfig) -> int:
 def check_judged(self: RunConfig):
     "Raise `ValueError` where none of the samples is asked for by which a table compares models, see `judged`."
     from codegpt_nbc.data.samples import protocols_of
-    asked = protocols_of(self.text)[0]
-    if not getattr(self, asked): raise ValueError(f'{asked} is 0, but its samples judge the model: give 1 or more.')
+    if not self.judged: raise ValueError(f'{protocols_of(self.text)[0]} is 0, but its samples judge the model: give 1 or more.')
 
 @patch
 def check_data(self: RunConfig):

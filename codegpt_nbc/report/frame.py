@@ -101,9 +101,12 @@ COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS,
            *HELD_OUT, 'train_tokens_m', 'train_minutes', 'trained_on', 'result', 'measured']
 
 def planned_runs(profile: str) -> dict: # run id → `grid.Run`
-    "The runs of a profile; none where it is not one of `configs/`."
+    """The runs of a profile. Where it is not one of `configs/`, but holds results that another profile has left: those of that plan
+    that it has; else none."""
     try: return read_profile(profile)
-    except FileNotFoundError: return {}
+    except FileNotFoundError: there = load_results(profile)
+    made_in = {r.profile for r in there.values()} - {profile}
+    return {i: run for name in made_in for i, run in planned_runs(name).items() if i in there}
 
 def judged_by(results: dict) -> str: # of `PROTOCOLS`
     """The protocol that runs are judged by, `results`: run id → `Result`. It is the first one that the dense model was evaluated

@@ -165,6 +165,13 @@ class RunNumbers(PageContext):
         return d[measure]
 
     @pass_context
+    def es_change(self, context, id: str, base: str = 'baseline', profile: str = '', code: str = '', decimals: int = 1) -> str:
+        "The difference of edit similarity of `change`, and its interval: '−0.8 points of ES (95 % −1.5 to −0.2)'."
+        d = self.change(context, id, base, profile, code=code)
+        low, high = (with_sign(v, decimals) for v in d['ci'])
+        return f"{with_sign(d['difference'], decimals)} points of ES (95 % {low} to {high})"
+
+    @pass_context
     def loss_change(self, context, id: str, base: str = 'baseline', profile: str = '') -> dict: # difference, ci; nats a token
         "Paired difference of the loss on held-out tokens from that of `base`."
         p = self._profile(profile)

@@ -22,7 +22,7 @@ from codegpt_nbc.model.layers import Shape
 gguf = pytest.importorskip('gguf', reason='no package gguf: pip install -r requirements-interop.txt')
 NO_LLAMA = pytest.mark.skipif(not find_spec('llama_cpp'), reason='no llama-cpp-python: pip install -r requirements-interop.txt')
 WRITTEN = [f for f in FAMILIES if f in ARCHITECTURES]
-READ = [f for f in ('llama', 'mistral', 'qwen2') if f in FAMILIES]   # transformers' reader leaves out a size of the others
+READ = [f for f in ('llama', 'mistral', 'qwen2', 'qwen3', 'gpt2') if f in FAMILIES]   # by transformers' reader
 
 
 def random_folder(path, family: str, queries: int = 1, context: int = 1024):
@@ -41,7 +41,8 @@ def random_folder(path, family: str, queries: int = 1, context: int = 1024):
 @pytest.mark.parametrize('queries', [1, 2])
 @pytest.mark.parametrize('family', READ)
 def test_transformers_reads_what_is_written(tmp_path, family, queries):
-    folder = random_folder(tmp_path/'m', family, queries)
+    if queries > 1 and FAMILIES[family].learned: pytest.skip('GPT-2 has as many heads of keys as of queries')
+    folder = random_folder(tmp_path/'m', family, queries, context=128)
     model, tok = load_model(folder), load_tokenizer(folder)
     again, words = read_gguf(export_gguf(folder, tmp_path/'m.gguf'))
     assert replace(again.shape, family=family) == model.shape   # a Mistral is a Llama in GGUF

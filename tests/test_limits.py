@@ -10,12 +10,13 @@ from codegpt_nbc.engines.onnx_export import build_graph, export_onnx
 from codegpt_nbc.engines.onnx_run import OrtEngine, operator_times
 from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.engines.session import Session
-from codegpt_nbc.methods.distill import DistillConfig, StudentShape, distill_step, layers_of, number_of
+from codegpt_nbc.methods.distill import DistillConfig, StudentShape, distill, distill_step, layers_of, number_of
 from codegpt_nbc.methods.gptq import gptq
 from codegpt_nbc.methods.mixed import MixedConfig, train_mixed
+from codegpt_nbc.methods.prune import PruneConfig, prune, prune_step
 from codegpt_nbc.methods.quantize import finetune_quantized, quantize
 from codegpt_nbc.methods.schemes import Scheme, weight_schemes
-from codegpt_nbc.methods.static_quantize import calibrate, mixed_precision, static_quantize
+from codegpt_nbc.methods.static_quantize import StaticConfig, calibrate, mixed_precision, static_quantize
 from codegpt_nbc.methods.xtc import XtcConfig, load_models, xtc, xtc_step
 from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.folder import load_model, read_config, recipe_of, save_model
@@ -336,8 +337,8 @@ def test_layers_of_a_bfloat16_model_are_written_as_they_were_trained(words, corp
     assert load_file(folder/'model.safetensors')['transformer.wte.weight'].dtype == torch.bfloat16 and load_model(folder).shape.n_layer == 1
 
 
-@pytest.mark.parametrize('method', ['mixed', 'xtc'])
-def test_zeros_of_a_pruned_model_stay(method, tmp_path):
+@pytest.mark.parametrize('method', ['mixed', 'xtc', 'ternary', 'distill'])
+def test_zeros_of_a_pruned_model_stay(method, home):
     student, teacher = Decoder(TOY).init_weights(), Decoder(TOY).init_weights(1)
     with torch.no_grad():
         for name, p in student.named_parameters():
@@ -346,9 +347,65 @@ def test_zeros_of_a_pruned_model_stay(method, tmp_path):
     rows = [[(7*i + j) % 300 for j in range(33)] for i in range(32)]
     common = dict(run_id='x', tokens=1024, length=32, lr=1e-2)
     if method == 'xtc': xtc(student, teacher, rows, XtcConfig(bits=32, layers=1, **common))   # the layers of `student` are chosen
+    elif method == 'ternary': xtc(student, teacher, rows, XtcConfig(bits=2, **common))
+    elif method == 'distill': distill(student, teacher, rows, DistillConfig(student='model', **common))
     else: train_mixed(student, teacher, rows, MixedConfig(bits=dict.fromkeys((n.removesuffix('.weight') for n in zeros), '8'), **common))
     trained = dict(student.named_parameters())
     for name, zero in zeros.items(): assert zero.any() and not trained[name][zero].any() and trained[name][~zero].any()
+
+
+@pytest.mark.parametrize('pattern', ['structured', 'lasso'])
+def test_structures_are_cut_out_of_a_masked_model_without_filling_it(pattern):
+    rows = [[(7*i + j) % 300 for j in range(33)] for i in range(32)]
+    masked, _ = prune(Decoder(TOY).init_weights(), rows, PruneConfig(run_id='x', pattern='unstructured', sparsity=.4, length=32, batch=8))
+    cut, report = prune(masked, rows, PruneConfig(run_id='x', pattern=pattern, sparsity=.2, length=32, batch=8))
+    assert cut.shape != TOY and report.nonzero < .8*report.params
+
+
+def test_codes_of_one_bit_have_no_zero_to_hold(home):
+    student, teacher = Decoder(TOY).init_weights(), Decoder(TOY).init_weights(1)
+    with torch.no_grad(): student.blocks[0].mlp.up.weight[:, ::2] = 0
+    rows = [[(7*i + j) % 300 for j in range(33)] for i in range(32)]
+    c = MixedConfig(run_id='x', bits={'blocks.0.mlp.up': '1'}, tokens=1024, length=32, lr=1e-2)
+    train_mixed(student, teacher, rows, c)
+    trained = student.blocks[0].mlp.up.weight[:, ::2]
+    assert (trained < 0).any() and (trained > 0).any()      # and so can become −1 as well as 1
+
+
+def test_zeros_of_rounding_are_not_held(words, corpus, home, tmp_path):
+    dense = saved(TOY, tmp_path/'dense', words)
+    common = dict(run_id='x', data=str(corpus), tokens=2000, length=32, lr=1e-2, validation=4)
+    ternary = xtc_step(XtcConfig(model=str(dense), bits=2, **common), tmp_path/'ternary').folder
+    small = load_model(xtc_step(XtcConfig(model=str(ternary), bits=32, layers=[0], **common), tmp_path/'small').folder)
+    assert small.blocks[0].mlp.up.weight.all()
+
+
+@pytest.mark.parametrize('pattern', ['unstructured', 'structured', 'lasso'])
+def test_a_sparsity_out_of_reach_is_refused_before_the_training(pattern, monkeypatch):
+    monkeypatch.setattr('codegpt_nbc.methods.prune.fit', lambda *_, **__: pytest.fail('it trained'))
+    with pytest.raises(ValueError, match='sparsity 0.999 is out of reach'):
+        prune(Decoder(TOY).init_weights(), [[1]*9]*4, PruneConfig(run_id='x', pattern=pattern, sparsity=.999, length=8))
+
+
+@pytest.mark.parametrize('config, said', [
+    (lambda: PruneConfig(run_id='x', pattern='lasso', epochs=1), 'the pattern lasso needs steps under its penalty'),
+    (lambda: PruneConfig(run_id='x', pattern='tile', lam=3.), 'the pattern tile does not read lam'),
+    (lambda: PruneConfig(run_id='x', pattern='unstructured', importance='norm'), 'the pattern unstructured does not read importance'),
+    (lambda: PruneConfig(run_id='x', pattern='structured', alpha=.1), 'the pattern structured does not read alpha'),
+    (lambda: PruneConfig(run_id='x', backend='itrex', pattern='tile', penalty_steps=4).check(), 'knows no penalty_steps or recovery_steps'),
+    (lambda: DistillConfig(run_id='x', corpus='wide', shortest=.5), 'a packed corpus has rows and no files'),
+    (lambda: StaticConfig(run_id='x', grouped=[], groups=2), 'grouped names no place')])
+def test_a_parameter_without_effect_is_refused(config, said):
+    with pytest.raises(ValueError, match=said): config()
+
+
+@pytest.mark.parametrize('pattern, read, not_read', [('unstructured', {'alpha'}, {'importance', 'lam'}),
+                                                     ('structured', {'importance', 'lam'}, {'alpha'})])
+def test_a_recipe_names_what_pruning_read(pattern, read, not_read, words, corpus, home, tmp_path):
+    model = saved(TOY, tmp_path/'m', words)
+    c = PruneConfig(run_id='x', model=str(model), data=str(corpus), pattern=pattern, sparsity=.2, samples=4, length=32)
+    step = recipe_of(prune_step(c, tmp_path/'small').folder)[-1]
+    assert read <= step.keys() and not not_read & step.keys()
 
 
 @pytest.mark.parametrize('family, turned, want', [('llama', None, None), ('gpt_neox', 2, 2), ('gpt_neox', 4, 2), ('gpt_neox', 6, None)])

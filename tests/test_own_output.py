@@ -73,10 +73,13 @@ def test_a_compressed_model_is_the_folder_and_no_run_of_its_name(home, monkeypat
 
 
 def test_losses_of_other_rows_are_not_compared():
-    def run(data='', skip=200, tokens=1024, rows=2):
-        held = HeldOut(tokens=tokens, loss=1., loss_ci=(1., 1.), loss_each=' '.join(['1.0']*rows), kl=.1)
+    def run(data='', skip=200, tokens=1024, rows=2, reference='dense'):
+        held = HeldOut(tokens=tokens, loss=1., loss_ci=(1., 1.), loss_each=' '.join(['1.0']*rows), kl=.1, kl_each=' '.join(['0.1']*rows),
+                       reference=reference)
         return SimpleNamespace(config=dict(data=data, skip=skip), held_out=held)
-    assert loss_test(run(), run())['difference'] == 0
+    same = dict(difference=0, ci=[0, 0])
+    assert loss_test(run(), run()) == loss_test(run(), run(reference='pruned')) == loss_test(run(), run(), 'kl') == same
+    assert loss_test(run(), run(reference='pruned'), 'kl') is None      # divergences from two models
     for other in (run(data='mine'), run(skip=0), run(rows=4)): assert loss_test(run(), other) is None
 
 
@@ -127,7 +130,8 @@ def test_templates_that_judge_a_recipe_pass_over_the_samples_that_chose_it(templ
     calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
     named = {(c.func.id, k.arg): ast.unparse(k.value) for c in calls if isinstance(c.func, ast.Name) for k in c.keywords}
     judges = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'before_after', 'load_samples'}
-    assert judges and all(named.get((call, 'skip')) == 'cfg.skip' for call in judges)
+    skips = [next((ast.unparse(k.value) for k in c.keywords if k.arg == 'skip'), '') for c in calls if ast.unparse(c.func) in judges]
+    assert judges and set(skips) == {'cfg.skip'}
     counts = {ast.unparse(c.args[2]) for c in calls if ast.unparse(c.func) == 'before_after'}
     assert counts == {'cfg.judged'} and 'cfg.check_judged' in {ast.unparse(c.func) for c in calls}   # of raw source, too
     makes = {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {'apply_recipe', 'search'}

@@ -69,10 +69,11 @@ def test_a_spelled_cut_keeps_every_word(text, protocol):
 
 
 def test_a_place_is_drawn_once_and_projects_share():
-    files = pd.DataFrame({'project': ['a']*8 + ['b']*2, 'path': [f'{i}.py' for i in range(10)], 'text': 'x = 1\ny = f(x)\n'})
+    text = 'x = 1\ny = f(x)\nz = y\nprint(z)\n'
+    files = pd.DataFrame({'project': ['a']*8 + ['b']*2, 'path': [f'{i}.py' for i in range(10)], 'text': text})
     for protocol in protocols_of('raw'):
         every = sum(len(PROTOCOLS[protocol].places(text)) for text in files.text)
-        if not every: continue
+        assert every
         drawn = draw_places(files, protocol, every, per_project=1.)
         assert len(drawn.drop_duplicates()) == every
         with pytest.raises(ValueError, match=f'only {every} of {every + 1} samples of {protocol}'):

@@ -1,5 +1,5 @@
 """The editor's server over real connections, and what sessions write: the same as without a cache."""
-import asyncio, json, re, signal, socket, subprocess, sys, time
+import asyncio, json, os, re, signal, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from test_raw import ENGINES, RAW, SLOW, TEXT, TOKENIZERS, folder_that_fills_in
+from test_rare import tiny
 from codegpt_nbc import load
+from codegpt_nbc.data.raw_text import INFILLS, RawText
+from codegpt_nbc.data.tokenizer import load_tokenizer
 from codegpt_nbc.engines.completion import complete_raw, complete_source, stream_raw
 from codegpt_nbc.engines.generate import Sampled, Truncated
+from codegpt_nbc.engines.onnx_export import export_onnx
+from codegpt_nbc.engines.onnx_run import OrtEngine
 from codegpt_nbc.engines.session import Cached, Prefixes, PromptLookup
 
 MISSING = [name for name in ('fastapi', 'uvicorn', 'httpx', 'prometheus_client') if not find_spec(name)]
@@ -84,6 +89,47 @@ def test_an_interruption_harms_no_cache():
     with pytest.raises(ZeroDivisionError): complete_raw(row, raw, [TEXT[:220]], 8, 'end')
     del row.engine.extend
     assert complete_raw(row, raw, [TEXT[:220]], 8, 'end') == complete_raw(engine, raw, [TEXT[:220]], 8, 'end')
+
+
+def test_an_interruption_while_a_cache_grows_harms_no_row(tmp_path, monkeypatch):
+    folder = export_onnx(tiny(tmp_path/'model', context=256), tmp_path/'onnx', 'fp32')
+    engine, raw = OrtEngine(folder), RawText(load_tokenizer(folder))
+    row, short, long = Cached(engine), 'x = 1\n'*3, 'x = 1\n'*20
+    complete_source(row, raw, [short], 4)
+    class Interrupted:
+        def __init__(self, *_): raise KeyboardInterrupt
+    with monkeypatch.context() as during:
+        during.setattr('codegpt_nbc.engines.onnx_run._Bound', Interrupted)
+        with pytest.raises(KeyboardInterrupt): complete_source(row, raw, [long], 4)
+    assert complete_source(row, raw, [long], 4) == complete_source(engine, raw, [long], 4)
+
+
+@pytest.mark.parametrize('length', [10, 40, 63, 64, 80, 130])
+@pytest.mark.parametrize('max_new', [48, 490])
+def test_an_answer_begins_with_the_name_that_was_typed(length, max_new, words, monkeypatch):
+    lines = []
+    def answer_source(cursor, line):
+        lines.append((cursor.typed, line))
+        return ''
+    monkeypatch.setattr('codegpt_nbc.engines.completion.answer_source', answer_source)
+    name = ('collect_the_measurements_of_' + 'every_other_'*20)[:length]
+    words.complete(f'def {name}er(path):\n    return path\n\n\nfiles = {name}', max_new=max_new)
+    (typed, line), = lines
+    assert typed == name and line.startswith(typed)
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system forks no processes')
+def test_a_forked_process_answers():
+    code = """import multiprocessing, torch
+from codegpt_nbc import load
+torch.set_num_threads(2)
+model = load()
+def answer(_): return model.complete('import os\\n\\ndef read(path):\\n    return os.', max_new=4)
+if __name__ == '__main__':
+    here = answer(0)
+    with multiprocessing.get_context('fork').Pool(1) as pool: assert pool.map_async(answer, [0]).get(100) == [here]
+"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=200, env=os.environ | {'OMP_NUM_THREADS': '2'})
 
 
 def test_memory_is_bounded_and_the_text_used_last_is_kept():
@@ -263,6 +309,40 @@ def test_temperature_and_seed(client, raw):
 
 
 @needs_server
+def as_written() -> list: # of prompts, as plug-ins write the gap between `a` and `b`
+    text = [f'{i.before_prefix}a{i.before_suffix}b{i.before_answer}' for i in INFILLS.values()]
+    return text + ['<PRE> a <SUF>b <MID>']      # Code Llama's template; the tokens are spelled with ▁
+
+
+@needs_server
+@pytest.mark.parametrize('prompt', as_written())
+def test_a_gap_is_taken_apart_in_the_spelling_of_any_model(prompt):
+    from codegpt_nbc.runs.serve import split_gap
+    assert split_gap(prompt) == ('a', 'b')
+
+
+@needs_server
+@pytest.mark.parametrize('suffix', [{}, {'suffix': None}, {'suffix': ''}])
+def test_an_empty_suffix_leaves_marks_to_be_taken_apart(client, suffix):
+    marked = complete(client, '<fim_prefix>x = <fim_suffix>\ny = 2<fim_middle>', **suffix)
+    assert marked['choices'] == complete(client, 'x = ', suffix='\ny = 2')['choices']
+
+
+@needs_server
+def test_null_is_a_field_that_was_not_given(client):
+    nulls = dict.fromkeys(('stream', 'stop', 'seed', 'temperature', 'n', 'suffix', 'stream_options', 'logprobs'))
+    assert complete(client, 'x = ', **nulls)['choices'] == complete(client, 'x = ')['choices']
+    by_llama = {'prompt': 'x = ', 'stream': None, 'response_fields': None}
+    assert client.post('/completion', json=by_llama | {'n_predict': None}).status_code == 200
+    assert client.post('/infill', json=by_llama | {'n_predict': 4, 'input_suffix': None}).status_code == 200
+
+
+@needs_server
+def test_a_body_of_no_content_type_is_told_so(client):
+    answer = client.post('/v1/completions', content='{"prompt": "x"}')
+    assert answer.status_code == 400 and 'with the header Content-Type: application/json' in answer.json()['error']['message']
+
+
 def test_who_waits_is_told_that_the_server_closes(slow):
     with ThreadPoolExecutor(2) as pool:
         with client_of(slow) as client:

@@ -112,7 +112,7 @@ const char* misfit(const Call& c, const Tensor in[9]) {
   if (c.turned && (2*c.turned > c.d || !sines.x || sines.shape[0] < cosines.shape[0] || sines.shape[1] != c.turned))
     return "CausalAttention: the tables of rotary positions do not fit the heads";
   for (int b = 0; b < c.batch; b++) {
-    if (c.past(b) < 0 || c.last[b] >= c.capacity) return "CausalAttention: positions beyond the cache";
+    if (c.last[b] < c.length - 1 || c.last[b] >= c.capacity) return "CausalAttention: positions beyond the cache";
     if (c.turned && c.last[b] >= cosines.shape[0]) return "CausalAttention: positions beyond the context of the model";
   }
   return nullptr;

@@ -57,6 +57,14 @@ def _joined(code, path) -> str: # '': there is none
     if isinstance(words, list) and all(isinstance(w, str) for w in words): return ' '.join(words)
     raise ValueError(f"{path} has {code!r:.40} in the field 'code': each row needs a file in CodeXGLUE's format.")
 
+def _rows(path): # yields '' for a blank one
+    "The files of a table or text."
+    if path.suffix == '.parquet':
+        for batch in _opened(path).iter_batches(5000, columns=['code']):
+            yield from (_joined(code, path) for code in batch.column(0).to_pylist())
+    else:
+        with open(path, encoding='utf-8-sig', errors='replace') as f: yield from map(str.strip, f)   # a byte order mark is no code
+
 def code_lines(
     folder,
     split: str,          # 'train', 'dev' or 'test'
@@ -64,17 +72,10 @@ def code_lines(
 ): # yields finished CodeXGLUE lines
     "The files of a split, one a line. Raises `ValueError` for text in another format."
     for path in split_files(folder, split):
-        if path.suffix == '.parquet':
-            for batch in _opened(path).iter_batches(5000, columns=['code']):
-                for code in batch.column(0).to_pylist():
-                    line = _joined(code, path)
-                    if line or blank: yield line
-            continue
         formatted = some = False
-        with open(path, encoding='utf-8-sig', errors='replace') as f:   # a byte order mark is no code
-            for line in map(str.strip, f):
-                formatted, some = formatted or '<EOL>' in line, some or bool(line)
-                if line or blank: yield line
+        for line in _rows(path):
+            formatted, some = formatted or '<EOL>' in line, some or bool(line)
+            if line or blank: yield line
         if some and not formatted: raise ValueError(f'{path} has no <EOL> in it: each line must be a file in CodeXGLUE\'s format.')
 
 # %% ../../nbs/data/14_codexglue.ipynb #ac5dcd70

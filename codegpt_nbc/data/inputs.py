@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import ClassVar
 from pydantic import Field
 from ..core.config import Strict, check_argument
-from ..core.paths import BASE_MODEL, CORPUS, EMBEDDED, NAME, models_dir, runs_dir
+from ..core.paths import BASE_MODEL, CORPUS, EMBEDDED, NAME, models_dir, read_json, runs_dir
 from .hub import find, gguf_of, is_gguf
 
 # %% ../../nbs/data/17_inputs.ipynb #51d1b14a
@@ -208,17 +208,27 @@ def check_data(self: RunConfig):
                      f'{FORMS[self.text].about}: give a folder of Python files.')
 
 @patch
+def check_tokenizer(self: RunConfig): # `Tokenizer`
+    "The model's tokenizer. Raises `ValueError` for one that the model cannot complete text with."
+    from codegpt_nbc.data.raw_text import RawText
+    from codegpt_nbc.data.tokenizer import check_fits, end_of_line, load_tokenizer
+    tok, config = load_tokenizer(self.model_folder), read_json(self.model_folder/'config.json')
+    if 'vocab_size' in config: check_fits(tok, config['vocab_size'])
+    if self.text == 'codexglue': end_of_line(tok)
+    else: RawText(tok)
+    return tok
+
+@patch
 def check_protocol(self: RunConfig, protocol: str):
     "Raise `ValueError` where the model cannot be evaluated under a protocol."
     from codegpt_nbc.data.raw_text import RawText
     from codegpt_nbc.data.samples import FORMS, PROTOCOLS, protocols_of
-    from codegpt_nbc.data.tokenizer import end_of_line, load_tokenizer
     about = PROTOCOLS[protocol]
     if about.text != self.text:
         raise ValueError(f'the protocol {protocol} asks in {FORMS[about.text].about}, but the model {self.model} reads '
-                         f'{FORMS[self.text].about}: choose {" or ".join(protocols_of(self.text))}.')
-    tok = load_tokenizer(self.model_folder)
-    if self.text == 'codexglue': end_of_line(tok)
+                         f'{FORMS[self.text].about}: choose {" or ".join(protocols_of(self.text))}; '
+                         f'as parameters, {" and ".join(protocols_of(about.text))} are then 0.')
+    tok = self.check_tokenizer()
     if about.infilling: RawText(tok).asked_infill()
 
 @patch

@@ -212,12 +212,14 @@ class WordsAnswer(Answer):
     "A line of words in progress."
     def __init__(self,
         raw: RawText,
-        owed: bytes,    # What the name at the cursor begins with
+        typed: list,    # Ids of the name at the cursor that are in the prompt
+        owed: bytes,    # What the rest of the name begins with
         literals,       # (n,) ids of the literals that the string at the cursor may be; None: none is open
         max_new: int,   # Tokens at most
         stop: frozenset, # Ids that end a line: `<EOL>`, and what ends or begins a text
     ):
         super().__init__(raw, owed, max_new, stop)
+        self.typed = typed
         if literals is not None: self.choices = [(literals, literals[:0])]
 
     def reset(self):
@@ -234,19 +236,22 @@ class WordsAnswer(Answer):
         return not self.left
 
 # %% ../../nbs/engines/56_completion.ipynb #62a19ea2
-def _words_prompt(raw: RawText, cursor: Cursor) -> tuple: # (ids, bytes owed, literals or None)
-    "A prompt of whole words, and what holds the answer to the word at the cursor."
+def _words_prompt(raw: RawText, cursor: Cursor, heal: int) -> tuple: # (ids, the last of them that were typed, bytes owed, literals or None)
+    """A prompt of whole words, and what holds the answer to the word at the cursor. Of a name longer than `heal` bytes the prompt keeps
+    the first tokens."""
     text = ' '.join(cursor.words)
     before = encode_batch(raw.tok, [text])[0]
     if cursor.inside:
         opening, typed = cursor.inside
         begun = '<STR_LIT:' + typed.replace(' ', 'U+0020').replace(',', 'U+002C')
         fitting = [i for word, i in raw.strings.items() if word == '<STR_LIT>' or word.startswith(begun)]
-        return encode_batch(raw.tok, [f'{text} {opening}'])[0], b'', np.array(sorted(fitting)) if fitting else None
-    if not cursor.typed: return before, b'', None
+        return encode_batch(raw.tok, [f'{text} {opening}'])[0], [], b'', np.array(sorted(fitting)) if fitting else None
+    if not cursor.typed: return before, [], b'', None
     ids = encode_batch(raw.tok, [f'{text} {cursor.typed}'])[0]
     same = next((i for i, (a, b) in enumerate(zip(before, ids)) if a != b), min(len(before), len(ids)))
-    return ids[:same], b''.join(map(raw.spells, ids[same:])), None
+    spelled = [raw.spells(i) for i in ids[same:]]
+    first = next(n for n in range(len(spelled) + 1) if sum(map(len, spelled[n:])) <= heal)
+    return ids[:same + first], ids[same:same + first], b''.join(spelled[first:]), None
 
 # %% ../../nbs/engines/56_completion.ipynb #d16e8dc0
 def _begin_source(
@@ -256,15 +261,15 @@ def _begin_source(
     ends = (raw.vocabulary.get(word) for word in ('<EOL>', '<s>', '</s>', '<pad>'))
     block, stop = _block(block, room), raw.ends | {i for i in ends if i is not None}
     cursors = [to_words(whole(p), raw.literals) for p in prompts]
-    read = [_words_prompt(raw, c) for c in cursors]
-    answers = [WordsAnswer(raw, owed[:heal], fitting, max_new, stop) for _, owed, fitting in read]
+    read = [_words_prompt(raw, c, heal) for c in cursors]
+    answers = [WordsAnswer(raw, *held, max_new, stop) for _, *held in read]
     out = [surplus(len(ids), room, block) for ids, *_ in read]
     for (ids, *_), left_out in zip(read, out): _warn_of_cut(len(ids), len(ids) - left_out, 3)
     return cursors, [ids[n:] or start_of_text(raw.tok) for (ids, *_), n in zip(read, out)], answers
 
 def _as_source(raw: RawText, cursors: list, answers: list) -> list: # of strings
     "Lines of words as source to write at the cursors."
-    lines = decode_lines(raw.tok, [a.tokens for a in answers])
+    lines = decode_lines(raw.tok, [a.typed + a.tokens for a in answers])
     return [answer_source(c, (c.inside[0] if c.inside else '') + line) for c, line in zip(cursors, lines)]
 
 # %% ../../nbs/engines/56_completion.ipynb #7874eb0b

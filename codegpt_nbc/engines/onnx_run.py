@@ -448,9 +448,7 @@ def _room(self: OrtEngine, positions: int) -> int:
 def start(self: OrtEngine, batch, capacity):
     "Begin with an empty cache: `capacity` positions for each of `batch` rows, and more where they are needed."
     def empty(i): return np.zeros((batch, i.shape[1], self._room(capacity), i.shape[3]), np.float32)   # (B, H, room, d)
-    self.cache = {i.name: empty(i) for i in self.caches}
-    self.lengths, self.capacity = np.zeros(batch, np.int64), capacity   # (B,) positions filled, and those that there is room for
-    self._bind()
+    self._bind({i.name: empty(i) for i in self.caches}, np.zeros(batch, np.int64), capacity)
 
 @patch
 def _reserve(self: OrtEngine, positions: int): # per row
@@ -459,17 +457,21 @@ def _reserve(self: OrtEngine, positions: int): # per row
     if positions <= self.capacity: return
     room = max(positions, min(positions + positions//2, self.context))
     def grown(a): return np.pad(a, ((0, 0), (0, 0), (0, self._room(room) - a.shape[2]), (0, 0)))
-    self.cache, self.capacity = {name: grown(a) for name, a in self.cache.items()}, room
-    self._bind()
+    self._bind({name: grown(a) for name, a in self.cache.items()}, self.lengths, room)
 
 @patch
-def _bound_to(self: OrtEngine, rows: slice) -> list: # of `_Bound`, one a session
-    return [_Bound(s, {name: a[rows] for name, a in self.cache.items()}, self.vocab) for s in self.sessions]
+def _bound_to(self: OrtEngine, cache: dict) -> list: # of `_Bound`, one a session
+    return [_Bound(s, cache, self.vocab) for s in self.sessions]
 
 @patch
-def _bind(self: OrtEngine):
-    self.bound = self._bound_to(slice(None))
-    self.each = _pairs(np.arange(len(self.lengths)), 0)   # (B, 2) the logits that a step asks for
+def _bind(self: OrtEngine,
+    cache: dict,   # name → (B, H, room, d)
+    lengths,       # (B,) positions filled
+    capacity: int, # positions that there is room for
+):
+    "Go on with this cache. An interruption before the end leaves the one before."
+    bound, each = self._bound_to(cache), _pairs(np.arange(len(lengths)), 0)   # (B, 2) the logits that a step asks for
+    self.cache, self.lengths, self.capacity, self.bound, self.each = cache, lengths, capacity, bound, each
 
 @patch
 def cache_bytes(self: OrtEngine) -> int:
@@ -484,8 +486,7 @@ def rewind(self: OrtEngine, length):
 @patch
 def keep(self: OrtEngine, rows):
     "Go on with these rows only."
-    self.cache, self.lengths = {name: a[rows] for name, a in self.cache.items()}, self.lengths[rows]
-    self._bind()
+    self._bind({name: a[rows] for name, a in self.cache.items()}, self.lengths[rows], self.capacity)
 
 # %% ../../nbs/engines/53_onnx_run.ipynb #bbec12d1
 @patch
@@ -508,7 +509,8 @@ def _append_row(self: OrtEngine, bound, tokens, filled: int, last: int): # (n,) 
 @patch
 def _read(self: OrtEngine, ids, lengths, rows): # (b, S) and (b,) → (b, vocab)
     "Read some rows' prompts; the logits after each."
-    bound, n = self.bound if len(lengths) == len(self.lengths) else self._bound_to(rows), len(lengths)
+    n, whole = len(lengths), len(lengths) == len(self.lengths)
+    bound = self.bound if whole else self._bound_to({name: a[rows] for name, a in self.cache.items()})
     if n == 1: return self._append_row(bound, ids[0, :lengths[0]], 0, 1)
     return self._append(bound, ids[:, :lengths.max()], np.zeros(n, np.int64), _pairs(np.arange(n), lengths - 1))
 

@@ -6,7 +6,8 @@
 __all__ = ['PIECE', 'TorchEngine']
 
 # %% ../../nbs/engines/51_pytorch.ipynb #512195e1
-import torch
+import os, torch
+from functools import cache
 from ..model.decoder import Decoder
 from ..model.folder import load_model
 from ..model.layers import KVCache
@@ -15,6 +16,11 @@ from .generate import row_pieces
 # %% ../../nbs/engines/51_pytorch.ipynb #41ab5850
 PIECE = 2**11   # positions of prompts that are read at a time
 
+@cache
+def _one_thread_after_fork():
+    "A forked process has none of OpenMP's threads, and would wait for them for ever."
+    if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 class TorchEngine:
     "PyTorch behind the interface `Engine`: NumPy arrays in and out."
     name = 'torch'
@@ -22,6 +28,7 @@ class TorchEngine:
         model,                      # `Decoder`, or its folder
         threads: int | None = None, # Cores to use, from then on in all of PyTorch; None: as set
     ):
+        _one_thread_after_fork()
         if threads: torch.set_num_threads(threads)
         self.model = (model if isinstance(model, Decoder) else load_model(model)).eval()
         self.context, self.vocab = self.model.shape.context, self.model.shape.vocab

@@ -44,10 +44,13 @@ def write_task(
     split: str = 'test',
     folder=CORPUS,        # Of the samples
 ) -> str: # the task's name
-    "Write the first `n` samples of a protocol as a task of the harness. Raises `ValueError` if there are fewer."
+    """Write the first `n` samples of a protocol as a task of the harness. Raises `ValueError` if there are fewer, and `FileExistsError`
+    where the folder has another task."""
     name, about, samples = f'codegpt_nbc_{protocol}', protocol_named(protocol), load_samples(protocol, n, split, folder)
     if about.infilling: raise ValueError(f'the harness does not show what follows an answer, as {protocol} does: choose another protocol.')
     lines = [json.dumps({'input': s.input, 'gt': s.gt, 'text': about.text}, ensure_ascii=False) for s in samples.itertuples()]
+    if others := [p.stem for p in Path(out).glob('*.yaml') if p.stem != name]:
+        raise FileExistsError(f'{out} has the task {others[0]}: choose another folder for {name}.')
     with new_folder(out, 'task') as tmp:
         write_text(tmp/'samples.jsonl', '\n'.join(lines) + '\n')
         where = json.dumps(str(Path(out).resolve()/'samples.jsonl'))

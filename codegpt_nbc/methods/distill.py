@@ -35,7 +35,7 @@ from ..model.train import (OPTIMIZERS, Samples, TrainConfig, TrainResult, autoca
 
 # %% ../../nbs/methods/37_distill.ipynb #51b4ffe6
 class DistillLoss(Strict):
-    "DistilBERT's three losses and their weights (Sanh et al. 2019, section 2)."
+    "DistilBERT's three losses (Sanh et al. 2019, section 2), with the study's weights."
     alpha_ce: float = Field(.33, ge=0)      # soft cross-entropy
     alpha_clm: float = Field(.33, ge=0)     # hard cross-entropy
     alpha_cos: float = Field(.33, ge=0)     # cosine between last hidden states
@@ -348,6 +348,8 @@ class DistillConfig(TaughtConfig):
             raise ValueError("a shape of its own is for a student that is 'random', and names its layers: leave out layers, or shape.")
         if self.fresh_teacher and self.frozen:
             raise ValueError('a teacher of random weights that does not learn teaches nothing: set frozen to false.')
+        if self.corpus and self.shortest < 1:
+            raise ValueError('a packed corpus has rows and no files, so none are the shortest: leave out corpus, or shortest.')
 
     @cached_property
     def teacher_folder(self) -> Path:

@@ -8,7 +8,7 @@ __all__ = ['DAMP', 'LAZY', 'COSTS_ON', 'inverse_factor', 'gptq_matrix', 'calibra
 
 # %% ../../nbs/methods/36_gptq.ipynb #8d772d76
 import copy, time, numpy as np, torch
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import ClassVar, Literal
 from pydantic import Field
 from torch import nn
@@ -116,12 +116,20 @@ def calibration_windows(
 
 class Hessian:
     "Within the block, collects H = 2XXᵀ of the inputs of `module`."
-    def __init__(self, module: nn.Module, n: int): # `n`: its input channels
-        self.module, self.sum, self.count = module, torch.zeros(n, n), 0
+    class Enough(Exception):
+        "Ends a forward pass: what follows the module was not asked for."
+
+    def __init__(self,
+        module: nn.Module,
+        n: int,            # its input channels
+        last: bool = False # raise `Enough` when the module is reached?
+    ):
+        self.module, self.last, self.sum, self.count = module, last, torch.zeros(n, n), 0
     def add(self, _, args):
         x = args[0].flatten(0, -2).float()      # (tokens, n)
         self.sum.addmm_(x.T, x, alpha=2)        # (n, n)
         self.count += len(x)
+        if self.last: raise self.Enough
     def __enter__(self):
         self.handle = self.module.register_forward_pre_hook(self.add)
         return self
@@ -198,8 +206,9 @@ def _round_maps(
 ) -> dict: # name → (codes, Δ, z)
     "Round maps that share an input, on the inputs that `step` gives them; `m` computes with the result from now on."
     first, rounded = m.get_submodule(names[0]), {}
-    with Hessian(first, first.in_features) as h:
-        for x in xs: step(x)
+    with Hessian(first, first.in_features, last=True) as h:
+        for x in xs:
+            with suppress(h.Enough): step(x)
     for name in names:
         weight = m.get_submodule(name).weight
         rounded[name] = gptq_matrix(weight, h.sum/h.count, chosen[name].weights, damp, act_order)

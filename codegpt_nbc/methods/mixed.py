@@ -88,15 +88,17 @@ def mixed_step(
     model, tok, work, train = load_float(c.model_folder, 'quantise'), load_tokenizer(c.model_folder), c.work, None
     mixed_schemes(c.bits)[0].placement.select(model)     # refuses a module that is not there
     c, details = cut_to_context(c, *c.shapes), {'matrices': {p: [*c.bits.values()].count(p) for p in PRECISIONS if p in c.bits.values()}}
+    rows = None
     if c.tokens:
         c.check_pair()
         r = train_mixed(model, float_decoder(load_model(c.teacher_folder)), c.rows(tok), c, work)
         train, details = r.record, details | trained_details(r)
         quantized = round_mixed(model, c.bits)           # the rounding that it was trained for
     else:
-        rows = encode_batch(tok, c.training_texts(6*c.calibration)) if rounds_with_gptq(c.bits) else None
+        if rounds_with_gptq(c.bits): rows = encode_batch(tok, c.training_texts(6*c.calibration))
         quantized = round_mixed(model, c.bits, rows and calibration_windows(rows, c.calibration, c.length, c.seed))
-    step = {'method': 'mixed', 'bits': c.bits, **({'tokens': train.tokens} if train else {'calibration': c.calibration})}
+    read = {'tokens': train.tokens} if train else {'calibration': c.calibration} if rows else {}
+    step = {'method': 'mixed', 'bits': c.bits, **read}
     folder = save_model(quantized, out or c.out_folder, parent=c.model_folder, step=step)
     if not keep_work: shutil.rmtree(work, ignore_errors=True)
     return StepResult(folder, train, details)

@@ -26,7 +26,8 @@ from ..model.decoder import Decoder, count_of, count_parameters, halves
 from ..model.families import FAMILIES, resolved
 from ..model.folder import load_float, load_model, save_model
 from ..model.layers import Shape
-from ..model.train import Samples, TrainConfig, autocast, batches_loss, cut_rows, cut_to_context, fit, next_token_loss
+from ..model.train import (Samples, TrainConfig, autocast, batches_loss, cut_rows, cut_to_context, fit, keep_zeros,
+                                     next_token_loss)
 
 # %% ../../nbs/methods/30_prune.ipynb #42350809
 @dataclass(frozen=True)
@@ -88,8 +89,16 @@ class Masked:
             p.grad.add_(direction, alpha=self.alpha)
             p.grad.masked_fill_(w == 0, 0.)
 
-    def begin(self, model, importance, loss) -> dict: # of details
-        "What is decided before the training: nothing."
+    def rate(self, model, sparsity: float) -> float:
+        "Share of every matrix to zero, for `sparsity` over all parameters. Raises `ValueError` where the matrices are too few for it."
+        prunable = sum(p.numel() for p in matrices(model).values())
+        share = prunable/sum(p.numel() for p in model.parameters())
+        if sparsity <= share: return sparsity/share
+        raise ValueError(f'sparsity {sparsity} is out of reach: only matrices are pruned, and they are {share:.3f} of the parameters.')
+
+    def begin(self, model, sparsity, importance, loss) -> dict: # of details
+        "What is decided before the training: nothing. Raises `ValueError` as `rate` does."
+        self.rate(model, sparsity)
         return {}
 
     def penalty(self, steps: int = 0) -> dict:
@@ -102,21 +111,12 @@ class Masked:
 
     def cut(self, model: Decoder, sparsity: float, importance=None, loss=None) -> tuple: # (model, further hooks of the recovery, details)
         """Zero the weakest tiles of every matrix, at the rate that gives `sparsity` over all parameters.
-        Raises `ValueError` where the matrices are too few for it."""
-        prunable = matrices(model)
-        rate = sparsity*sum(p.numel() for p in model.parameters())/sum(p.numel() for p in prunable.values())
-        if rate > 1:
-            share = sparsity/rate
-            raise ValueError(f'sparsity {sparsity} is out of reach: only matrices are pruned, and they are {share:.3f} of the parameters.')
-        masks = {name: tile_mask(p, self.tile, rate) for name, p in prunable.items()}
-        keep_masks = partial(_apply_masks, masks)
-        keep_masks(model)
-        return model, {'after_step': keep_masks}, {'rate_in_matrices': rate}
-
-# %% ../../nbs/methods/30_prune.ipynb #fe35fd61
-@torch.no_grad()
-def _apply_masks(masks: dict, model: nn.Module, lr=None):
-    for name, p in matrices(model).items(): p.mul_(masks[name])
+        Raises `ValueError` as `rate` does."""
+        rate = self.rate(model, sparsity)
+        masks = {name: tile_mask(p, self.tile, rate) for name, p in matrices(model).items()}
+        with torch.no_grad():
+            for name, p in matrices(model).items(): p.mul_(masks[name])
+        return model, {}, {'rate_in_matrices': rate}
 
 # %% ../../nbs/methods/30_prune.ipynb #2caf1c5d
 @dataclass(frozen=True)
@@ -405,8 +405,11 @@ class Structured:
 
     def __init__(self, lam: float = .05): self.lam = lam    # λ of the proximal step
 
-    def begin(self, model, importance, loss) -> dict: # of details
-        "What is decided before the training: nothing."
+    def begin(self, model, sparsity, importance, loss) -> dict: # of details
+        "What is decided before the training: nothing. Raises `ValueError` where no model is so small."
+        groups = coupled_groups(model.shape)
+        alike = [torch.ones(g.count) for g in groups]     # what can be reached does not depend on scores
+        if keep_at_width(model.shape, groups, alike, sparsity, min(widths(model.shape.d_model))) is None: raise _out_of_reach(sparsity)
         return {}
 
     def penalty(self, steps: int = 0) -> dict:
@@ -515,7 +518,7 @@ class Lasso(Structured):
     ):
         self.sparsity, self.lam, self.d, self.kinds, self.history = sparsity, lam, None, None, []
 
-    def begin(self, model, importance, loss) -> dict: # of details
+    def begin(self, model, sparsity, importance, loss) -> dict: # of details
         "The width of least loss, once and for all, so that only heads and neurons are left to choose by what the training does."
         groups = coupled_groups(model.shape)
         scores = importance(model, groups)
@@ -621,15 +624,23 @@ class PruneConfig(RunConfig):
     @model_validator(mode='before')
     @classmethod
     def choose_open(cls, given: dict) -> dict:
-        "Choose what is left open, as the pattern needs it."
-        lasso = given.get('pattern') == 'lasso'
+        """Choose what is left open, as the pattern needs it. Raises `ValueError` for a parameter that the pattern does not read, and for a
+        lasso without a step under its penalty."""
+        pattern = given.get('pattern', 'structured')
+        usual = {'importance': 'taylor', 'lam': .05, 'alpha': .006}
+        for name in ('importance', 'lam') if pattern in TILES else ('alpha',):
+            if given.get(name) in (None, usual[name]): continue
+            raise ValueError(f'the pattern {pattern} does not read {name}: leave it out.')
+        lasso = pattern == 'lasso'
+        if lasso and given.get('epochs', 2) == 1 and not given.get('penalty_steps'):
+            raise ValueError('the pattern lasso needs steps under its penalty: set epochs to 2 or more, or penalty_steps.')
         open_ones = {'importance': 'survivors' if lasso else 'taylor', 'lam': None if lasso else .05}
         return given | {name: value for name, value in open_ones.items() if given.get(name) is None}
 
     def check(self):
         "As for all runs; raises `ValueError` also for a pattern that the toolkit does not have."
-        if self.backend == 'itrex' and (self.pattern not in TILES or self.recovery_steps):
-            raise ValueError('the backend itrex prunes unstructured or tile, and knows no recovery_steps: '
+        if self.backend == 'itrex' and (self.pattern not in TILES or self.penalty_steps or self.recovery_steps):
+            raise ValueError('the backend itrex prunes unstructured or tile, and knows no penalty_steps or recovery_steps: '
                              'choose one of these patterns, and 0 steps.')
         super().check()
 
@@ -687,12 +698,14 @@ def prune(
     importance = partial(_scores, batches=under, n=min(32, under.per_epoch))
     judge = partial(batches_loss, batches=under, n=min(8, under.per_epoch))
     runs, hooks = [], pattern.recovery()
-    details = pattern.begin(model, partial(importance, by='taylor'), judge) if c.sparsity else {}
+    details = pattern.begin(model, c.sparsity, partial(importance, by='taylor'), judge) if c.sparsity else {}
     if c.epochs > 1 or c.penalty_steps:
-        runs.append(fit(model, under, penalised, **pattern.penalty(penalised.steps), desc='training under the penalty'))
+        under_penalty = _holding_zeros(pattern.penalty(penalised.steps), model)
+        runs.append(fit(model, under, penalised, **under_penalty, desc='training under the penalty'))
     if c.sparsity:
         model, more_hooks, found = pattern.cut(model, c.sparsity, partial(importance, by=c.importance), judge)
         hooks, details = hooks | more_hooks, details | found
+    hooks = _holding_zeros(hooks, model)
     runs.append(fit(model, replace(data, seed=c.seed + 1), recover, loss, **hooks, desc='recovery'))
     if c.recovery_steps:
         more = Samples(new[seen:] or new, c.batch, c.length, c.seed + 2)
@@ -702,6 +715,13 @@ def prune(
     return model, PruneReport(1 - nonzero/dense, dense, params, nonzero, runs, details)
 
 # %% ../../nbs/methods/30_prune.ipynb #4e4cc72c
+def _holding_zeros(hooks: dict, model: Decoder) -> dict:
+    "Hooks of `fit` that also hold the zeros which a model has already, e.g. those of masks that it was pruned by before."
+    done = [after for after in (hooks.get('after_step'), keep_zeros(model)) if after]
+    def after_step(*args):
+        for each in done: each(*args)
+    return hooks | ({'after_step': after_step} if done else {})
+
 def _phases(c: PruneConfig, lr: float, per_epoch: int) -> tuple: # of `TrainConfig`: under the penalty, of the recovery
     steps = c.penalty_steps or max(1, per_epoch*(c.epochs - 1))
     penalised = TrainConfig(steps=steps, lr=c.lr or lr, schedule='constant', warmup=min(10, per_epoch),
@@ -736,8 +756,9 @@ def save_pruned(
     out=None,           # Folder to write; None: the run's
 ) -> StepResult: # details: the report's, with the `sparsity` measured on the file
     "Write a pruned model. Raises `RuntimeError` where the file is not as sparse as the report says."
-    recorded = {'backend', 'pattern', 'sparsity', 'samples', 'epochs', 'importance', 'lam', 'penalty_steps', 'recovery_steps'}
-    step = {'method': 'prune', **c.model_dump(include=recorded)}
+    recorded = {'backend', 'pattern', 'sparsity', 'samples', 'epochs', 'penalty_steps', 'recovery_steps'}
+    read = {'alpha'} if c.pattern in TILES else {'importance', 'lam'}
+    step = {'method': 'prune', **c.model_dump(include=recorded | read)}
     folder = save_model(model, out or c.out_folder, parent=c.model_folder, step=step)
     on_file = measured_sparsity(folder, report.params_before)
     if abs(on_file - report.sparsity) >= 1e-6:

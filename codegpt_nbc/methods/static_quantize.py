@@ -313,6 +313,11 @@ class StaticConfig(RunConfig):
     OWN: ClassVar = ('groups', 'permute', 'uneven', 'grouped', 'sixteen_bit', 'weight_range', 'granularity', 'momentum',
                      'calibration_batches')
 
+    def model_post_init(self, _):
+        "Raise `ValueError` for groups of channels in no place."
+        if self.groups != 1 and not self.grouped:
+            raise ValueError('grouped names no place for groups of channels: name some, or set groups to 1.')
+
     @property
     def estimator(self) -> Calibrated:
         "Of the ranges of activations."

@@ -268,6 +268,7 @@ def xtc(
     rows: list,         # From `distill.training_rows`
     c: XtcConfig,
     work=None,          # Folder for checkpoints: where a killed run left one, this one goes on
+    zeros: bool = True, # Hold the student's zeros? Those of a quantised model were rounded, not pruned
 ) -> tuple: # (Decoder, `TrainResult`, loss curves); the decoder is a `QuantizedDecoder` unless bits is 32
     "Train `student` through its quantisation to compute as `teacher` does, then quantise it."
     c = cut_to_context(c, student.shape, teacher.shape)
@@ -275,7 +276,7 @@ def xtc(
     curves = LossCurves(pair, settings.steps, path=work and Path(work)/'curves.json')
     with simulated(student, *schemes):
         r = fit(pair, Samples(rows, c.batch, c.length, c.seed), settings, pair_loss, observe=curves,
-                after_step=None if schemes else keep_zeros(student), checkpoint=work and Path(work)/'checkpoint', desc='XTC')
+                after_step=keep_zeros(student) if zeros else None, checkpoint=work and Path(work)/'checkpoint', desc='XTC')
     return quantize(student, *schemes) if schemes else student, r, curves.curves
 
 # %% ../../nbs/methods/38_xtc.ipynb #0a797904
@@ -310,7 +311,8 @@ def xtc_step(
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}
     before = {name: validation_loss(model, held) for name, model in before.items()}
-    compressed, r, loss_parts = xtc(student, teacher, rows, c, work)
+    pruned = 'quantization_config' not in read_config(c.model_folder)
+    compressed, r, loss_parts = xtc(student, teacher, rows, c, work, zeros=pruned)
     step = {'method': 'xtc', **c.model_dump(include={'layers', 'bits'}), 'teacher': c.teacher_folder.name, 'tokens': r.tokens}
     folder = save_model(compressed, out or c.out_folder, parent=c.model_folder, step=step)
     _check_file(folder, compressed)

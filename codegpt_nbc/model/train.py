@@ -480,8 +480,13 @@ def losses_without(
 
 # %% ../../nbs/model/24_train.ipynb #5715ba09
 def keep_zeros(model: nn.Module): # → a function for `after_step`; None where there is nothing to keep
-    "Hold the zeros of a masked (unstructured) pruned model."
-    masks = [(p, p.detach() != 0) for p in model.parameters() if p.ndim > 1 and not p.detach().all()]
+    "Hold the zeros of a masked (unstructured) pruned model. One that does not compute as 0 is not held: codes of one bit have no 0."
+    def computes(name, p): # the tensor that a parameter computes as, where it is rounded on the way
+        module, rounded, rest = name.partition('.parametrizations.')
+        return getattr(model.get_submodule(module), rest.split('.')[0]).detach() if rounded else p.detach()
+    matrices = {name: p for name, p in model.named_parameters() if p.ndim > 1 and not p.detach().all()}
+    masks = [(p, (p.detach() != 0) | (computes(name, p) != 0)) for name, p in matrices.items()]
+    masks = [(p, mask) for p, mask in masks if not mask.all()]
     def after_step(*_):
         with torch.no_grad():
             for p, mask in masks: p.mul_(mask.to(p.device))

@@ -18,7 +18,7 @@ from functools import cache
 from ..core.paths import ASSETS, CORPUS, read_json
 from ..core.record import Accuracy, HeldOut, Result, load_results, processor_text
 from ..data.samples import PROTOCOLS, load_samples
-from ..evidence.metrics import holm, paired
+from ..evidence.metrics import holm, paired, share_interval
 from ..evidence.other_engines import PEERS
 from .style import chain_of, family_of, run_label
 from ..runs.grid import SCORED, WITHOUT_MODEL, is_step, read_profile
@@ -48,9 +48,9 @@ def accuracy_columns(
     a: Accuracy,
     prefix: str = '',   # of the columns
 ) -> dict: # column → per cent
-    "The scores under one protocol, under the frame's names."
-    scores = dict(n=a.n, es=a.es, es_low=a.es_ci[0], es_high=a.es_ci[1], em=a.em, em_low=a.em_ci[0],
-                  em_high=a.em_ci[1],
+    "The scores under one protocol, under the frame's names. Older results have a bootstrap's interval of a share; here all have Wilson's."
+    low, high = share_interval([each == '1' for each in a.em_each]) if a.em_each else a.em_ci
+    scores = dict(n=a.n, es=a.es, es_low=a.es_ci[0], es_high=a.es_ci[1], em=a.em, em_low=low, em_high=high,
                   identifier_f1=a.identifier_f1, whole=a.whole)
     return {f'{prefix}{name}': value for name, value in scores.items()}
 
@@ -271,20 +271,24 @@ def versus(
     shared = a and b and len(asked) == 1 and max(a.skip, b.skip) < min(a.skip + a.n, b.skip + b.n)
     return paired_test(a, b) if shared else None
 
-def loss_test(a: Result, b: Result) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not the same
-    "Paired difference a − b of the losses of the held-out rows that both have read, see `evidence.held_out`."
+def loss_test(
+    a: Result, b: Result,
+    measure: str = 'loss', # or 'kl'
+) -> dict | None: # of `metrics.paired`, in nats: difference, ci; None where the rows are not the same
+    "Paired difference a − b of the losses or divergences of the held-out rows that both have read, see `evidence.held_out`."
     def rows(r): # whose, from where on, and how long
         return r.config.get('data', ''), r.config.get('skip', 0), r.held_out.tokens/max(1, len(r.held_out.loss_each.split()))
     read = [r.held_out for r in (a, b)]
     if None in read or None in [h.kl for h in read] or rows(a) != rows(b): return None   # no kl: other tokens, so other rows
-    return _paired_losses(*read)
+    if measure == 'kl' and read[0].reference != read[1].reference: return None
+    return _paired_losses(*read, measure)
 
 @cache
-def _paired_losses(a: HeldOut, b: HeldOut) -> dict | None: # as `loss_test`
-    x, y = (1000*np.array(h.loss_each.split(), float) for h in (a, b))     # `paired` rounds to three decimals
+def _paired_losses(a: HeldOut, b: HeldOut, measure: str) -> dict | None: # as `loss_test`
+    x, y = (1000*np.array(getattr(h, f'{measure}_each').split(), float) for h in (a, b))     # `paired` rounds to three decimals
     n = min(len(x), len(y))
     if not n: return None
-    d = paired(x[:n], y[:n])
+    d = paired(x[:n], y[:n], most=0.)          # no loss differs only where the same numbers were computed
     return dict(difference=d['difference']/1000, ci=[v/1000 for v in d['ci']])
 
 def retained(fr: pd.DataFrame) -> pd.DataFrame: # index: run id; columns: es, low, high, in % of the dense model's ES

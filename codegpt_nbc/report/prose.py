@@ -172,11 +172,12 @@ class RunNumbers(PageContext):
         return f"{with_sign(d['difference'], decimals)} points of ES (95 % {low} to {high})"
 
     @pass_context
-    def loss_change(self, context, id: str, base: str = 'baseline', profile: str = '') -> dict: # difference, ci; nats a token
-        "Paired difference of the loss on held-out tokens from that of `base`."
+    def loss_change(self, context, id: str, base: str = 'baseline', profile: str = '', measure: str = 'loss') -> dict: # difference, ci
+        "Paired difference, in nats a token, of the loss on held-out tokens from that of `base`, or of the divergence (`kl`)."
         p = self._profile(profile)
-        if not (d := loss_test(*(p.view(context.name, run, f'loss_change({id!r})').result for run in (id, base)))):
-            raise MissingResult(context.name, f'loss_change({id!r})', f'{id!r} and {base!r} have no loss on the same tokens', p.name, id)
+        if not (d := loss_test(*(p.view(context.name, run, f'loss_change({id!r})').result for run in (id, base)), measure)):
+            why = f'{id!r} and {base!r} have no {measure} on the same tokens'
+            raise MissingResult(context.name, f'loss_change({id!r})', why, p.name, id)
         return d
 
     @pass_context

@@ -180,9 +180,11 @@ def label_distill(c) -> str:
     return f"{layers_said(c.get('layers'))}{origin}, distilled" + distill_variant(c)
 
 def label_xtc(c) -> str:
-    "Bits a weight; 32 bits stand for a reduction of layers alone."
-    did = {1: '1 bit a weight', 2: 'ternary', 32: f"{layers_said(c.get('layers'))}, by XTC's loss"}[c.get('bits', 1)]
-    return did + ('' if c.get('relative', True) else ', loss to the letter')
+    "Bits a weight, and how many layers if not all; 32 bits stand for a reduction of layers alone."
+    bits, layers = c.get('bits', 1), c.get('layers')
+    did = {1: '1 bit a weight', 2: 'ternary', 32: "by XTC's loss"}[bits]
+    fewer = f'{layers_said(layers)}, ' if layers or bits == 32 else ''
+    return fewer + did + ('' if c.get('relative', True) else ', loss to the letter')
 
 def label_static(c) -> str:
     "Where static int8 departs from one range for each tensor."

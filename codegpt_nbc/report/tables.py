@@ -139,7 +139,7 @@ def short_row(
             'ms': number(r.ms, 2),
             'ES %': '–' if np.isnan(r.es) else f'{r.es:.1f}', 'Δ ES': signed_change(d),
             'peak MB': number(r.peak_mb, 3),
-            'parameters M': number(r.params_m, 3), 'ES kept, %': kept}
+            'parameters M': number(r.params_m, 3), 'ES kept, %': kept, **held_out_cells(fr, run)}
 
 def tab_short(
     fr: pd.DataFrame,

@@ -146,7 +146,7 @@ def invented_details(run, level: float) -> dict:
     if run.method == 'prune' and run.params['pattern'] == 'lasso':
         counts = (('heads', 96, 58), ('neurons', 12288, 7000))
         groups = {kind: {'of': of, 'removed': gone, 'of them at zero': gone} for kind, of, gone in counts}
-        return dict(heads=[4, 2, 2]*4, lasso=dict(groups=groups))
+        return dict(heads=[4, 2, 2]*4, inner=[512, 256, 128]*4, lasso=dict(groups=groups))
     if run.method == 'prune': return dict(heads=[4, 2, 2]*4)
     return {}
 
@@ -177,7 +177,7 @@ def model_parts(run, i: Invented, hardness) -> dict: # parts of a `Result`
     judged = run.method in ('quantize', 'gptq', 'xtc', 'static_quantize', 'baseline') or run.params.get('pattern') == 'lasso'
     each = ' '.join(f'{v/i.level:.4f}' for v in hardness[:40] + 2)
     held = HeldOut(tokens=2000, loss=2/i.level, loss_ci=(1.9/i.level, 2.1/i.level), loss_each=each,
-                   kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level))
+                   kl=.1/i.level, kl_ci=(.09/i.level, .11/i.level), kl_each=' '.join(f'{.05*v/i.level:.5f}' for v in hardness[:40] + 2))
     train = Train(tokens=60_000, seconds=90) if run.method in ('prune', 'distill', 'xtc') else None
     return dict(metrics=metrics, train=train, held_out=held if judged else None,
                 size=Size(raw_bytes=int(stored), zip_bytes=int(zipped), params=int(11.7e6*i.keep),

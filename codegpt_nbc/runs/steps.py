@@ -269,6 +269,7 @@ def apply_recipe(
     import shutil
     check_out(out, 'model', [model], force)
     if not recipe.steps: raise ValueError(f'the recipe {recipe.about!r} has no steps: name a method.')
+    RunConfig(run_id='recipe', model=str(model)).check_tokenizer()      # or the result could not be opened
     results = make_recipe(model, recipe, budgets, data, quiet, seed=seed)
     with new_folder(out, 'model', [model]) as tmp: shutil.copytree(results[-1].folder, tmp, dirs_exist_ok=True)
     return results[:-1] + [StepResult(Path(out), results[-1].train, results[-1].details)]
@@ -300,7 +301,7 @@ def scores_of(
 
 def _rows(a, before, size) -> dict: # row → value
     from codegpt_nbc.evidence.evaluate import against
-    low, high = against(a, before)['es']['ci']
+    low, high = (0., 0.) if a is before else against(a, before)['es']['ci']
     return {'ES %': a.es, 'ES − before, at least': low, 'ES − before, at most': high, 'EM %': a.em,
             'file MB': size.raw_bytes/1e6, 'zipped MB': size.zip_bytes/1e6, 'parameters M': size.params/1e6}
 

@@ -201,6 +201,9 @@ def expected(run, profile):
     found = {'file MB': r['size']['raw_bytes']/1e6, 'ES %': r['metrics']['codexglue']['es']}
     found['EM %'] = r['metrics']['codexglue']['em']
     if run != 'baseline': found |= {f'Δ {m.upper()}': difference(run, profile=profile, measure=m) for m in ('es', 'em')}
+    if run != 'baseline' and r.get('held_out'):
+        own, dense = ([float(v) for v in h['loss_each'].split()] for h in (r['held_out'], result('baseline', profile)['held_out']))
+        found |= {'KL': r['held_out']['kl'], 'Δ loss': sum(a - b for a, b in zip(own, dense, strict=True))/len(own)}
     if there(f'measure-{run}', profile): found['× faster'] = result(f'measure-{run}', profile)['speed']['ratio_to_baseline']
     return found | ({'× faster': 1.} if run == 'baseline' else {})
 

@@ -20,7 +20,7 @@ from codegpt_nbc.engines.pytorch import TorchEngine
 from codegpt_nbc.engines.session import PromptLookup, Session
 from codegpt_nbc.methods.distill import DistillConfig, distill, reduced_student, spread
 from codegpt_nbc.methods.gptq import gptq
-from codegpt_nbc.methods.prune import PATTERNS, PruneConfig, prune
+from codegpt_nbc.methods.prune import PATTERNS, TILES, PruneConfig, prune
 from codegpt_nbc.methods.quantize import in_precision, quantize
 from codegpt_nbc.methods.ranges import EmbeddingGroups
 from codegpt_nbc.methods.schemes import study_configurations, weight_schemes
@@ -224,7 +224,8 @@ class Made:
 
 
 def pruned(source, pattern):
-    c = PruneConfig(run_id='t', pattern=pattern, sparsity=.25, samples=4, batch=4, length=24, importance='norm', lr=1e-4)
+    ranked = {} if pattern in TILES else {'importance': 'norm'}      # single weights and tiles have a rank of their own
+    c = PruneConfig(run_id='t', pattern=pattern, sparsity=.25, samples=4, batch=4, length=24, lr=1e-4, **ranked)
     model, report = prune(source.fresh(), source.rows[:4], c)
     slack = .03 if pattern == 'structured' else .005
     return Made(model, wrong='' if abs(report.sparsity - .25) < slack else f'a sparsity of {report.sparsity}')

@@ -202,8 +202,8 @@ def save_pretrained(self: DecoderForCausalLM,
 ):
     "Write a folder that `load_model` and `from_pretrained` read, with the tokenizer of the folder that the model came from."
     if push_to_hub: raise ValueError('save_pretrained writes a folder: upload that with huggingface_hub.upload_folder.')
-    own = self.state_dict()
-    if state_dict and not (state_dict.keys() == own.keys() and all(torch.equal(t, own[name]) for name, t in state_dict.items())):
+    own, given = self.state_dict(), state_dict
+    if given is not None and not (given.keys() == own.keys() and all(torch.equal(t, own[name]) for name, t in given.items())):
         raise ValueError('state_dict holds other tensors than the model: load them into the model first.')
     dtype = None if self.dtype == torch.float32 else self.dtype
     with tempfile.TemporaryDirectory() as nothing:

@@ -18,7 +18,7 @@ PIECE = 2**11   # positions of prompts that are read at a time
 
 @cache
 def _one_thread_after_fork():
-    "A forked process has none of OpenMP's threads, and would wait for them for ever."
+    "A forked process has none of OpenMP's threads, and would wait for them for ever: it computes with one thread."
     if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 class TorchEngine:

@@ -82,7 +82,8 @@ def against(
     if first >= end: raise ValueError('the two models were asked different samples: evaluate one of them again.')
     def es(x): return np.array(x.es_each.split()[first - x.skip:end - x.skip], float)
     def em(x): return 100*np.array(list(x.em_each[first - x.skip:end - x.skip]), float)
-    return {'es': paired(es(a), es(b)), 'em': paired(em(a), em(b))}
+    most = 0. if a is b else 100.     # a model does not differ from itself, on any line
+    return {'es': paired(es(a), es(b), most=most), 'em': paired(em(a), em(b), most=most)}
 
 # %% ../../nbs/evidence/61_evaluate.ipynb #23f2999a
 def accuracy_table(metrics: dict): # DataFrame: a column for each protocol

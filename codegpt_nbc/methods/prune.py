@@ -624,18 +624,19 @@ class PruneConfig(RunConfig):
     @model_validator(mode='before')
     @classmethod
     def choose_open(cls, given: dict) -> dict:
-        """Choose what is left open, as the pattern needs it. Raises `ValueError` for a parameter that the pattern does not read, and for a
-        lasso without a step under its penalty."""
-        pattern = given.get('pattern', 'structured')
-        usual = {'importance': 'taylor', 'lam': .05, 'alpha': .006}
-        for name in ('importance', 'lam') if pattern in TILES else ('alpha',):
-            if given.get(name) in (None, usual[name]): continue
-            raise ValueError(f'the pattern {pattern} does not read {name}: leave it out.')
+        "Choose what is left open, as the pattern needs it. Raises `ValueError` for a parameter that the pattern does not read."
+        pattern = given.get('pattern', cls.model_fields['pattern'].default)
         lasso = pattern == 'lasso'
-        if lasso and given.get('epochs', 2) == 1 and not given.get('penalty_steps'):
-            raise ValueError('the pattern lasso needs steps under its penalty: set epochs to 2 or more, or penalty_steps.')
         open_ones = {'importance': 'survivors' if lasso else 'taylor', 'lam': None if lasso else .05}
+        usual = open_ones | {'alpha': cls.model_fields['alpha'].default}
+        for name in open_ones if pattern in TILES else ('alpha',):
+            if given.get(name) not in (None, usual[name]): raise ValueError(f'the pattern {pattern} does not read {name}: leave it out.')
         return given | {name: value for name, value in open_ones.items() if given.get(name) is None}
+
+    def model_post_init(self, _):
+        "Raise `ValueError` for a lasso without a step under its penalty."
+        if self.pattern == 'lasso' and self.epochs == 1 and not self.penalty_steps:
+            raise ValueError('the pattern lasso needs steps under its penalty: set epochs to 2 or more, or penalty_steps.')
 
     def check(self):
         "As for all runs; raises `ValueError` also for a pattern that the toolkit does not have."

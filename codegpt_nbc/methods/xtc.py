@@ -311,8 +311,7 @@ def xtc_step(
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}
     before = {name: validation_loss(model, held) for name, model in before.items()}
-    pruned = 'quantization_config' not in read_config(c.model_folder)
-    compressed, r, loss_parts = xtc(student, teacher, rows, c, work, zeros=pruned)
+    compressed, r, loss_parts = xtc(student, teacher, rows, c, work, zeros='quantization_config' not in read_config(c.model_folder))
     step = {'method': 'xtc', **c.model_dump(include={'layers', 'bits'}), 'teacher': c.teacher_folder.name, 'tokens': r.tokens}
     folder = save_model(compressed, out or c.out_folder, parent=c.model_folder, step=step)
     _check_file(folder, compressed)

@@ -132,14 +132,14 @@ def short_row(
     run: str,
     tests: dict,   # From `family_tests`
 ) -> dict: # column → text
-    "All that `tab_short` can show of a run."
+    "All that `tab_short` can show of a run, but for held-out tokens."
     r, d = fr.loc[run], tests.get((run, 'baseline'), {}).get('es')
     kept = '–' if d is None else f"{100*(1 + d['difference']/fr.es['baseline']):.0f}"
     return {'file MB': number(r.raw_mb, 3), '× faster': speedup(r),
             'ms': number(r.ms, 2),
             'ES %': '–' if np.isnan(r.es) else f'{r.es:.1f}', 'Δ ES': signed_change(d),
             'peak MB': number(r.peak_mb, 3),
-            'parameters M': number(r.params_m, 3), 'ES kept, %': kept, **held_out_cells(fr, run)}
+            'parameters M': number(r.params_m, 3), 'ES kept, %': kept}
 
 def tab_short(
     fr: pd.DataFrame,
@@ -153,6 +153,7 @@ def tab_short(
     shown[1:1] = constant
     tests = family_tests(fr, [(i, 'baseline') for i in shown], ['es'])
     cells = {i: short_row(fr, i, tests) for i in shown}
+    if {'Δ loss', 'KL'} & {*columns}: cells = {i: row | held_out_cells(fr, i) for i, row in cells.items()}
     return as_table([{'model': fr.label[i], **{k: v for k, v in row.items() if k in columns}}
                      for i, row in cells.items()], fr)
 

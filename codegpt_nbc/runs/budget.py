@@ -411,8 +411,7 @@ def unseen(self: Search, outcome: Outcome): # DataFrame: a row a model, the winn
     c, rows = self.c, {}
     scores = {m.name: scores_of(m.folder, c.judged, 'test', c.data_folder, c.skip)[0] for m in (outcome.best, *outcome.fixed)}
     for m in (outcome.best, *outcome.fixed):
-        a, found = scores[m.name], {'difference': 0., 'ci': (0., 0.)}     # of the winner from itself
-        if m is not outcome.best: found = against(scores[outcome.best.name], a)['es']
+        a, found = scores[m.name], against(scores[outcome.best.name], scores[m.name])['es']
         rows[m.name] = {'ms': m.ms, 'MB': m.mb, 'ES %': a.es, 'ES, 95 %': a.es_ci, 'EM %': a.em, 'winner − this, ES': found['difference'],
                         'at least': found['ci'][0], 'at most': found['ci'][1], 'samples': a.n}
     return pd.DataFrame(rows).T

@@ -301,7 +301,7 @@ def scores_of(
 
 def _rows(a, before, size) -> dict: # row → value
     from codegpt_nbc.evidence.evaluate import against
-    low, high = (0., 0.) if a is before else against(a, before)['es']['ci']
+    low, high = against(a, before)['es']['ci']
     return {'ES %': a.es, 'ES − before, at least': low, 'ES − before, at most': high, 'EM %': a.em,
             'file MB': size.raw_bytes/1e6, 'zipped MB': size.zip_bytes/1e6, 'parameters M': size.params/1e6}
 

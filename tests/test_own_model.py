@@ -62,6 +62,7 @@ def test_a_state_that_is_not_the_models_is_not_lost(tmp_path):
     model = DecoderForCausalLM.from_pretrained(tiny(tmp_path/'m'))
     zeros = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match='state_dict holds other tensors'): model.save_pretrained(tmp_path/'out', state_dict=zeros)
+    with pytest.raises(ValueError, match='state_dict holds other tensors'): model.save_pretrained(tmp_path/'out', state_dict={})
     model.save_pretrained(tmp_path/'out', state_dict=model.state_dict())
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codegpt_nbc.core.paths import BASE_MODEL
+from codegpt_nbc.core.record import load_results
 from codegpt_nbc.data.inputs import RunConfig
 from codegpt_nbc.evidence import evaluate as evaluating
 from codegpt_nbc.evidence import measure as measuring
@@ -27,8 +28,8 @@ from codegpt_nbc.model.folder import load_model
 from codegpt_nbc.model.layers import Shape
 from codegpt_nbc.model.train import Samples, TrainResult, Windows, next_token_loss, training_rows
 from codegpt_nbc.report.figures import quantized_values
-from codegpt_nbc.report.frame import frame, split_time, versus
-from codegpt_nbc.report.toy import toy_home
+from codegpt_nbc.report.frame import absent, frame, split_time, versus
+from codegpt_nbc.report.toy import save_result, toy_home
 from codegpt_nbc.runs import budget, search, steps
 from codegpt_nbc.runs.grid import ALONE, template_of, template_parameters
 from test_rare import tiny
@@ -231,6 +232,18 @@ def test_a_figures_points_are_the_tables_differences(home, monkeypatch):
     t = split_time(fr).loc[run]
     row = fr.loc[run]
     assert t.prefill/t.decode == pytest.approx(row.prefill_ms/(row.decode_ms_per_token*(row.new_tokens - 1)))
+    made.cleanup()
+
+
+def test_a_table_has_the_speeds_of_one_processor(home):
+    made = toy_home()
+    run = load_results('toy')['measure-ptq-dense-sym-tensor-all']
+    there = frame('toy')
+    save_result(run.model_copy(update={'provenance': run.provenance.model_copy(update={'cpu': 'a server (2 cores; avx2 amx_int8)'})}))
+    fr, target = frame('toy'), run.config['target']
+    assert not np.isnan(there.ratio[target]) and np.isnan(fr.ratio[target]) and np.isnan(fr.ms[target]) and np.isnan(fr.peak_mb[target])
+    assert fr.ratio.drop(target).equals(there.ratio.drop(target))
+    assert absent(there) == '' and absent(fr) == f'Speed not measured yet on the processor of this table: {target}.'
     made.cleanup()
 
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SCORES', 'SETTINGS', 'HELD_OUT', 'COLUMNS', 'WITHOUT_ROW', 'PRECISIONS', 'PEERS_PROFILES', 'published', 'studies',
            'printed_pruning', 'accuracy_columns', 'sample_scores', 'held_out_columns', 'cost_columns', 'planned_runs',
-           'judged_by', 'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere', 'frame',
-           'first_few', 'absent', 'uncommitted', 'without_steps', 'headline', 'systems', 'matching', 'paired_test',
-           'versus', 'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value', 'family_tests', 'seeds_of',
-           'ranking', 'published_systems', 'split_time', 'precision_of', 'measured_ms', 'engine_frame', 'benchmarks',
-           'benchmark_alone', 'fastest_engine', 'corpus_facts', 'tested_projects', 'hours_of']
+           'judged_by', 'row_of', 'anchor_speed', 'session_details', 'elsewhere_results', 'asked_elsewhere',
+           'comparable', 'frame', 'first_few', 'absent', 'uncommitted', 'without_steps', 'headline', 'systems',
+           'matching', 'paired_test', 'versus', 'loss_test', 'retained', 'gains', 'percent_of_dense', 'dense_value',
+           'family_tests', 'seeds_of', 'ranking', 'published_systems', 'split_time', 'precision_of', 'measured_ms',
+           'engine_frame', 'benchmarks', 'benchmark_alone', 'fastest_engine', 'corpus_facts', 'tested_projects',
+           'hours_of']
 
 # %% ../../nbs/report/81_frame.ipynb #8eba931b
 import numpy as np, pandas as pd
@@ -176,12 +177,19 @@ def _same_answer(r: Result, results: dict) -> str | None: # run id
 
 WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 
+def comparable(
+    measured: dict, # run id → the run that measured it
+) -> dict:
+    "Those that were measured on the processor that timed the dense model: ratios of two processors do not belong into one table."
+    if not (dense := measured.get('baseline')): return measured
+    return {i: r for i, r in measured.items() if r.provenance.cpu == dense.provenance.cpu}
+
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
     are judged by, its variants, the rows of its main table, the methods of its planned runs, which are timed, details of its sessions,
     results on other code, runs made with uncommitted changes, and the noise of the dense model's speed."""
     results, planned = load_results(profile), planned_runs(profile)
-    measured = {r.config['target']: r for r in results.values() if r.method == 'measure'}
+    measured = comparable({r.config['target']: r for r in results.values() if r.method == 'measure'})
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
     apart = {i for i in order if asked_elsewhere(results[i], results)}
     shown = [i for i in order if results[i].method not in WITHOUT_ROW and i not in apart and (results[i].metrics or results[i].size)]
@@ -206,12 +214,12 @@ def absent(
     fr: pd.DataFrame,
     *methods: str,     # none: all methods
 ) -> str: # '' if nothing is missing
-    "Name the planned runs that have no result yet, and those whose speed has not been measured."
+    "Name the planned runs that have no result yet, and those whose speed has not been measured where the dense model was."
     planned = [i for i, m in fr.attrs['planned'].items() if m not in WITHOUT_ROW and m in (methods or {m})]
     runs = [i for i in planned if i not in fr.index]
     untimed = [i for i in planned if i in fr.attrs['timed'] and i in fr.index and np.isnan(fr.ratio[i])]
     said = [f'Not run yet: {first_few(runs)}.'] if runs else []
-    if untimed: said.append(f'Speed not measured yet: {first_few(untimed)}.')
+    if untimed: said.append(f'Speed not measured yet on the processor of this table: {first_few(untimed)}.')
     return ' '.join(said)
 
 def uncommitted(fr: pd.DataFrame) -> str: # '' if there are none

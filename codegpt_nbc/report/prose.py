@@ -308,10 +308,10 @@ class Placeholders(Quotations):
         planned = [i for i in planned_runs(p.name) if any(fnmatch(i, pattern) for pattern in patterns or ['*'])]
         return dict(runs=sum(i in p.results for i in planned), planned=len(planned))
 
-    def done(self, *ids: str, profile: str = '') -> bool:
-        "Whether all of these runs have a result with scores: for paragraphs that wait for them."
-        scores = self._profile(profile).frame.es
-        return all(i in scores.index and scores[i] == scores[i] for i in ids)
+    def done(self, *ids: str, profile: str = '', column: str = 'es') -> bool:
+        "Whether all of these runs have a figure, by default scores: for paragraphs that wait for them."
+        found = self._profile(profile).frame[column]
+        return all(i in found.index and found[i] == found[i] for i in ids)
 
     def elsewhere(self, profile: str = '') -> dict: # name of the code → as `frame.ranking`; nothing before there are results
         "How code of another kind orders the models: pairs told apart here that are in the same order there, unclear or turned round."

@@ -81,6 +81,11 @@ def test_committed_results_are_valid_and_readable():
             assert not any(o['output_type'] == 'error' for c in cells(book) for o in c.get('outputs', []))
 
 
+def test_no_result_was_made_with_uncommitted_changes():
+    files = [*(ROOT/'papermill_runs').glob('*/*.json')]
+    assert len(files) > 200 and not [p.name for p in files if json.loads(p.read_text(encoding='utf-8')).get('provenance', {}).get('dirty')]
+
+
 def test_the_record_is_of_one_commit():
     "Whatever of `full` has been run was run at one commit, with nothing changed, on the same samples of the same model."
     results = {name: r for name, r in load_results('full').items() if r.method != 'report'}

@@ -180,7 +180,7 @@ WITHOUT_ROW = WITHOUT_MODEL - SCORED   # methods that no table has a row for
 def comparable(
     measured: dict, # run id → the run that measured it
 ) -> dict:
-    "Those that were measured on the processor that timed the dense model: ratios of two processors do not belong into one table."
+    "Those that were measured on the processor that timed the dense model: ratios of two processors do not belong in one table."
     if not (dense := measured.get('baseline')): return measured
     return {i: r for i, r in measured.items() if r.provenance.cpu == dense.provenance.cpu}
 

@@ -25,7 +25,7 @@ def pages(site):
 
 def test_every_notebook_run_and_module_has_a_page(pages):
     notebooks = [p for p in (ROOT/'nbs').rglob('*.ipynb') if p != ROOT/'nbs'/'index.ipynb']      # that one makes README.md
-    runs = [p for profile in ('full', 'earlier') for p in (ROOT/'papermill_runs'/profile).glob('*.ipynb')]
+    runs = [*(ROOT/'papermill_runs'/'full').glob('*.ipynb')]
     sources = [*notebooks, *runs, *(ROOT/'docs').glob('*.md')]
     wanted = {p.relative_to(ROOT).with_suffix('.html').as_posix().removeprefix('docs/') for p in sources}
     modules = [p.relative_to(ROOT/'codegpt_nbc') for p in (ROOT/'codegpt_nbc').glob('*/*.py') if not p.name.startswith('_')]

@@ -183,13 +183,7 @@ def section_of(heading):
     return re.split(r'\n##+ ', text.split(f'### {heading}\n', 1)[1])[0]
 
 
-def profile_of(heading, profile):
-    "Whose results a section shows: where runs are missing, it says which earlier ones."
-    said = re.search(r'^\*From the profile `([\w-]+)`', section_of(heading), re.M)
-    return said[1] if said else profile
-
-
-TABLES = {heading: (profile_of(heading, profile), runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
+TABLES = {heading: (profile, runs) for heading, (profile, runs) in TABLES.items() if has_run(profile)}
 
 
 def there(run, profile): return (ROOT/'papermill_runs'/profile/f'{run}.json').is_file()
@@ -235,12 +229,11 @@ def test_table_says_what_the_results_say(heading):
     for run, column, cell, value in comparisons(heading): check(f'{heading}, {run}, {column}', cell, value)
 
 
-@pytest.mark.parametrize('profile', ['full', 'earlier'])   # the second has no plan of its own: what it shows is what `full` had planned
-def test_committed_tables_are_those_of_the_committed_results(profile):
-    fr = frame(profile)
+def test_committed_tables_are_those_of_the_committed_results():
+    fr = frame('full')
     assert set(fr.attrs['planned']) >= set(fr.index) and fr.attrs['main'] and fr.attrs['variants']
     for name in ('tab_main', 'tab_comparison', 'tab_xtc', 'tab_static', 'tab_session'):
-        assert (ROOT/'figures'/profile/f'{name}.md').read_text(encoding='utf-8') == as_markdown(TABLES_OF[name](fr)) + '\n', name
+        assert (ROOT/'figures'/'full'/f'{name}.md').read_text(encoding='utf-8') == as_markdown(TABLES_OF[name](fr)) + '\n', name
 
 
 def test_more_than_thirty_numbers_are_computed_anew():
@@ -265,16 +258,15 @@ def test_sentences_on_few_bits():
 
 def test_sentences_of_the_results_page():
     said = (ROOT/'docs'/'results.md').read_text(encoding='utf-8')
-    of = {heading: profile_of(heading, 'full') for heading in ('Pruning', 'ONNX Runtime', 'The audit')}
-    pruned, control, structured = (result(i, of['Pruning']) for i in ('prune-unstructured-0.6', 'control', 'prune-structured-0.6'))
+    pruned, control, structured = (result(i, 'full') for i in ('prune-unstructured-0.6', 'control', 'prune-structured-0.6'))
     share = 100*pruned['size']['zip_bytes']/control['size']['zip_bytes']
     assert f'the zip of the unstructured model is {share:.0f} % of the control' in said
     es = [r['metrics']['codexglue']['es'] for r in (pruned, structured, control)]
     models = [f'{es[0]:.1f} % for the unstructured model', f'{es[1]:.1f} % for the structured one', f'and {es[2]:.1f} % for the control']
     assert f"ES is {', '.join(models)}" in said
-    audit = result('audit', of['The audit'])['details']
+    audit = result('audit', 'full')['details']
     assert f"That leaves {100*audit['missed_blocks']['blocks missed']['int8_share']:.0f} % of the weights in int8" in said
-    ratio = result('measure-onnx-dense-fp32', of['ONNX Runtime'])['speed']['ratio_to_baseline']
+    ratio = result('measure-onnx-dense-fp32', 'full')['speed']['ratio_to_baseline']
     assert f"at {ratio:.1f} times PyTorch's speed in float32" in said
     peers = result('codegpt', 'peers')['details']['engines']['onnx int8']
     assert f"the same model peaks at {peers['peak_mb']:.0f} MB" in said

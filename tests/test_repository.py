@@ -74,7 +74,7 @@ def test_assets_are_whole():
 
 
 def test_committed_results_are_valid_and_readable():
-    for profile in ('full', 'earlier', 'pretrain', 'students'):
+    for profile in ('full', 'pretrain', 'students'):
         for name in load_results(profile):
             book = ROOT/'papermill_runs'/profile/f'{name}.ipynb'
             assert book.is_file() and book.stat().st_size < 300_000

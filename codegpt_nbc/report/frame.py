@@ -102,12 +102,9 @@ COLUMNS = ['method', 'label', 'family', 'backend', 'model', *SETTINGS,
            *HELD_OUT, 'train_tokens_m', 'train_minutes', 'trained_on', 'result', 'measured']
 
 def planned_runs(profile: str) -> dict: # run id → `grid.Run`
-    """The runs of a profile. Where it is not one of `configs/`, but holds results that another profile has left: those of that plan
-    that it has; else none."""
+    "The runs of a profile; none where it is not one of `configs/`."
     try: return read_profile(profile)
-    except FileNotFoundError: there = load_results(profile)
-    made_in = {r.profile for r in there.values()} - {profile}
-    return {i: run for name in made_in for i, run in planned_runs(name).items() if i in there}
+    except FileNotFoundError: return {}
 
 def judged_by(results: dict) -> str: # of `PROTOCOLS`
     """The protocol that runs are judged by, `results`: run id → `Result`. It is the first one that the dense model was evaluated
@@ -452,13 +449,18 @@ def corpus_facts() -> dict: # files, projects
     manifest = pd.read_csv(CORPUS/'manifest.csv')
     return dict(files=len(manifest), projects=int(manifest.project.nunique()))
 
-def tested_projects(fr: pd.DataFrame) -> dict: # projects, largest (lines of the five that give most), n, ci (ES, drawn by projects)
-    """The projects of the lines that a profile's models complete, and the 95 % interval of the dense model's edit similarity where
-    projects are drawn instead of lines: of sums and counts, by SciPy's bootstrap. Of the shipped corpus alone."""
+def tested_projects(
+    fr: pd.DataFrame,
+    run: str = 'baseline',
+    base: str = '',   # a run: its ES is taken off
+) -> dict: # projects, largest (lines of the five that give most), n, ci (drawn by projects)
+    """The projects of the lines that a profile's models complete, and the 95 % interval of a run's edit similarity, or of its difference
+    from `base`, where projects are drawn instead of lines: of sums and counts, by SciPy's bootstrap. Of the shipped corpus alone."""
     from scipy.stats import bootstrap
     protocol, asked = fr.attrs['protocol'], fr.result['baseline'].metrics[fr.attrs['protocol']]
     projects = load_samples(protocol).project[asked.skip:asked.skip + asked.n]
-    each = pd.Series(sample_scores(fr.result['baseline'], 'es', protocol), projects.index).groupby(projects)
+    def scores(i): return np.asarray(sample_scores(fr.result[i], 'es', protocol))
+    each = pd.Series(scores(run) - (scores(base) if base else 0.), projects.index).groupby(projects)
     def mean(sums, counts, axis=-1): return sums.sum(axis)/counts.sum(axis)
     ci = bootstrap((each.sum(), each.count()), mean, paired=True, method='percentile', rng=np.random.default_rng(0)).confidence_interval
     return dict(projects=len(each), largest=int(each.count().nlargest(5).sum()), n=asked.n, ci=[float(v) for v in ci])

@@ -290,9 +290,12 @@ class Placeholders(Quotations):
         "How large the shipped corpus is."
         return corpus_facts()
 
-    def tested(self, profile: str = '') -> dict: # as `frame.tested_projects`
-        "The projects of the lines that a profile's models complete."
-        return tested_projects(self._profile(profile).frame)
+    @pass_context
+    def tested(self, context, id: str = 'baseline', base: str = '', profile: str = '') -> dict: # as `frame.tested_projects`
+        "The projects of the lines that a profile's models complete, and a run's interval over projects, or that of its difference."
+        p = self._profile(profile)
+        for run in filter(None, (id, base)): p.view(context.name, run, f'tested({run!r})')
+        return tested_projects(p.frame, id, base)
 
     def shipped_mb(self) -> float:
         "MB of the embedded model's file as the package ships it, in float16."
@@ -318,14 +321,8 @@ class Placeholders(Quotations):
         fr = self._profile(profile).frame
         return {code: ranking(fr, code) for code in fr.attrs['elsewhere']}
 
-    def section(self, page: str, before: str = '') -> str: # Markdown
-        """A part of a page. Where runs of it are missing, that part with the results of the profile `before`, which it says first,
-        or else in italics the runs that it waits for."""
-        for name in filter(None, (self._name, before)):
-            fr = self._profile(name).frame
-            try: said = render(page, fr, self._root).strip()
-            except MissingResult: continue
-            return said if name == self._name else f"{render('before.md', fr, now=self._name)}\n{said}"
+    def section(self, page: str) -> str: # Markdown
+        "A part of a page, or in italics the runs that it waits for."
         return paragraph(page, self._fr, root=self._root)
 
     def rounds(self, profile: str = '') -> tuple | None: # rounds, completions in each; None: nothing was timed

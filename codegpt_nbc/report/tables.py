@@ -94,21 +94,24 @@ GAIN_ROWS = {'baseline': 'as it is: PyTorch, fp32', 'onnx-dense-int8': 'recipe `
              'half-pruned-int8': 'six of its layers, pruned too',
              'three-wide-int8': 'three wide layers', 'four-narrow-int8': 'four narrow layers',
              'three-small-int8': '`codegpt-nano-fast`, three wide layers, fewer heads and neurons',
-             'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the weights in eight bits',
+             'onnx-gptq-mixed': 'GPTQ `int4`, a fifth of the layers in eight bits',
              'recipe-int4': 'recipe `int4`', 'recipe-half-int4': 'recipe `half-int4`',
              'recipe-half': 'recipe `half`', 'recipe-pruned': 'recipe `pruned`',
              'recipe-half-pruned': 'half the layers, pruned too',
              'no-model-constant': 'no model: the best constant line', 'no-model-copy': 'no model: a copy of the last line'}
 
-def trained_elsewhere(row) -> list: # of processors' names
-    "Where a model and those before it were trained, other than on the processor that evaluated it."
-    return [p for p in row.trained_on if p != row.result.provenance.cpu]
+def trained_elsewhere(
+    row,
+    of: Result, # the run whose processor is meant
+) -> list: # of processors' names
+    "Where a model and those before it were trained, other than on the processor of a run."
+    return [p for p in row.trained_on if p != of.provenance.cpu]
 
 def effort(row) -> str:
     "What it took to make a model."
     if row.name == 'baseline' or row.method == 'no_model': return '–'
     if not row.train_minutes: return 'no training'
-    elsewhere = trained_elsewhere(row)
+    elsewhere = trained_elsewhere(row, row.result)
     if not elsewhere: return f'{row.train_minutes:.0f} min of training'
     where = re.sub(r' \d+GB.*', '', elsewhere[0])       # a GPU's name goes on with its memory
     return f'{row.train_minutes:.0f} min, ' + ('in part ' if len(elsewhere) < len(row.trained_on) else '') + f'on one {where}'
@@ -346,7 +349,7 @@ def making_joules(row) -> float: # NaN where no power is stated, or that of anot
     "Energy of a run's training and of those before it: a run takes one core, and a core its share of the stated power."
     if not row.train_minutes: return 0.
     watts = row.measured.config.get('watts') or np.nan
-    return np.nan if trained_elsewhere(row) else 60*row.train_minutes*watts/row.measured.speed.threads
+    return np.nan if trained_elsewhere(row, row.measured) else 60*row.train_minutes*watts/row.measured.speed.threads
 
 def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
     """Energy of a completion, counted by the processor (RAPL) or time × stated power, and of the training. A model that trained has saved
@@ -365,10 +368,10 @@ def tab_energy(fr: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/report/82_tables.ipynb #73cdf664
 COMPARED = {'file MB': ('raw_mb', 3), 'zipped MB': ('zip_mb', 3), 'parameters M': ('params_m', 3),
-            'memory saved %': ('cpu_memory_decrease', 2),
-            'speed gained %': ('cpu_speed_increase', 2), 'GPU memory saved %': ('gpu_memory_decrease', 2),
-            'GPU speed gained %': ('gpu_speed_increase', 2), 'ES thesis %': ('es', 3),
-            'EM thesis %': ('em', 3)}   # our column → the published one, digits of our values
+            'memory saved %': ('cpu_memory_decrease', None),
+            'speed gained %': ('cpu_speed_increase', None), 'GPU memory saved %': ('gpu_memory_decrease', None),
+            'GPU speed gained %': ('gpu_speed_increase', None), 'ES thesis %': ('es', 3),
+            'EM thesis %': ('em', 3)}   # our column → the published one, our digits; None: whole per cents, as they scatter by some
 
 def compared_printed(p) -> dict: # column → text
     "A row of the study's Table 2."
@@ -382,8 +385,8 @@ def compared_ours(r) -> dict: # column → text
               'cpu_memory_decrease': 100*(1 - r.peak_ratio),
               'cpu_speed_increase': 100*(r.ratio - 1), 'gpu_memory_decrease': np.nan, 'gpu_speed_increase': np.nan,   # not measured
               'es': r.thesis_es, 'em': r.thesis_em}
-    cells = {column: number(values[theirs], digits).replace('-', '−')
-             for column, (theirs, digits) in COMPARED.items()}
+    def text(v, digits): return number(v, digits) if digits or pd.isna(v) else str(round(v))
+    cells = {column: text(values[theirs], digits).replace('-', '−') for column, (theirs, digits) in COMPARED.items()}
     scores = {'ES %': with_interval(r, 'es'), 'EM %': with_interval(r, 'em')}
     return {'model': r.label, 'from': 'this repository', **cells | thesis_cells(r), **scores}
 

@@ -93,7 +93,7 @@ lock: $(VENV)/ready  ## Write requirements.txt from what is installed
 	mv requirements.txt.new requirements.txt && rm requirements.new
 
 forget:     ## Remove what was imported from other code, data sets and GGUF files; it is imported again when it is needed
-	rm -rf build/imported build/gathered build/datasets
+	rm -rf build/imported build/gathered
 
 clean:      ## Remove model folders and the results of PROFILE
 	@test -n '$(PROFILE)' || { echo 'PROFILE is empty: name the profile to remove.'; exit 1; }

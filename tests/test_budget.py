@@ -110,6 +110,17 @@ def test_fixed_recipes_have_the_seed_of_the_search(monkeypatch):
     assert seeds == [7]
 
 
+@pytest.mark.parametrize('engines, points', [(['torch'], []), (['onnx'], ['int8', 'int4']), (['torch', 'onnx'], ['int8', 'int4'])])
+def test_recipes_that_end_in_onnx_are_no_points_of_a_search_without_it(engines, points, monkeypatch):
+    from types import SimpleNamespace
+    from codegpt_nbc.evidence.cost_table import CostTable, probes_of
+    from codegpt_nbc.runs.budget import BudgetConfig, Search, fixed_points
+    s = Search(BudgetConfig(run_id='x', engines=engines))
+    costs = CostTable({p: [1.]*3 for p in probes_of(s.space, s.shape)}, s.shape, s.work)
+    monkeypatch.setattr(Search, 'explorer', SimpleNamespace(problem=SimpleNamespace(costs=costs), loss=lambda point: 0.))
+    assert [*fixed_points(s)] == points
+
+
 def test_every_search_is_drawn():
     from types import SimpleNamespace
     from codegpt_nbc.report.figures import fig_budget

@@ -23,7 +23,7 @@ from codegpt_nbc.model.folder import load_model, read_config, recipe_of, save_mo
 from codegpt_nbc.model.layers import KVCache, Shape
 from codegpt_nbc.model.train import Samples, TrainConfig
 from codegpt_nbc.runs.grid import read_recipes
-from codegpt_nbc.runs.steps import apply_step, method_of
+from codegpt_nbc.runs.steps import make_step, method_of, step_config
 
 TOY = Shape(vocab=300, context=32, d_model=16, d_head=8, heads=(2, 2), inner=(32, 32))
 LLAMA = replace(TOY, family='llama', queries=2, tied=False, heads=(1, 1))
@@ -79,11 +79,13 @@ def test_rows_longer_than_the_context_are_cut_with_one_warning(method, shape, wo
     with torch.no_grad(): assert load_model(made)(ids).isfinite().all()
 
 
+@pytest.mark.usefixtures('home')
 @pytest.mark.parametrize('method', METHODS)
 def test_a_recipe_fits_its_steps_to_the_model(method, words, corpus, tmp_path):
     source = saved(TOY, tmp_path/'m', words)
     own = {k: str(source) if v == 'self' else v for k, v in METHODS[method].items()}
-    assert (apply_step({'method': method}, source, tmp_path/'out', own, str(corpus)).folder/'config.json').is_file()
+    c = step_config({'method': method}, source, own, str(corpus))
+    assert (make_step(c, method).folder/'config.json').is_file()
 
 
 @pytest.mark.parametrize('shape', [TOY, LLAMA], ids=['gpt2', 'llama'])
@@ -262,13 +264,15 @@ def test_a_share_of_layers_is_of_the_model_at_hand(layers, of, want):
     assert len(layers_of(model, c, [[1]*20])) == want
 
 
+@pytest.mark.usefixtures('home')
 @pytest.mark.parametrize('n', [4, 8])
 def test_the_recipe_half_halves_any_model(n, words, corpus, tmp_path):
     source = saved(replace(TOY, heads=(2,)*n, inner=(32,)*n), tmp_path/'m', words)
     recipes = read_recipes()
     shares = {s['layers'] for r in recipes.values() for s in r.steps if 'layers' in s}
     assert shares == {.5}
-    made = apply_step(recipes['half'].steps[0], source, tmp_path/'half', dict(tokens=300, length=32, batch=4), str(corpus)).folder
+    c = step_config(recipes['half'].steps[0], source, dict(tokens=300, length=32, batch=4), str(corpus))
+    made = make_step(c, 'distill').folder
     assert load_model(made).shape.n_layer == n//2
     assert recipe_of(made)[-1]['layers'] == n//2
 

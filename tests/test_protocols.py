@@ -17,7 +17,7 @@ from codegpt_nbc.model.decoder import Decoder
 from codegpt_nbc.model.folder import save_model
 from codegpt_nbc.model.layers import Shape
 from codegpt_nbc.runs.api import evaluate as evaluate_model
-from codegpt_nbc.runs.steps import apply_step
+from codegpt_nbc.runs.steps import make_step, step_config
 from codegpt_nbc.report.publish import ReportConfig
 
 RAW = CORPUS/'raw'
@@ -274,7 +274,7 @@ def test_every_method_works_on_raw_source(method, data, raw_model, home, monkeyp
     mine = str(write(home/'mine', 40)) if data else ''
     seen, theirs = [], load_texts
     monkeypatch.setattr('codegpt_nbc.data.samples.load_texts', lambda *args: seen.append(args) or theirs(*args))
-    result = apply_step({'method': method, **STEPS[method]}, raw_model, home/'out', {}, mine)
+    result = make_step(step_config({'method': method, **STEPS[method]}, raw_model, {}, mine), method)
     assert evaluate_model(result.folder, 2).n == 2
     assert {args[2] for args in seen} == {'raw'} and (mine == '') == (seen[0][0] == CORPUS)
 

@@ -204,13 +204,13 @@ def test_what_cannot_name_a_profile(name):
     {'method': 'prune', 'pattern': 'structured'}, {'method': 'prune', 'pattern': 'unstructured'}, {'method': 'distill', 'layers': 1},
     {'method': 'reshape', 'heads': [1], 'neurons': [32], 'channels': 16}, {'method': 'mixed', 'bits': {'blocks.0.mlp.up': '8'}}])
 def test_a_quantised_model_is_not_trained(tmp_path, step, monkeypatch):
-    from codegpt_nbc.runs.steps import apply_step
+    from codegpt_nbc.runs.steps import make_step, step_config
     monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path/'home'))
     folder = tiny(tmp_path/'m')
     small = save_model(in_precision(load_model(folder), 'int8'), tmp_path/'small', folder)
-    with pytest.raises(ValueError, match='small is quantised: .* the float model that it was made from.'):
-        apply_step(step, small, tmp_path/'out', {})
-    assert not (tmp_path/'out').exists()
+    c = step_config(step, small, {})
+    with pytest.raises(ValueError, match='small is quantised: .* the float model that it was made from.'): make_step(c, step['method'])
+    assert not c.out_folder.exists()
 
 
 def test_a_parameter_of_another_type_is_an_error_not_the_default():

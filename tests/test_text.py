@@ -6,7 +6,7 @@ import ast, io, json, os, re, sys, tokenize, warnings
 import pytest
 from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from codegpt_nbc.data.codexglue import code_lines, line_completion_samples
-from codegpt_nbc.data.corpus import SourceFile, read_source
+from codegpt_nbc.data.corpus import SourceFile, read_both
 from codegpt_nbc.data.text_format import Literals, abstract, spell_out
 
 N = int(os.environ.get('CODEGPT_NBC_FUZZ', 150))
@@ -119,7 +119,7 @@ SPELLED = ' <EOL> '.join(f'x{i} = <NUM_LIT:{i}>' for i in range(7))
 def read(tmp_path, data: bytes) -> tuple:
     file = tmp_path/'a.py'
     file.write_bytes(data)
-    return read_source(SourceFile('p', '', '', 'a.py', str(file)))
+    return read_both(SourceFile('p', '', '', 'a.py', str(file)))[1:]
 
 
 @pytest.mark.parametrize('end', ENDS)

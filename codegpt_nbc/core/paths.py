@@ -216,7 +216,7 @@ def _own(folder: Path) -> tuple: # (kind or None, names of files)
     "What a folder's list says, if it has a list that is one."
     try: own = read_json(folder/OWN_FILES)
     except (OSError, ValueError): return None, set()
-    names = own.get('files', []) if isinstance(own, dict) else None
+    names = own.get('files', [])
     if not isinstance(names, list): return None, set()
     return own.get('kind'), {name for name in names if isinstance(name, str)}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_BYTES', 'SourceFile', 'is_permissive', 'folder_sources', 'stdlib_sources', 'installed_sources', 'read_both',
-           'read_source', 'NoneUsable', 'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks', 'shingles',
-           'ShingleIndex', 'drop_near_duplicates']
+           'NoneUsable', 'read_all', 'split_of', 'add_split', 'deduplicate', 'drop_leaks', 'shingles', 'ShingleIndex',
+           'drop_near_duplicates']
 
 # %% ../../nbs/data/11_corpus.ipynb #1b873857
 import ast, io, re, sys, sysconfig, tokenize, warnings, numpy as np, pandas as pd
@@ -120,12 +120,6 @@ def read_both(
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError, MemoryError): return None, None, 'does not parse'
     except OSError: return None, None, 'unreadable'
     return (source, text, '') if text.count('<EOL>') >= 5 else (None, None, 'under six lines')
-
-def read_source(
-    f: SourceFile,
-) -> tuple: # (spelled-out text or None, reason it was skipped or '')
-    "Read and spell out one file; never raises."
-    return read_both(f)[1:]
 
 # %% ../../nbs/data/11_corpus.ipynb #981c8300
 def _row(f: SourceFile) -> dict: return {k: v for k, v in asdict(f).items() if k != 'file'}

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from ..core.paths import OWN_FILES, code_of, foreign_files, new_folder, project_root, write_json
 from .corpus import NoneUsable, SourceFile, deduplicate, drop_leaks, drop_near_duplicates, read_all
-from .samples import FORMS, PROTOCOLS, cut_samples, draw_places
+from .samples import FORMS, PROTOCOLS, cut_samples, draw_places, protocols_of
 from .text_format import Literals, abstract
 
 # %% ../../nbs/data/14_repository.ipynb #7ec70b96
@@ -120,7 +120,7 @@ def repository_tables(
         tables[f'{form.folder}/train'] = files.loc[files.split == 'train', ['project', 'path', 'text']]
         for split, n in (('valid', n_valid), ('test', n_test)):
             held = files[files.split == split].reset_index(drop=True)
-            for protocol in (p for p, about in PROTOCOLS.items() if about.text == text):
+            for protocol in protocols_of(text):
                 if not (most := min(n, _most(held, protocol))): continue
                 tables[f'{form.folder}/{split}_{protocol}'] = cut_samples(held, draw_places(held, protocol, most, seed, 1.), protocol)
     return {name.removeprefix('/'): t for name, t in tables.items()}

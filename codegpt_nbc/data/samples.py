@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'PROTOCOLS', 'token_places', 'last_line_place', 'rest_places', 'line_places', 'Form', 'Protocol',
            'protocol_named', 'protocols_of', 'draw_places', 'cut_samples', 'make_samples', 'load_samples', 'load_texts',
-           'has_text', 'quiet_datasets', 'as_dataset']
+           'has_text', 'quiet_datasets']
 
 # %% ../../nbs/data/12_samples.ipynb #81ea696a
 import tokenize, numpy as np, pandas as pd
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from token import COMMENT, DEDENT, ENCODING, ENDMARKER, INDENT, NEWLINE, NL, tok_name
-from ..core.paths import CORPUS, PACKAGE, project_root
+from ..core.paths import CORPUS, PACKAGE
 from .text_format import _whole_names
 
 # %% ../../nbs/data/12_samples.ipynb #8b5aeb6d
@@ -228,14 +228,3 @@ def quiet_datasets():
     finally:
         datasets.logging.set_verbosity(level)
         if not bars: datasets.enable_progress_bars()
-
-def as_dataset(
-    name: str = 'train', # or 'raw/train', 'test_codexglue', …
-    folder=CORPUS,
-): # `datasets.Dataset`
-    "A table of the corpus as a memory-mapped `Dataset`. Results of its `map` stay in `build/datasets` between runs."
-    path, cache = _table(folder, f'{name}.parquet'), project_root()/'build'/'datasets'
-    try:
-        with quiet_datasets() as datasets: return datasets.Dataset.from_parquet(str(path), cache_dir=str(cache))
-    except Exception as e:
-        raise ValueError(f'{path} is damaged ({type(e).__name__}): restore it from the repository.') from None

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPECIAL', 'TEXTS', 'train_tokenizer', 'save_tokenizer', 'is_panic', 'load_tokenizer', 'end_of_line', 'largest_id',
-           'check_fits', 'own_settings', 'text_of', 'spaced', 'decode_lines', 'whole', 'encode_batch', 'load_tokens',
-           'pack']
+           'check_fits', 'own_settings', 'text_of', 'spaced', 'decode_lines', 'whole', 'encode_batch', 'pack']
 
 # %% ../../nbs/data/15_tokenizer.ipynb #15880202
 import re, numpy as np
 from contextlib import contextmanager
 from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from ..core.paths import BASE_MODEL, CORPUS, read_json, write_json
+from ..core.paths import BASE_MODEL, read_json, write_json
 
 # %% ../../nbs/data/15_tokenizer.ipynb #e5a56828
 SPECIAL = ('<s>', '</s>', '<pad>', '<EOL>')
@@ -176,22 +175,6 @@ def encode_batch(tok: Tokenizer, texts: list) -> list: # of lists of ids
         try: rows = tok.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError: rows = tok.encode_batch_fast(list(map(whole, texts)), add_special_tokens=False)
     return [e.ids for e in rows]
-
-# %% ../../nbs/data/15_tokenizer.ipynb #0fc1eebb
-def load_tokens(
-    tok: Tokenizer,
-    folder=CORPUS,       # In the layout of the frozen corpus
-    n: int | None = None, # The first n files; None: all
-) -> list: # of lists of ids, one a file
-    "`encode_batch` of the training texts, kept in `build/datasets` between runs."
-    from codegpt_nbc.data.samples import as_dataset, quiet_datasets   # engines load this module, and need no tables
-    texts = as_dataset('train', folder)
-    texts = texts.select_columns('text').select(range(len(texts))[:n])
-    if not len(texts): return []   # `map` would make no column of nothing
-    def encode(batch): return {'ids': encode_batch(tok, batch['text'])}
-    with quiet_datasets() as datasets:
-        ids = datasets.Features({'ids': datasets.List(datasets.Value('int32'))})
-        return texts.map(encode, batched=True, remove_columns='text', features=ids)['ids'][:]
 
 # %% ../../nbs/data/15_tokenizer.ipynb #768649e8
 def pack(

@@ -440,31 +440,20 @@ def build_graph(
 # %% ../../nbs/engines/52_onnx_export.ipynb #92b91589
 ONE_FILE = 2**26   # bytes up to which weights lie in the graph; more are mapped from a file, which opens in half the time
 
-def _move_in(proto, data: Path):
-    "Move the tensors of the file `data` into the graph."
-    for w in proto.graph.initializer:
-        if not w.external_data: continue
-        at = {e.key: e.value for e in w.external_data}
-        with open(data, 'rb') as f:
-            f.seek(int(at['offset']))
-            w.raw_data = f.read(int(at['length']))
-        w.ClearField('external_data')
-        w.ClearField('data_location')
-
 def write_graph(
     model: Decoder,
     path,                    # model.onnx
     accuracy_level: int = 4, # see `Graph`
 ) -> int: # bytes of `DATA_FILE` beside it; 0: none, as all is in `path`
     "Write the decoder as an ONNX file, checked, with a second file where one does not hold it."
-    from onnx import checker
+    from onnx import checker, external_data_helper
     path, data = Path(path), Path(path).with_name(DATA_FILE)
     with open(data, 'wb') as f: proto = build_graph(model, accuracy_level, f)
     path.write_bytes(proto.SerializeToString())
     checker.check_model(str(path))   # reads the graph alone, whatever the weights' size
     size = data.stat().st_size
     if size + proto.ByteSize() > ONE_FILE: return size
-    _move_in(proto, data)
+    external_data_helper.load_external_data_for_model(proto, str(data.parent))   # into the graph
     path.write_bytes(proto.SerializeToString())
     data.unlink()
     return 0

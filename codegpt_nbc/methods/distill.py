@@ -20,8 +20,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 from ..core.config import Strict
-from ..core.paths import (BASE_MODEL, atomic_path, code_of, digest, models_dir, new_folder, read_json, runs_dir, write_checksums,
-                                    write_json, write_text)
+from ..core.paths import BASE_MODEL, atomic_path, code_of, digest, models_dir, read_json, runs_dir, write_json
 from ..core.record import Result, StepResult, load_result
 from ..data.inputs import RunConfig, resolve_model
 from ..data.tokenizer import encode_batch, load_tokenizer
@@ -543,12 +542,8 @@ def ship_student(
     to,           # A folder of `EMBEDDED`; replaced as a whole, or not at all
 ) -> Path:
     "Make a distilled run an embedded model: float16 weights, card, training record, checksums."
+    from codegpt_nbc.model.pretrain import embed     # brings pandas: only where it is needed
     folder, to = models_dir(profile)/run_id, Path(to)
     result, student = load_result(runs_dir(profile)/f'{run_id}.json'), load_model(folder)
-    with new_folder(to, 'model', [folder]) as tmp:
-        save_model(student, tmp, parent=folder, dtype=torch.float16)
-        (tmp/'recipe.json').unlink()     # an embedded model is where chains start
-        write_json(tmp/'training.json', dict(config=result.config, details=result.details, **result.train.model_dump()))
-        write_text(tmp/'README.md', student_card(to.name, student, result))
-        write_checksums(tmp)
-    return to
+    info = dict(config=result.config, details=result.details, **result.train.model_dump())
+    return embed(student, folder, to, info, student_card(to.name, student, result))

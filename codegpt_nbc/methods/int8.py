@@ -27,15 +27,6 @@ def _in_floats(a, b): # (m, k) and (n, k) int8 → (m, n) int32
             result[:] = sum((x.float() @ y.float().T).to(torch.int32) for x, y in zip(a.split(EXACT, 1), rows.split(EXACT, 1)))
     return out
 
-def _seconds(multiply, a, b) -> float:
-    "The shortest of three tries."
-    from time import perf_counter
-    def once():
-        began = perf_counter()
-        multiply(a, b)
-        return perf_counter() - began
-    return min(once() for _ in range(3))
-
 def _in_int8(a, b): return torch._int_mm(a, b.T)
 
 @cache
@@ -44,7 +35,9 @@ def int8_products_pay() -> bool:
     ends = [torch.full((256, 512), v, dtype=torch.int8) for v in (127, -128)]
     try: exact = all(torch.equal(_in_int8(a, b), _in_floats(a, b)) for a in ends for b in ends)
     except (AttributeError, RuntimeError): return False
-    return exact and _seconds(_in_int8, *ends) < 2*_seconds(_in_floats, *ends)   # it spares the copies in float
+    from timeit import repeat
+    def seconds(multiply): return min(repeat(lambda: multiply(*ends), number=1, repeat=3))
+    return exact and seconds(_in_int8) < 2*seconds(_in_floats)   # it spares the copies in float
 
 def int_matmul(
     a,  # (m, k) int8

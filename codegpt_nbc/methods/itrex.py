@@ -241,6 +241,4 @@ def itrex_quantize_step(
     "As `quantize_step`, by the toolkit with its own settings. Raises `RuntimeError` where it is not installed."
     probe = encode_batch(load_tokenizer(c.model_folder), c.training_texts(1))[0]
     quantised, details = quantize_with_toolkit(load_model(c.model_folder), probe)
-    recorded = {'backend', 'symmetric', 'granularity', 'placement', 'half_range', 'blocks', 'finetune_samples'}
-    step = {'method': 'quantize', **c.model_dump(include=recorded)}
-    return StepResult(save_model(quantised, out or c.out_folder, parent=c.model_folder, step=step), None, details)
+    return StepResult(save_model(quantised, out or c.out_folder, parent=c.model_folder, step=c.lineage), None, details)

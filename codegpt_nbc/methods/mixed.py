@@ -81,8 +81,7 @@ def train_mixed(
 
 def mixed_step(
     c: MixedConfig,
-    out=None,                # Folder to write; None: `c.out_folder`
-    keep_work: bool = False, # Leave the folder `c.work` of a resumable run for the caller to remove
+    out=None,   # Folder to write; None: `c.out_folder`
 ) -> StepResult: # details: precision → number of matrices
     "Quantise the model of `c.model_folder`, each matrix with its own precision, trained through it if so asked."
     model, tok, work, train = load_float(c.model_folder, 'quantise'), load_tokenizer(c.model_folder), c.work, None
@@ -100,5 +99,5 @@ def mixed_step(
     read = {'tokens': train.tokens} if train else {'calibration': c.calibration} if rows else {}
     step = {'method': 'mixed', 'bits': c.bits, **read}
     folder = save_model(quantized, out or c.out_folder, parent=c.model_folder, step=step)
-    if not keep_work: shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     return StepResult(folder, train, details)

@@ -10,7 +10,7 @@ __all__ = ['IMPORTANCES', 'TILES', 'PATTERNS', 'FILES', 'Tile', 'matrices', 'til
            'pattern_of', 'PruneReport', 'prune', 'measured_sparsity', 'pruning_rows', 'save_pruned', 'prune_step']
 
 # %% ../../nbs/methods/30_prune.ipynb #e084cdb4
-import math, numpy as np, torch
+import numpy as np, torch
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from fastcore.basics import patch
 from ..core.config import Backend
-from ..core.record import StepResult, Train
+from ..core.record import StepResult
 from ..data.inputs import RunConfig
 from ..data.tokenizer import encode_batch, load_tokenizer
 from ..model.decoder import Decoder, count_of, count_parameters, halves
@@ -27,7 +27,7 @@ from ..model.families import FAMILIES, resolved
 from ..model.folder import load_float, load_model, save_model
 from ..model.layers import Shape
 from ..model.train import (Samples, TrainConfig, autocast, batches_loss, cut_rows, cut_to_context, fit, keep_zeros,
-                                     next_token_loss)
+                                     next_token_loss, train_of)
 
 # %% ../../nbs/methods/30_prune.ipynb #42350809
 @dataclass(frozen=True)
@@ -165,6 +165,11 @@ def norms(self: Groups, model: nn.Module) -> torch.Tensor: # (count,)
     return self.sum(_squares, model).sqrt()
 
 @patch
+def rms(self: Groups, model: nn.Module) -> torch.Tensor: # (count,)
+    "Root mean square of each group's weights: its norm over √s_g."
+    return (self.sum(_squares, model)/self.sum(torch.ones_like, model)).sqrt()
+
+@patch
 def scale_(self: Groups,
     model: nn.Module,
     factors: torch.Tensor, # (count,)
@@ -212,21 +217,15 @@ def proximal_step(
     "An `after_step` of `fit` that applies the proximal operator of the group lasso (Parikh and Boyd 2014, section 6.5.1)."
     @torch.no_grad()
     def after_step(model, lr):
-        parameters = dict(model.named_parameters())
         for group in groups:
-            size = sum(parameters[part.name].numel() for part in group.parts)/group.count       # s_g
-            shrink = lr*lam*math.sqrt(size)/group.norms(model).clamp_min(1e-12)                  # (count,)
+            shrink = lr*lam/group.rms(model).clamp_min(1e-12)    # (count,)
             group.scale_(model, (1 - shrink).clamp_min(0))
     return after_step
 
 # %% ../../nbs/methods/30_prune.ipynb #0da36d67
 def norm_importance(model: Decoder, groups: list, batches=None, n: int = 0) -> list: # of tensors (count,)
     "Root mean square of each group's weights."
-    scores = []
-    for group in groups:
-        size = group.sum(torch.ones_like, model)
-        scores.append((group.sum(_squares, model)/size).sqrt().cpu())
-    return scores
+    return [group.rms(model).cpu() for group in groups]
 
 # %% ../../nbs/methods/30_prune.ipynb #cf4aa9d1
 def _gradient(p):
@@ -269,15 +268,9 @@ def _scores(model: Decoder, groups: list, by: str, **how) -> list: return IMPORT
 # %% ../../nbs/methods/30_prune.ipynb #57e8c398
 def unit_costs(s: Shape, d: int) -> dict: # kind → (parameters of a unit, parameters that all units of half a layer share)
     "The parameters that a head or neuron frees at width `d`. Output biases and norms of queries and keys go with the last unit of a half."
-    family, s, costs = FAMILIES[s.family], resolved(s), {}
-    for (_, kind, _, maps), half in zip(halves(s), (family.attention, family.ffn)):
-        unit, shared = 0, half.common(s)
-        for m in maps:
-            biased = m.name in s.biased
-            unit += m.packed*m.per*(d + (m.into and biased))
-            shared += d*(biased and not m.into)
-        costs[kind] = unit, shared
-    return costs
+    def of(heads, neurons): return count_of(replace(s, d_model=d, heads=(heads,), inner=(neurons,)))   # of one layer
+    none, ends = of(0, 0), (('heads', of(1, 0), of(2, 0)), ('neurons', of(0, 1), of(0, 2)))
+    return {kind: (two - one, 2*one - two - none) for kind, one, two in ends}
 
 def removal_order(
     groups: list,  # From `coupled_groups`
@@ -497,7 +490,7 @@ class KindOfGroups:
 
     def scaled_norms(self, model) -> torch.Tensor: # (units,) norm/√s_g
         "The norms in which all groups of the kind shrink alike."
-        return torch.cat([(g.sum(_squares, model)/g.sum(torch.ones_like, model)).sqrt() for g in self.groups])
+        return torch.cat([g.rms(model) for g in self.groups])
 
     def shrink(self, model, pull: float):
         "The proximal step: take `pull` off every scaled norm, and hold what is zero."
@@ -662,25 +655,6 @@ class PruneReport:
     train: list              # of `TrainResult`, one a phase
     details: dict = field(default_factory=dict) # width, heads and neurons left, and more by pattern
 
-    @property
-    def tokens(self) -> int:
-        "Target tokens seen in all phases."
-        return sum(r.tokens for r in self.train)
-
-    @property
-    def seconds(self) -> float:
-        "Seconds of training in all phases."
-        return sum(r.seconds for r in self.train)
-
-    @property
-    def curve(self) -> list: # of [tokens since the start, loss]
-        "The losses of all phases, one after another."
-        points, before = [], 0
-        for r in self.train:
-            points += [[before + tokens, loss] for tokens, loss in r.curve]
-            before += r.tokens
-        return points
-
 # %% ../../nbs/methods/30_prune.ipynb #9ee9754e
 def prune(
     model: Decoder,    # Is changed; take the returned one
@@ -764,9 +738,7 @@ def save_pruned(
     on_file = measured_sparsity(folder, report.params_before)
     if abs(on_file - report.sparsity) >= 1e-6:
         raise RuntimeError(f'{folder} has a sparsity of {on_file:.6f}, but {report.sparsity:.6f} was reached in training: write it again.')
-    trained_on = report.train[-1].processor if report.train else ''
-    train = Train(tokens=report.tokens, seconds=report.seconds, curve=report.curve, processor=trained_on)
-    return StepResult(folder, train, report.details | {'sparsity': on_file})
+    return StepResult(folder, train_of(report.train), report.details | {'sparsity': on_file})
 
 # %% ../../nbs/methods/30_prune.ipynb #1242eeb4
 def prune_step(

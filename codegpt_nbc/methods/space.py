@@ -160,11 +160,11 @@ def steps(self: Point,
     return out
 
 # %% ../../nbs/methods/41_space.ipynb #c000d774
-def whole_point(s: Shape, precision: str, engine: str = 'onnx') -> Point:
-    "A whole model whose layers have one precision, and whose token matrix has eight bits."
+def whole_point(s: Shape, precision: str) -> Point:
+    "A whole model in ONNX whose layers have one precision, and whose token matrix has eight bits."
     bits = {name: precision for names in map_names(s).values() for name in names}
     layers = [LayerPoint(layer=l, heads=heads, neurons=neurons, bits=bits) for l, (heads, neurons) in enumerate(zip(s.heads, s.inner))]
-    return Point(engine=engine, vocab=s.vocab, channels=s.d_model, layers=layers)
+    return Point(vocab=s.vocab, channels=s.d_model, layers=layers)
 
 # %% ../../nbs/methods/41_space.ipynb #f965bd90
 class Space(Strict):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHABET', 'CODEGPT', 'read_bpe', 'merge_parts', 'count_tokens', 'Ranking', 'rank_tokens', 'choose_tokens',
-           'trim_tokenizer', 'with_tokens', 'check_same_logits', 'trim', 'save_trimmed', 'ids_in', 'trimming_table',
-           'TrimConfig', 'trim_vocabulary_step']
+           'trim_tokenizer', 'with_tokens', 'check_same_logits', 'trim', 'save_trimmed', 'trimming_table', 'TrimConfig',
+           'trim_vocabulary_step']
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #f4c410ff
 import heapq, json, numpy as np, torch
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from ..core.paths import new_folder, read_json, write_json
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
-from ..data.tokenizer import check_fits, encode_batch, load_tokenizer
+from ..data.tokenizer import check_fits, encode_batch, largest_id, load_tokenizer
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
 from ..model.folder import SPECIAL_IDS, from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
@@ -71,7 +71,7 @@ def count_tokens(
     texts: list, # of str, code in the format of the corpus
 ) -> np.ndarray: # (ids,) uses of each id
     "How often each token is used."
-    out = np.zeros(max(tok.get_vocab().values()) + 1, np.int64)
+    out = np.zeros(largest_id(tok) + 1, np.int64)
     for i in range(0, len(texts), 1000):
         for row in encode_batch(tok, texts[i:i+1000]): np.add.at(out, row, 1)
     return out
@@ -236,19 +236,6 @@ def save_trimmed(
             stated = read_json(path)
             write_json(path, stated | {k: renamed(i) for k, i in stated.items() if k in SPECIAL_IDS})
     return Path(folder)
-
-# %% ../../nbs/methods/39_vocabulary.ipynb #03917ec2
-def ids_in(
-    small: Tokenizer,
-    large: Tokenizer, # The tokenizer that `small` was trimmed from
-) -> list: # for each id of `small`, its id in `large`
-    "Recover which ids were kept. Raises `ValueError` if `small` has a token that `large` has not."
-    tokens = [small.id_to_token(i) for i in range(small.get_vocab_size())]
-    ids = [large.token_to_id(t) for t in tokens]
-    if None in ids:
-        raise ValueError(f'{tokens[ids.index(None)]!r} is no token of the larger vocabulary: '
-                         'give the tokenizer that the smaller one was trimmed from.')
-    return ids
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #92f358cd
 CODEGPT = Shape(50001, 1024, 768, 64, (12,)*12, (3072,)*12)   # the geometry of CodeGPT

@@ -30,7 +30,6 @@ SPELLINGS = {'gelu_tanh': ('gelu_new', 'gelu_pytorch_tanh', 'gelu_fast', 'gelu_a
 
 def _family_of_config(config: dict) -> Family:
     "Raises `ValueError` for another architecture, or for settings that its family does not have."
-    if not isinstance(config, dict): raise ValueError('config.json is not a JSON object: restore it from where the model came from.')
     kind = config.get('model_type', '')
     family = FAMILIES.get(str(kind).removeprefix(SLICED).removeprefix(INT8))
     if family is None: raise ValueError(f'the architecture {kind!r} is not supported: use one of {", ".join(FAMILIES)}.')

@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'TrainConfig', 'has_fast_bf16', 'autocast', 'newton_schulz', 'ExactMuon', 'make_optimizers',
            'lr_factor', 'check_long_enough', 'Windows', 'Samples', 'within_context', 'cut_to_context', 'cut_rows',
            'files_enough', 'training_rows', 'save_checkpoint', 'load_checkpoint', 'corpus_folder', 'packed_rows',
-           'share', 'TrainResult', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time', 'Clocks', 'fit',
-           'batches_loss', 'losses_without', 'keep_zeros']
+           'share', 'TrainResult', 'train_of', 'next_token_loss', 'full_rows_loss', 'processor', 'computing_time',
+           'Clocks', 'fit', 'batches_loss', 'losses_without', 'keep_zeros']
 
 # %% ../../nbs/model/24_train.ipynb #55b9d86c
 import math, time, warnings, numpy as np, torch
@@ -302,6 +302,14 @@ class TrainResult:
     def record(self) -> Train:
         "The same, for a step's result."
         return Train(tokens=self.tokens, seconds=self.seconds, curve=self.curve, processor=self.processor)
+
+def train_of(results: list) -> Train: # of `TrainResult`, one a stage
+    "The stages as one training, tokens counted on from stage to stage."
+    curve, tokens = [], 0
+    for r in results:
+        curve += [(tokens + seen, loss) for seen, loss in r.curve]
+        tokens += r.tokens
+    return Train(tokens=tokens, seconds=sum(r.seconds for r in results), curve=curve, processor=results[-1].processor)
 
 def next_token_loss(
     model,

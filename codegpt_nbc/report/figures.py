@@ -578,7 +578,7 @@ def engine_rounds(d: dict, precision: str) -> pd.DataFrame: # name, kind, total,
     dense = engines.ms.iloc[0]
     for engine, r in engines.sort_values('ms').iterrows():
         if precision_of(engine) != precision: continue
-        ratios = np.array(d['engines'][engine].get('ratios') or [r.ratio])
+        ratios = np.array(d['engines'][engine]['ratios'])
         frames.append(pd.DataFrame({'name': engine_name(engine), 'kind': 'other' if engine in PEERS else 'ours',
                                     'total': dense/ratios, 'reading': r.reading}))
     return observed(frames, ['name', 'kind', 'total', 'reading'])

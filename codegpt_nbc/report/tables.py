@@ -509,8 +509,7 @@ def tab_size(fr=None, precisions=('int8', 'int4')) -> pd.DataFrame:
 def search_row(r) -> dict: # column → text; r: `Result`
     "What one search chose."
     found = r.details['before_after']
-    if 'before' in found: before, after = found['before'], found['after']
-    else: before, after = ({k: v[side] for k, v in found.items()} for side in ('before', 'after'))
+    before, after = found['before'], found['after']
     ends = [after[f'ES − before, at {end}'] for end in ('least', 'most')]
     change = change_interval({'difference': after['ES %'] - before['ES %'], 'ci': ends})
     return {'best for': r.config['objective'], 'points of ES to lose': f"{r.config['es_drop']:g}",

@@ -75,7 +75,6 @@ class Search:
     "All that a search knows about a model. What takes time is done when it is first asked for, and kept."
     def __init__(self, c: BudgetConfig, progress: bool = False):
         self.c, self.progress, self.budget = c, progress, c.budget
-        self.made_of = {}    # name → what took time, see `_kept`
 
     def bar(self, name: str) -> str | None:
         "The name of a progress bar; None: no bar."
@@ -105,72 +104,61 @@ class Search:
         "The completion that is timed: as asked, or as long as the model's context allows."
         c = self.c
         return Workload(max(1, min(c.prompt_tokens, self.shape.context - c.new_tokens)), c.new_tokens, c.repeats, c.seconds)
-
-# %% ../../nbs/runs/79_budget.ipynb #656b9ce4
-@patch(as_prop=True)
-def texts(self: Search) -> list:
-    "Training files: to calibrate and to rank on, to count tokens on, and to judge vocabularies by."
-    return _kept(self, 'texts', lambda: self.c.training_texts(self.c.counted + JUDGED))
-
-@patch(as_prop=True)
-def encoded(self: Search) -> list: # of rows of token ids
-    "The first of them."
-    return _kept(self, 'encoded', lambda: encode_batch(self.tok, self.texts[:max(self.c.ranked, 8*self.c.windows)]))
-
-@patch(as_prop=True)
-def calibration(self: Search): # (windows, window) ids
-    "The text on which divergences are measured."
-    c = self.c
-    return _kept(self, 'calibration', lambda: calibration_windows(self.encoded, c.windows, min(c.window, self.shape.context), c.seed))
-
-@patch(as_prop=True)
-def judge(self: Search) -> Judge:
-    "Of divergences."
-    def made():
+    @cached_property
+    def texts(self) -> list:
+        "Training files: to calibrate and to rank on, to count tokens on, and to judge vocabularies by."
+        return self.c.training_texts(self.c.counted + JUDGED)
+    @cached_property
+    def encoded(self) -> list: # of rows of token ids
+        "The first of them."
+        return encode_batch(self.tok, self.texts[:max(self.c.ranked, 8*self.c.windows)])
+    @cached_property
+    def calibration(self): # (windows, window) ids
+        "The text on which divergences are measured."
+        c = self.c
+        return calibration_windows(self.encoded, c.windows, min(c.window, self.shape.context), c.seed)
+    @cached_property
+    def judge(self) -> Judge:
+        "Of divergences."
         ranking = ranking_of(self.model, self.encoded[:self.c.ranked], self.c.window, seed=self.c.seed)
         return Judge(self.model, self.calibration, ranking)
-    return _kept(self, 'judge', made)
-
-def _kept(s: Search, name: str, make):
-    "What `make` makes, once."
-    if name not in s.made_of: s.made_of[name] = make()
-    return s.made_of[name]
-
-# %% ../../nbs/runs/79_budget.ipynb #1031149b
-@patch(as_prop=True)
-def name(self: Search) -> str:
-    "Of model and text, under which losses are kept."
-    def made():
-        c = self.c
-        code = code_of(*WINGS, 'evidence')
+    @cached_property
+    def name(self) -> str:
+        "Of model and text, under which losses are kept."
+        c, code = self.c, code_of(*WINGS, 'evidence')
         return digest(c.model_folder, '\0'.join(self.texts), self.calibration.tolist(), c.ranked, c.window, c.seed, code)
-    return _kept(self, 'name', made)
-
-@patch(as_prop=True)
-def folder(self: Search) -> Path:
-    "Of ledgers and studies."
-    return models_dir(self.c.profile)/'figures'
-
-@patch(as_prop=True)
-def ledger(self: Search) -> Ledger:
-    "Losses of this model, and what was measured of models that were made from it."
-    return _kept(self, 'ledger', lambda: Ledger(self.folder/f'{self.name}.sqlite'))
-
-@patch(as_prop=True)
-def vocabulary(self: Search) -> Vocabulary:
-    "Files to count tokens on, and others to judge by: up to `JUDGED`, of a small repository a quarter."
-    n = len(self.texts) - min(JUDGED, len(self.texts)//4)
-    return _kept(self, 'vocabulary', lambda: Vocabulary(self.model, self.tok, self.texts[:n], self.texts[n:]))
-
-@patch(as_prop=True)
-def problem(self: Search) -> Problem:
-    "Costs and losses of all parts."
-    def made():
+    @property
+    def folder(self) -> Path:
+        "Of ledgers and studies."
+        return models_dir(self.c.profile)/'figures'
+    @cached_property
+    def ledger(self) -> Ledger:
+        "Losses of this model, and what was measured of models that were made from it."
+        return Ledger(self.folder/f'{self.name}.sqlite')
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        "Files to count tokens on, and others to judge by: up to `JUDGED`, of a small repository a quarter."
+        n = len(self.texts) - min(JUDGED, len(self.texts)//4)
+        return Vocabulary(self.model, self.tok, self.texts[:n], self.texts[n:])
+    @cached_property
+    def problem(self) -> Problem:
+        "Costs and losses of all parts."
         of_machine = Ledger(self.folder/'costs.sqlite')
         costs = measured_costs(self.space, self.shape, of_machine, self.work, self.c.model_folder, self.bar('cost of parts'))
         losses = measured_sensitivities(self.space, self.judge, self.vocabulary, self.ledger, self.name, self.bar('loss of parts'))
         return Problem(self.space, costs, losses)
-    return _kept(self, 'problem', made)
+    @cached_property
+    def explorer(self) -> Explorer:
+        "The problem with the budget's limits. Raises `ValueError` where nothing meets them."
+        check_reachable(self.problem, self.budget.limits)
+        return Explorer(self.problem, self.judge, self.ledger, self.name, self.budget.limits)
+    @cached_property
+    def study(self): # optuna.Study
+        "The study of this budget. Machines share one where they are alike, as a trial's time is that of its machine."
+        limits = ','.join(f'{k}={v:g}' for k, v in self.budget.limits.items()) or 'front'
+        storage = self.c.storage or f'sqlite:///{self.folder}/{self.name}-study.db'
+        about = digest(self.space.model_dump_json(), self.work, self.c.sampler, machine())
+        return open_study(self.explorer, storage, f'{self.name} {limits} {about}', self.c.sampler, self.c.seed)
 
 # %% ../../nbs/runs/79_budget.ipynb #ae4c8dba
 @patch
@@ -196,24 +184,6 @@ def times(self: Search) -> list: # of (predicted, measured), each ms and mb
     return [(self.problem.costs.of(p), self.measured(p)) for p in self.random_points(self.c.timed, .4)]
 
 # %% ../../nbs/runs/79_budget.ipynb #3af66248
-@patch(as_prop=True)
-def explorer(self: Search) -> Explorer:
-    "The problem with the budget's limits. Raises `ValueError` where nothing meets them."
-    def made():
-        check_reachable(self.problem, self.budget.limits)
-        return Explorer(self.problem, self.judge, self.ledger, self.name, self.budget.limits)
-    return _kept(self, 'explorer', made)
-
-@patch(as_prop=True)
-def study(self: Search): # optuna.Study
-    "The study of this budget. Machines share one where they are alike, as a trial's time is that of its machine."
-    def made():
-        limits = ','.join(f'{k}={v:g}' for k, v in self.budget.limits.items()) or 'front'
-        storage = self.c.storage or f'sqlite:///{self.folder}/{self.name}-study.db'
-        about = digest(self.space.model_dump_json(), self.work, self.c.sampler, machine())
-        return open_study(self.explorer, storage, f'{self.name} {limits} {about}', self.c.sampler, self.c.seed)
-    return _kept(self, 'study', made)
-
 @patch
 def found(self: Search) -> list: # of `Found`, least loss first
     "The points that the search knows, after its trials."
@@ -420,7 +390,8 @@ def unseen(self: Search, outcome: Outcome): # DataFrame: a row a model, the winn
 ALL_LAYERS = {'int8': '8', 'int4': '4-32'}   # fixed recipes that keep all layers → the precision of their matrices
 
 def fixed_points(s: Search) -> dict: # name of a recipe → `Found`
-    "The fixed recipes that are points of the space, with their real losses and predicted costs."
+    "The fixed recipes that are points of the space, with their real losses and predicted costs. They end in ONNX."
+    if 'onnx' not in s.space.engines: return {}
     out, explorer, vocab = {}, s.explorer, s.shape.vocab
     for name, precision in ALL_LAYERS.items():
         if name not in s.c.fixed or precision not in s.space.precisions or vocab not in s.space.vocab: continue

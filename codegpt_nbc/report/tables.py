@@ -259,9 +259,9 @@ def training_cells(row) -> dict: # column → text
     "How a student was trained, and what became of its teacher."
     d, c = row.result.details, row.result.config
     if row.method != 'distill': return {}
-    taught = [d.get(f'loss_{when}', {}).get('teacher') for when in ('before', 'after')]
-    return {'steps': f"{d['steps']:,}" if 'steps' in d else '–', 'optimizer': {'muon': 'Muon'}.get(c.get('optimizer'), 'AdamW'),
-            "teacher's loss, before → after": '–' if None in taught else f'{taught[0]:.2f} → {taught[1]:.2f}'}
+    taught = [d[f'loss_{when}']['teacher'] for when in ('before', 'after')]
+    return {'steps': f"{d['steps']:,}", 'optimizer': {'muon': 'Muon', 'adamw': 'AdamW'}[c['optimizer']],
+            "teacher's loss, before → after": f'{taught[0]:.2f} → {taught[1]:.2f}'}
 
 def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:
     "Students by depth and variant, with the study's rows beside ours."

@@ -260,7 +260,7 @@ def training_cells(row) -> dict: # column → text
     d, c = row.result.details, row.result.config
     if row.method != 'distill': return {}
     taught = [d[f'loss_{when}']['teacher'] for when in ('before', 'after')]
-    return {'steps': f"{d['steps']:,}", 'optimizer': {'muon': 'Muon', 'adamw': 'AdamW'}[c['optimizer']],
+    return {'steps': f"{d['steps']:,}", 'optimizer': {'muon': 'Muon'}.get(c.get('optimizer'), 'AdamW'),
             "teacher's loss, before → after": f'{taught[0]:.2f} → {taught[1]:.2f}'}
 
 def tab_distillation(fr: pd.DataFrame) -> pd.DataFrame:

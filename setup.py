@@ -8,12 +8,13 @@ from setuptools.command.build_py import build_py
 try: from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError: from wheel.bdist_wheel import bdist_wheel   # before setuptools 70
 
-SHARED = ('configs/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
+SHARED = ('configs/*.yaml', 'configs/*.txt', 'configs/slurm/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
 
 
 class BuildWithShared(build_py):
     "A wheel carries recipes, profiles and templates."
     def run(self):
+        if not self.editable_mode: shutil.rmtree(self.build_lib, ignore_errors=True)   # or modules that are gone would be packed again
         super().run()
         here, share = Path(__file__).parent, Path(self.build_lib)/'codegpt_nbc'/'share'
         for source in (p for pattern in SHARED for p in here.glob(pattern)):

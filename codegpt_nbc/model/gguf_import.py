@@ -22,7 +22,7 @@ def _with_transformers(path) -> tuple: # (their model, their tokenizer)
         return AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(**where)
     except ImportError:
         raise RuntimeError('GGUF files are read with the packages gguf and transformers: '
-                           "call make smollm2, or pip install '.[smollm2]'.") from None
+                           "pip install gguf==0.19.0 'transformers>=5'.") from None
     except Exception as e:   # the readers share no base
         raise ValueError(f'{path} cannot be read ({e}): it is damaged, or of another architecture.') from None
 

@@ -311,7 +311,7 @@ def check_notebooks():
     "Raise `ImportError` where no notebook can be executed: before hours of work that end in one."
     from importlib.util import find_spec
     if missing := [name for name in ('papermill', 'ipykernel', 'seaborn') if not find_spec(name)]:
-        raise ImportError(f"the package {missing[0]} is missing, so no notebook can be written: pip install '.[notebooks]'.")
+        raise ImportError(f"the package {missing[0]} is missing, so no notebook can be written: pip install 'codegpt_nbc[notebooks]'.")
 
 def _check_notebook(out: Path, template, force: bool):
     "Raise an `OSError` if the executed notebook would replace anything but, with `force`, an earlier one."
@@ -519,7 +519,8 @@ def reproduce(
     cluster=None,             # Folder with a Snakemake profile for a cluster; None: this machine
 ) -> str: # where to find the results
     "Run the part of a profile's grid that has not been run yet. Raises `RunFailed` if a run failed."
-    if cluster and not (Path(cluster)/'config.yaml').is_file():
+    cluster = cluster and (Path(cluster) if Path(cluster).is_dir() else shared(str(cluster)))   # configs/slurm comes with the package
+    if cluster and not (cluster/'config.yaml').is_file():
         raise FileNotFoundError(f'{cluster} holds no config.yaml: give a folder with a Snakemake profile, such as configs/slurm.')
     runs = read_profile(profile)
     for r in runs.values(): kernel_of(r.params)   # a missing kernel is reported now, and once

@@ -8,7 +8,8 @@ from setuptools.command.build_py import build_py
 try: from setuptools.command.bdist_wheel import bdist_wheel
 except ImportError: from wheel.bdist_wheel import bdist_wheel   # before setuptools 70
 
-SHARED = ('configs/*.yaml', 'configs/*.txt', 'configs/slurm/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')   # what the package reads beside its code, see `core.paths.shared`
+# What the package reads beside its code, see `core.paths.shared`
+SHARED = ('configs/*.yaml', 'configs/*.txt', 'configs/slurm/*.yaml', 'nbs/experiments/*.ipynb', 'Snakefile')
 
 
 class BuildWithShared(build_py):

@@ -1,10 +1,11 @@
 """What cannot stand inside a notebook: the repository as a whole."""
 import json, re, shutil, subprocess, sys
 from pathlib import Path
-import pytest
+import pandas as pd, pytest
 from codegpt_nbc.runs.grid import NOT_PROFILES, check_parameters, read_profile, template_of
-from codegpt_nbc.core.paths import ASSETS, CORPUS, EMBEDDED, verify_checksums
+from codegpt_nbc.core.paths import ASSETS, CORPUS, EMBEDDED, read_json, verify_checksums
 from codegpt_nbc.core.record import load_results
+from codegpt_nbc.data.corpus import header_license
 from codegpt_nbc.runs.notebooks import is_stale, notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,32 @@ def test_assets_are_whole():
     sizes = [(folder/'model.safetensors').stat().st_size for folder in EMBEDDED.values()]
     assert max(sizes) <= 25_000_000 and sum(sizes) <= 52_000_000
     assert not [p for p in ASSETS.rglob('*') if p.suffix in ('.bin', '.pt', '.pkl', '.pickle')], 'no pickle is shipped'
+
+
+def test_assets_carry_the_licences_of_the_corpus():
+    "Each project is named above a text, or among the few that came without one."
+    text = (CORPUS/'LICENCES.txt').read_bytes().decode('utf-8')
+    lines = set(text.split('\n'))
+    manifest = pd.read_csv(CORPUS/'manifest.csv', dtype=str, keep_default_na=False)
+    projects = sorted({f'{r.project} {r.version}' for r in manifest.itertuples()})
+    assert [p for p in projects if p not in lines] == [] and len(projects) > 300
+    texts, without = text.split('No licence file came with the projects that follow.')
+    assert [p for p in projects if f'\n{p}\n' in without and f'\n{p}\n' in texts] == []
+    assert sum(f'\n{p}\n' in without for p in projects) <= 3
+    assert '\r' not in text and len(text) < 1_500_000
+    assert 'LICENCES.txt' in read_json(CORPUS/'checksums.json')
+
+
+def test_assets_name_the_licence_of_a_files_own_header():
+    manifest = pd.read_csv(CORPUS/'manifest.csv', dtype=str, keep_default_na=False).set_index(['project', 'path']).license
+    others = {}
+    for name in ('train', 'valid', 'test'):
+        for f in pd.read_parquet(CORPUS/'raw'/f'{name}.parquet').itertuples():
+            assert f.license == manifest[f.project, f.path]
+            if own := header_license(f.text): others[f.path] = (own, f.license)
+    assert others == {'jupyter_client/ssh/forward.py': ('LGPL-2.1-or-later', 'LGPL-2.1-or-later')}
+    licences = (CORPUS/'LICENCES.txt').read_text(encoding='utf-8')
+    assert 'GNU LESSER GENERAL PUBLIC LICENSE' in licences and 'file jupyter_client/ssh/forward.py alone' in licences
 
 
 def test_committed_results_are_valid_and_readable():

@@ -133,6 +133,17 @@ def test_the_record_ran_todays_templates():
         assert code(ROOT/'papermill_runs'/'full'/f'{name}.ipynb') == template, f'{name}: its template has changed since'
 
 
+def test_the_toolkits_environment_has_what_its_templates_import():
+    "A template with the parameter `backend` may run there; a package that is missing would be noticed after minutes of training."
+    pinned = {line.split('==')[0].lower() for line in (ROOT/'requirements-itrex.txt').read_text().splitlines() if '==' in line}
+    templates = [p for p in (ROOT/'nbs'/'experiments').glob('*.ipynb') if "backend = " in p.read_text()]
+    assert len(templates) > 1
+    for path in templates:
+        code = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code')
+        names = set(re.findall(r'^ *(?:import|from) (\w+)', code, re.M)) - {*sys.stdlib_module_names, 'codegpt_nbc'}
+        assert names <= pinned, f'{path.name} imports {names - pinned}: pin it in requirements-itrex.txt'
+
+
 def test_every_folder_of_imports_can_be_forgotten():
     "What is imported is kept for each state of the files: without a way to remove it, `build/` grows for ever."
     source = '\n'.join(p.read_text() for p in (ROOT/'codegpt_nbc').rglob('*.py'))

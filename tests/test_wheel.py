@@ -27,6 +27,9 @@ def installed(tmp_path_factory):
     pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check']
     left_out = shutil.ignore_patterns('build', 'papermill_runs', 'figures', '*.egg-info', '.*', '_site')
     source = shutil.copytree(ROOT, d/'source', ignore=left_out)   # building leaves files behind
+    gone = source/'build'/f'lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}'/'codegpt_nbc'/'gone.py'
+    gone.parent.mkdir(parents=True)
+    gone.write_text('', encoding='utf-8')   # as an earlier build leaves it
     command = [*pip, 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', str(d), str(source)]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
@@ -55,6 +58,11 @@ def ok(p):
 def test_it_is_the_wheel_that_runs(installed):
     run, _, site = installed
     assert ok(run(code='import codegpt_nbc; print(codegpt_nbc.__file__)')).startswith(str(site))
+
+
+def test_it_holds_no_module_of_an_earlier_build(installed):
+    _, _, site = installed
+    assert (site/'codegpt_nbc'/'core').is_dir() and not (site/'codegpt_nbc'/'gone.py').exists()
 
 
 def test_its_kernels_are_those_of_its_sources(installed):

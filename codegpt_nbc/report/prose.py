@@ -94,8 +94,7 @@ class Profile:
             why = f'the profile {self.name!r} has no result of the run {run!r}'
             raise MissingResult(page, placeholder or f"run('{run}')", why, self.name, run)
         return RunView(page, self.name, run, figures | dict(config=result.config, details=result.details,
-                                                            cpu=result.provenance.cpu.split(' (')[0], processor=result.provenance.cpu,
-                                                            started=result.provenance.started))
+                                                            cpu=result.provenance.cpu.split(' (')[0], processor=result.provenance.cpu))
 
 # %% ../../nbs/report/83_prose.ipynb #76091414
 class PageContext:

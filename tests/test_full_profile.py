@@ -6,7 +6,7 @@ import pandas as pd, pytest
 from codegpt_nbc.core.paths import CORPUS, read_json
 from codegpt_nbc.data.corpus import installed_sources, is_permissive, split_of
 from codegpt_nbc.report.style import METHOD_STYLES, compressor
-from codegpt_nbc.runs.grid import CORPORA, WITHOUT_MODEL, is_step, read_profile
+from codegpt_nbc.runs.grid import CORPORA, WITHOUT_MODEL, read_profile
 from types import SimpleNamespace
 
 PROFILE = Path(__file__).resolve().parent.parent/'configs'/'full.yaml'
@@ -103,7 +103,7 @@ def test_full_fits_into_twelve_hours_of_two_cores(): assert sum(m for _, m in bu
 def test_every_row_has_enough_samples():
     for run in read_profile('full').values():
         if run.method in CORPORA | WITHOUT_MODEL - {'no_model'} or run.id == 'teacher-brief': continue
-        if run.params.get('data') or is_step(run.id): continue   # other code, of which there may be less; steps are not judged
+        if run.params.get('data') or run.step: continue   # other code, of which there may be less; steps are not judged
         assert run.params['skip'] == 200 and run.params['codexglue'] >= 1000, run.id
         if run.method != 'pretrain': assert run.params['thesis'] >= 500, run.id
 
@@ -113,18 +113,18 @@ JUDGED_BY_TOKENS = ('baseline', 'prune', 'quantize', 'static_quantize', 'gptq', 
 
 def test_what_computes_here_is_judged_on_enough_tokens_all_the_same_ones():
     for run in read_profile('full').values():
-        if run.method in JUDGED_BY_TOKENS and not is_step(run.id): assert run.params['held_out'] == 200_000, run.id
+        if run.method in JUDGED_BY_TOKENS and not run.step: assert run.params['held_out'] == 200_000, run.id
 
 
 def test_whatever_trains_sees_the_whole_context():
     "Rows of 128 tokens left a control 0.3 nats worse beyond them, where most prompts end."
     for run in read_profile('full').values():
-        if is_step(run.id): continue   # of a recipe, which distils on the whole context afterwards
+        if run.step: continue   # of a recipe, which distils on the whole context afterwards
         if run.method in ('prune', 'distill', 'xtc', 'quantize'): assert run.params.get('length', 512) == 512, run.id
 
 
 def test_steps_of_recipes_are_not_judged():
-    steps = [r.params for r in read_profile('full').values() if is_step(r.id)]
+    steps = [r.params for r in read_profile('full').values() if r.step]
     assert len(steps) > 10 and not any(p[k] for p in steps for k in ('codexglue', 'thesis', 'held_out'))
 
 
@@ -201,7 +201,7 @@ def test_every_control_of_the_lasso_differs_in_nothing_but_the_choice():
 
 def test_students_curves_are_of_a_hundred_samples():
     for run in read_profile('full').values():
-        if run.method == 'distill' and not is_step(run.id) and 'control' not in run.id and '-seed-' not in run.id:
+        if run.method == 'distill' and not run.step and 'control' not in run.id and '-seed-' not in run.id:
             assert run.params['curve_samples'] >= 100, run.id
 
 

@@ -2,11 +2,12 @@
 import json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
-import pytest, torch
+import nbformat, pytest, torch
 from safetensors.torch import load_file, save_file
+from codegpt_nbc import compress
 from codegpt_nbc.core import paths, record
 from codegpt_nbc.core.ledger import Ledger
-from codegpt_nbc.core.paths import code_of, digest, runs_dir, write_json
+from codegpt_nbc.core.paths import BASE_MODEL, code_of, digest, runs_dir, write_json
 from codegpt_nbc.data.tokenizer import load_tokenizer, save_tokenizer
 from codegpt_nbc.evidence.evaluate import size_of, weight_files, zip_bytes
 from codegpt_nbc.model.decoder import Decoder
@@ -228,3 +229,97 @@ def test_what_other_code_made_is_made_again(tmp_path, monkeypatch):
     assert len({code_of('core'), code_of('model'), code_of('core/paths')}) == 3
     monkeypatch.setattr(steps, 'code_of', lambda *wings: 'another')
     assert steps.step_config(step, paths.BASE_MODEL, {}).out_folder != own
+
+
+def test_a_version_in_a_name_makes_no_step_of_a_run():
+    from codegpt_nbc.runs.grid import Profile, Recipe, expand
+    blocks = [dict(method='baseline', id='qwen2.5-coder'), dict(recipe='two', id='half2.1-int8', set={'model': 'qwen2.5-coder'}),
+              dict(method='measure', id='m-{target}', of='models')]
+    two = Recipe(about='', steps=[dict(method='prune'), dict(method='onnx')])
+    made = expand(Profile(about='', runs=blocks), 'p', {'two': two})
+    assert [i for i, r in made.items() if r.step] == ['half2.1-int8.1-prune']
+    assert [i for i in made if i.startswith('m-')] == ['m-qwen2.5-coder', 'm-half2.1-int8']
+
+
+def test_a_kernel_that_dies_is_named_and_its_notebook_kept(tmp_path, monkeypatch):
+    from codegpt_nbc.runs.grid import RunFailed, run_notebook
+    from codegpt_nbc.runs.notebooks import execute
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    dies = [nbformat.v4.new_code_cell('seed = 1', metadata={'tags': ['parameters']}),
+            nbformat.v4.new_code_cell('import os, signal\nos.kill(os.getpid(), signal.SIGKILL)')]
+    nb = nbformat.v4.new_notebook(cells=dies, metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})
+    nbformat.write(nb, tmp_path/'dies.ipynb')
+    with pytest.raises(RunFailed, match=r'^mine failed: its kernel died, .*mine\.failed\.ipynb'):
+        run_notebook(tmp_path/'dies.ipynb', tmp_path/'mine.ipynb', {}, bar=False)
+    assert len(nbformat.read(tmp_path/'build'/'try'/'mine.failed.ipynb', 4).cells) >= 2 and not (tmp_path/'mine.ipynb').exists()
+    with pytest.raises(RuntimeError, match='^dies.ipynb failed: its kernel died'): execute(tmp_path/'dies.ipynb')
+
+
+def test_a_lock_is_free_after_its_block(tmp_path, monkeypatch):
+    import filelock
+    from codegpt_nbc.core.paths import waiting_lock
+    from codegpt_nbc.runs.grid import _only_grid
+    monkeypatch.setenv('CODEGPT_NBC_HOME', str(tmp_path))
+    held, acquire = [], filelock.FileLock.acquire
+    monkeypatch.setattr(filelock.FileLock, 'acquire', lambda self, *a, **k: (held.append(self), acquire(self, *a, **k))[1])
+    for block in (waiting_lock(tmp_path/'a.lock', 'held'), _only_grid()):
+        with block: assert held[-1].is_locked
+        assert not held[-1].is_locked
+
+
+def test_budgets_of_no_method_are_refused(tmp_path):
+    bad = (({'distil': {'tokens': 1000}}, "there is no method 'distil'"), ({'onnx': 5}, 'give the parameters of each method'))
+    for budgets, said in bad:
+        with pytest.raises(ValueError, match=said): compress('codegpt-nano', 'int8', tmp_path/'out', budgets=budgets, progress=False)
+
+
+def test_a_path_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    import ntpath
+    from codegpt_nbc.runs import cli
+    monkeypatch.chdir(tmp_path)
+    Path('a:b.py').write_text('x = 1\n', encoding='utf-8')
+    assert cli._names_file('a:b.py')
+    monkeypatch.setattr(cli.os.path, 'splitdrive', ntpath.splitdrive)
+    with pytest.raises(ValueError, match=r'C:\\proj\\a\.py:12 names no place in C:\\proj\\a\.py'): cli._names_file(r'C:\proj\a.py:12')
+
+
+def test_a_template_is_found_in_the_package(tmp_path, monkeypatch):
+    from codegpt_nbc.runs import cli, grid
+    asked = []
+    monkeypatch.setattr(grid, 'run_notebook', lambda template, *args, **how: asked.append(template))
+    monkeypatch.chdir(tmp_path)
+    cli.run(Path('nbs/experiments/prune.ipynb'), tmp_path/'out.ipynb', bar=False)
+    assert asked[0].is_file()
+
+
+def test_a_grid_on_windows_is_refused_in_a_sentence(monkeypatch):
+    from codegpt_nbc.runs.grid import reproduce
+    monkeypatch.setattr(sys, 'platform', 'win32')
+    with pytest.raises(OSError, match='on Windows, call this within WSL'): reproduce('quick')
+
+
+def test_limits_that_are_met_are_exceeded_by_nothing():
+    from codegpt_nbc.runs.budget import excess
+    assert excess({'ms': 5., 'mb': 9.}, {'ms': 10.}) == excess({'ms': 5.}, {}) == 0. < excess({'ms': 12.}, {'ms': 10.}) < .2
+
+
+def test_a_figure_that_failed_is_not_counted(tmp_path):
+    ledger = Ledger(tmp_path/'figures.sqlite')
+    with pytest.raises(ZeroDivisionError): ledger.known('a', lambda: 1/0)
+    assert ledger.measured == len(ledger) == 0
+
+
+def test_a_session_remembers_the_work_of_its_last_prompts_only():
+    from codegpt_nbc.engines.generate import open_engine
+    from codegpt_nbc.engines.session import Prefixes
+    engine, _ = open_engine(BASE_MODEL, threads=1)
+    prefixes = Prefixes(engine, 2**24)
+    prefixes.works.extend([None]*1000)
+    assert len(prefixes.works) < 100
+
+
+def test_a_path_on_another_drive_is_shown_as_it_is(monkeypatch):
+    import ntpath
+    from codegpt_nbc.core import paths
+    monkeypatch.setattr(paths.os.path, 'relpath', ntpath.relpath)
+    assert paths.from_here(r'C:\a\b', 'D:\\') == r'C:\a\b'

@@ -19,7 +19,7 @@ class Ledger:
     def __init__(self,
         path, # SQLite file; made where there is none
     ):
-        self.path, self.measured = Path(path), 0   # `measured`: figures that this object has added
+        self.path, self.measured = Path(path), 0   # `measured`: figures that this object has measured
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._run('CREATE TABLE IF NOT EXISTS figures (key TEXT PRIMARY KEY, value TEXT NOT NULL)')
 
@@ -49,8 +49,9 @@ class Ledger:
         "A figure, measured where nobody has yet."
         found = self.get(key)
         if found is not None: return found
+        figure = measure()
         self.measured += 1
-        return self.put(key, measure())
+        return self.put(key, figure)
 
     def alone(self,
         what: str, # is measured: names the lock

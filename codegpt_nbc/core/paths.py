@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'ASSETS', 'BASE_MODEL', 'EMBEDDED', 'CORPUS', 'NAME', 'OWN_FILES', 'SEAL', 'project_root', 'runs_dir',
            'figures_dir', 'models_dir', 'shared', 'cores', 'all_cores', 'free_memory', 'MemoryShort', 'check_memory',
-           'scratch_prefix', 'atomic_path', 'waiting_lock', 'write_text', 'write_json', 'read_json',
+           'from_here', 'scratch_prefix', 'atomic_path', 'waiting_lock', 'write_text', 'write_json', 'read_json',
            'check_replaceable', 'check_out', 'new_folder', 'foreign_files', 'sha256', 'contents_of', 'digest',
            'code_of', 'verify_checksums', 'write_checksums', 'sealed', 'check_seal', 'export_settings']
 
@@ -106,6 +106,14 @@ def check_memory(
 
 
 # %% ../../nbs/core/00_paths.ipynb #04f0be8e
+def from_here(
+    path,
+    start='.', # Folder
+) -> str:
+    "A path as one would write it in a folder: relative to it, or, on another drive of Windows, as it is."
+    try: return os.path.relpath(path, start)
+    except ValueError: return str(path)
+
 def scratch_prefix(name: str) -> str:
     "How the folder begins in which a file of this name is made; names have 255 bytes at most."
     return f'.tmp-{name[:40]}-'
@@ -150,7 +158,8 @@ def waiting_lock(
     except Timeout:
         print(f'{said}: waiting for it.', file=sys.stderr, flush=True)
         lock.acquire()
-    with lock: yield
+    try: yield
+    finally: lock.release()
 
 
 # %% ../../nbs/core/00_paths.ipynb #13e95e59

@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'INSTRUCTIONS', 'INTEGER_PRODUCTS', 'Accuracy', 'HeldOut'
            'provenance', 'Recorder', 'load_result', 'load_results']
 
 # %% ../../nbs/core/02_record.ipynb #e15d1fd7
-import os, platform, re, subprocess, time
+import os, platform, re, subprocess, sys, time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
@@ -126,11 +126,22 @@ PACKAGES = ('codegpt_nbc', 'intel-extension-for-transformers', 'neural-compresso
 # The instruction sets that decide how fast matrices are multiplied
 INSTRUCTIONS = ('avx2', 'avx_vnni', 'avx512f', 'avx512_vnni', 'avx512_bf16', 'amx_bf16', 'amx_int8')
 
+def _named_by_system() -> str:
+    "The processor's name on macOS and Windows."
+    try:
+        if sys.platform == 'darwin': return subprocess.check_output(['sysctl', '-n', 'machdep.cpu.brand_string'], text=True).strip()
+        if sys.platform == 'win32':
+            import winreg
+            place = r'HARDWARE\DESCRIPTION\System\CentralProcessor\0'
+            with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, place) as key: return winreg.QueryValueEx(key, 'ProcessorNameString')[0].strip()
+    except (OSError, subprocess.CalledProcessError): pass
+    return platform.processor() or platform.machine()
+
 @cache
 def cpu_model() -> str:
-    "The processor's name, its number of cores, and which of `INSTRUCTIONS` it has."
+    "The processor's name, its number of cores, and, where Linux tells, which of `INSTRUCTIONS` it has."
     try: info = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-    except OSError: return platform.processor() or platform.machine()
+    except OSError: return f'{_named_by_system()} ({os.cpu_count()} cores)'
     def first(key, default): # the first line `key : value`
         return next((l.split(':')[1].strip() for l in info.splitlines() if l.startswith(key)), default)
     flags = set(first('flags', '').split())

@@ -9,6 +9,7 @@ __all__ = ['LOGITS', 'PromptLookup', 'Work', 'Cached', 'Written', 'write', 'look
 
 # %% ../../nbs/engines/55_session.ipynb #1d2c05c5
 import copy, itertools, warnings, numpy as np
+from collections import deque
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -296,7 +297,8 @@ class Prefixes:
         self.engine, self.memory, self.drafts, self.check = engine, memory, drafts, check or (lambda: None)
         self.turns = Turns()
         self.name, self.context, self.vocab = engine.name, engine.context, engine.vocab
-        self.rows, self.works = [], []   # `Cached`, the one used last at the end; `Work` of each prompt read, the caller's to clear
+        self.rows = []                 # `Cached`, the one used last at the end
+        self.works = deque(maxlen=64)  # `Work` of the last prompts read; the caller may clear it
 
     @property
     def bytes(self) -> int:

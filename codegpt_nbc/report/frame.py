@@ -22,7 +22,7 @@ from ..data.samples import PROTOCOLS, load_samples
 from ..evidence.metrics import holm, paired, share_interval
 from ..evidence.other_engines import PEERS
 from .style import chain_of, family_of, run_label
-from ..runs.grid import SCORED, WITHOUT_MODEL, is_step, read_profile
+from ..runs.grid import SCORED, WITHOUT_MODEL, read_profile
 
 # %% ../../nbs/report/81_frame.ipynb #df7ffc76
 def published(
@@ -183,8 +183,9 @@ def comparable(
 
 def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     """All finished runs of a profile, in the order of its plan. `attrs` holds the profile's name, the protocol that its runs
-    are judged by, its variants, the rows of its main table, the methods of its planned runs, which are timed, details of its sessions,
-    results on other code, runs made with uncommitted changes, and the noise of the dense model's speed."""
+    are judged by, its variants, the rows of its main table, the steps of its recipes, the methods of its planned runs, which are
+    timed, details of its sessions, results on other code, runs made with uncommitted changes, and the noise of the dense model's
+    speed."""
     results, planned = load_results(profile), planned_runs(profile)
     measured = comparable({r.config['target']: r for r in results.values() if r.method == 'measure'})
     order = [*(i for i in planned if i in results), *(i for i in results if i not in planned)]
@@ -196,8 +197,8 @@ def frame(profile: str) -> pd.DataFrame: # index: run id; columns: `COLUMNS`
     # a teacher that nobody scores is run, but has no row
     expected = {i: r.method for i, r in planned.items() if i in shown or i not in results or r.method in WITHOUT_ROW}
     dirty = {i: bool(r.provenance.dirty) for i, r in results.items() if r.method != 'report'}
-    variants, main = ({i for i, r in planned.items() if getattr(r, mark)} for mark in ('variant', 'main'))
-    df.attrs = dict(variants=variants, main=main, profile=profile, protocol=protocol, planned=expected,
+    variants, main, steps = ({i for i, r in planned.items() if getattr(r, mark)} for mark in ('variant', 'main', 'step'))
+    df.attrs = dict(variants=variants, main=main, steps=steps, profile=profile, protocol=protocol, planned=expected,
                     timed={r.params['target'] for r in planned.values() if r.method == 'measure'},
                     sessions=session_details(results), elsewhere=elsewhere_results(results), dirty=dirty, noise=anchor_speed(df))
     return df
@@ -229,7 +230,7 @@ def uncommitted(fr: pd.DataFrame) -> str: # '' if there are none
 # %% ../../nbs/report/81_frame.ipynb #9e5df517
 def without_steps(fr: pd.DataFrame) -> pd.DataFrame:
     "The runs that are not steps on the way of a recipe."
-    return fr.loc[np.array([not is_step(i) for i in fr.index], bool)]
+    return fr[~fr.index.isin(fr.attrs['steps'])]
 
 def headline(
     fr: pd.DataFrame,

@@ -243,8 +243,7 @@ def compress(
     name = chosen if isinstance(chosen, str) else chosen.about
     if isinstance(chosen, str): chosen = recipe_named(chosen)
     folder = _folder_of(model)
-    spend = budgets_of(budgets) if isinstance(budgets, str) else budgets
-    steps = apply_recipe(folder, chosen, out, spend, data, quiet=not progress, force=force)
+    steps = apply_recipe(folder, chosen, out, budgets_of(budgets), data, quiet=not progress, force=force)
     return Compressed(Path(out).absolute(), folder, name, steps, resolve_data(data, folder))
 
 

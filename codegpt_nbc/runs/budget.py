@@ -198,7 +198,7 @@ def excess(
     limits: dict,   # ms, mb, as far as they are given
 ) -> float: # a share of the limit; 0: met
     "By how much measured figures exceed the limits and the leeway, at most."
-    return max((measured[k]/limit - 1 - LEEWAY for k, limit in limits.items()), default=0.) if limits else 0.
+    return max([0., *(measured[k]/limit - 1 - LEEWAY for k, limit in limits.items())])
 
 @patch
 def fitting(self: Search,
@@ -301,7 +301,7 @@ def rate(self: Search, point: Point) -> float: # tokens a second
 def order_of(budget: Budget, dense_es: float, goal: str = 'ms'): # function of a `Candidate`, least is best
     "First those that meet the limits as measured: of them the most accurate, or, without limits, the fastest within the drop."
     def order(c):
-        over = max(0., excess({'ms': c.ms, 'mb': c.mb}, budget.limits))
+        over = excess({'ms': c.ms, 'mb': c.mb}, budget.limits)
         if budget.limits or budget.es_drop is None: return over, -c.es, 0.
         return over, max(0., dense_es - budget.es_drop - c.es), getattr(c, goal)
     return order

@@ -73,7 +73,10 @@ def _around_cursor(prompt: str, at: str) -> tuple: # (before, after or None, tex
 
 def _names_file(prompt: str) -> bool:
     "Is a prompt without a cursor a file rather than a text? Raises `ValueError` for a file with half a cursor, such as `file.py:12`."
-    name, colon, rest = prompt.partition(':')
+    if os.path.isfile(prompt): return True
+    drive, path = os.path.splitdrive(prompt)   # Windows': it ends with a colon of its own
+    name, colon, rest = path.partition(':')
+    name = drive + name
     if re.search(r'\s', rest) or not (os.path.isfile(name) or re.fullmatch(r'\S+\.py', name)): return False
     if colon: raise ValueError(f'{prompt} names no place in {name}: give {name}:LINE:COLUMN, both from 1, for instance {name}:12:8.')
     return True
@@ -125,6 +128,7 @@ def search(
     force: Force = False,
 ):
     "Find the best model within a budget: layers, heads, neurons, channels, tokens, and bits of each matrix."
+    from codegpt_nbc.core.paths import from_here
     from codegpt_nbc.runs.allocate import read_budget
     from codegpt_nbc.runs.search import OBJECTIVES, search_report
     if objective not in OBJECTIVES: raise ValueError(f'--objective is {objective!r}: choose one of {", ".join(OBJECTIVES)}.')
@@ -137,14 +141,15 @@ def search(
     notebook, folder = run_budget(model, budget, out, goal, force, trials=trials or 80, data=data)
     found = search_report(notebook)
     _show_found(found, f'{len(found["candidates"])} models that were made', notebook)
-    print(f'the model is in {os.path.relpath(folder)}')
-    print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {shlex.quote(os.path.relpath(folder))}')
+    print(f'the model is in {from_here(folder)}')
+    print(f'next: codegpt-nbc complete file.py:LINE:COLUMN --model {shlex.quote(from_here(folder))}')
 
 # %% ../../nbs/runs/73_cli.ipynb #4f4b88de
 def _show_found(found: dict, of: str, notebook):
     import pandas as pd
+    from codegpt_nbc.core.paths import from_here
     print(pd.DataFrame(found['before_after']).round(2).to_string())
-    print(f'chosen: {found["chosen"]}, of {of}; the picture is in {os.path.relpath(notebook)}')
+    print(f'chosen: {found["chosen"]}, of {of}; the picture is in {from_here(notebook)}')
 
 def _search_recipes(model: str, budget, objective: str, data: str, out):
     "Try all fixed recipes, cheaply first; the executed notebook holds the front and the choice."
@@ -178,10 +183,12 @@ def run(
     force: Force = False,
 ):
     "Execute one template notebook with papermill."
+    from codegpt_nbc.core.paths import shared
     from codegpt_nbc.runs.grid import run_notebook
     try: given = json.loads(params)
     except ValueError as e: raise ValueError(f"--params is not JSON ({e}): write, for instance, '{{\"seed\": 1}}'.") from None
     if not isinstance(given, dict): raise ValueError(f"--params is {params}: write an object, for instance, '{{\"seed\": 1}}'.")
+    if not template.is_file(): template = shared(str(template))   # nbs/experiments comes with the package
     run_notebook(template, out, given, bar=bar, force=force)
     if bar: print(f'executed notebook: {out}')
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 from pydantic import Field
 from ..core.config import Strict
+from ..core.ledger import Ledger
 from ..core.paths import CORPUS, code_of, digest, models_dir, read_json, runs_dir, write_json
 from ..core.progress import progress_bar
 from ..data.inputs import RunConfig, named_model, resolve_data
@@ -134,21 +135,19 @@ def _climb(
     rung: Rung, names: list, number: int, of: int, profile: str,
     recipes: dict, model: Path, prompt_tokens: int, data: str, seed: int, clock: SearchClock | None,
 ) -> list: # of `Candidate`
-    "Judge the named candidates on one rung. What was judged before is read from `candidates.json`."
+    "Judge the named candidates on one rung. What was judged before, perhaps by another search, is not judged again."
     from codegpt_nbc.evidence.cost_table import machine
     about = rung.model_dump_json(exclude={'slack'}), prompt_tokens, seed, resolve_data(data, model)/FORMS[text_of(model)].folder
     place = f'{profile}-{digest(model, *about, code_of(*WINGS, "evidence"), machine())}'     # candidates hold speeds of this machine
-    path, label = models_dir(place)/'candidates.json', f'rung {number + 1} of {of}'
-    known = read_json(path) if path.is_file() else {}
+    ledger, label = Ledger(models_dir(place)/'candidates.sqlite'), f'rung {number + 1} of {of}'
     keys = {name: json.dumps(recipes[name].steps) if name in recipes else name for name in names}
-    def is_known(name): return keys[name] in known and Path(known[keys[name]]['folder']).is_dir()
+    def is_known(name): return (found := ledger.get(keys[name])) is not None and Path(found['folder']).is_dir()
     for i, name in enumerate(bar := progress_bar(names, desc=label, disable=clock is not None)):
         bar.set_postfix_str(name)
         if is_known(name): continue
         if clock: _tell(clock, number, [n for n in names[i:] if not is_known(n)], names, f'{label}, {i + 1} of {len(names)}: {name}')
-        known[keys[name]] = _judged(name, recipes, model, rung, prompt_tokens, data, seed, clock, number)
-        write_json(path, known)
-    return [Candidate(**known[keys[name]] | {'recipe': name}) for name in names]
+        ledger.put(keys[name], _judged(name, recipes, model, rung, prompt_tokens, data, seed, clock, number))
+    return [Candidate(**ledger.get(keys[name]) | {'recipe': name}) for name in names]
 
 def _tell(clock: SearchClock, rung: int, ahead: list, names: list, what: str):
     clock.begin(rung, ahead, names)

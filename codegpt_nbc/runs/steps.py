@@ -12,6 +12,7 @@ import shutil, sys
 from pathlib import Path
 from pkgutil import resolve_name
 from pydantic import Field
+from ..core.config import check_argument
 from ..core.paths import CORPUS, check_out, code_of, contents_of, digest, new_folder, read_json, shared, waiting_lock, write_json
 from ..core.progress import bars_of
 from ..core.record import StepResult, Train
@@ -183,8 +184,16 @@ def recipe_bars(
     return bars_of(_bar_for(clock, quiet))
 
 # %% ../../nbs/runs/71_steps.ipynb #bf5301a0
-def budgets_of(profile: str) -> dict: # method → parameters
-    "What a profile lets each method spend. Raises `FileNotFoundError` for a profile that does not exist."
+def budgets_of(
+    profile, # Its name; or method → parameters, which are only checked
+) -> dict: # method → parameters
+    """What a profile lets each method spend. Raises `FileNotFoundError` for a profile and `ValueError` for a method that does not
+    exist."""
+    if isinstance(profile, dict):
+        for method, own in profile.items():
+            check_argument('budgets', profile, isinstance(method, str) and isinstance(own, dict), 'give the parameters of each method')
+            method_of(method)
+        return profile
     path = shared(f'configs/{profile}.yaml')
     if profile in NOT_PROFILES or not path.is_file():
         raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 from codegpt_nbc.runs.cli import main
-from codegpt_nbc.evidence.cost import shape_of_size, stand_in
+from codegpt_nbc.evidence.cost import stand_in
+from codegpt_nbc.model.layers import gpt2_shape
 
 COMMIT = '0123456789'*4
 
@@ -18,7 +19,7 @@ def made(tmp_path_factory):
     "A stand-in of the least size, its code, and variants of both that lack something."
     d = tmp_path_factory.mktemp('made')
     os.environ['CODEGPT_NBC_HOME'] = str(d)
-    try: stand_in(d/'codegpt', shape_of_size([1000, 256, 32, 2, 2]), texts=60)
+    try: stand_in(d/'codegpt', gpt2_shape(1000, 256, 32, 2, 2), texts=60)
     finally: del os.environ['CODEGPT_NBC_HOME']
     return d
 

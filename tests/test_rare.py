@@ -323,3 +323,92 @@ def test_a_path_on_another_drive_is_shown_as_it_is(monkeypatch):
     from codegpt_nbc.core import paths
     monkeypatch.setattr(paths.os.path, 'relpath', ntpath.relpath)
     assert paths.from_here(r'C:\a\b', 'D:\\') == r'C:\a\b'
+
+
+FOUR = Shape(vocab=300, context=64, d_model=16, d_head=8, heads=(2,)*4, inner=(32,)*4)
+
+
+@pytest.mark.parametrize('kept, want', [([0, 1], [0, 1, 4]), ([0, 3], [0, 1, 4]), ([1, 3], [0, 2, 4])])
+def test_a_student_layer_learns_from_the_layer_that_it_copies(kept, want):
+    from codegpt_nbc.methods.xtc import Watched, XtcLoss
+    from codegpt_nbc.model.decoder import with_layers
+    teacher = Decoder(FOUR).init_weights(0)
+    pair = Watched(with_layers(teacher, kept), Decoder(FOUR).init_weights(0), XtcLoss(), kept)
+    assert pair.match == want
+    pair(torch.randint(300, (2, 9)), torch.randint(300, (2, 9)))
+    if kept[0] == 0:   # the first layer reads and is what its teacher's is
+        q, k = torch.randn(2, 2, 2, 9, 8)
+        assert pair.attention_loss({0: (q, k)}, {0: (q, k)}, torch.ones(2, 9, dtype=torch.bool)) < 1e-9
+
+
+def test_the_layers_kept_are_the_ones_that_are_matched(home, monkeypatch):
+    from codegpt_nbc.methods import xtc
+    folder, asked = tiny(home/'m', heads=(2,)*4, inner=(64,)*4), {}
+    monkeypatch.setattr(xtc, 'Watched', lambda student, teacher, loss, copied: asked.update(copied=copied) or 1/0)
+    for layers, want in ((.5, [0, 3]), ([0, 1], [0, 1]), (None, [0, 1, 2, 3])):
+        c = xtc.XtcConfig(run_id='x', model=str(folder), teacher=str(folder), layers=layers, tokens=256, length=32, validation=4)
+        with pytest.raises(ZeroDivisionError): xtc.xtc_step(c)
+        assert asked['copied'] == want
+
+
+def test_states_of_a_teacher_are_kept_where_one_says(home):
+    from codegpt_nbc.methods.distill import DistillConfig, distill
+    c = DistillConfig(run_id='x', student='model', epochs=2, tokens=256, length=32, batch=2)
+    rows = torch.randint(300, (4, 33), generator=torch.Generator().manual_seed(0)).tolist()
+    def taught_by(seed, states=None):
+        student = Decoder(FOUR).init_weights(0)
+        distill(student, Decoder(FOUR).init_weights(seed), rows, c, states=states)
+        return student.tokens.weight
+    plain = taught_by(1)
+    assert not list(home.rglob('*.npy')) and not torch.equal(taught_by(2), plain)
+    torch.testing.assert_close(taught_by(1, home/'states.npy'), plain, atol=1e-3, rtol=0)   # they are stored in half precision
+    assert (home/'states.npy').is_file()
+
+
+def test_lines_of_raw_source_are_counted():
+    from codegpt_nbc.methods.vocabulary import count_tokens, rank_tokens, trimming_table
+    tok, texts = load_tokenizer(), ['a = 1\nb = 2\nc = 3', 'd = 4']
+    ranking = rank_tokens(tok, count_tokens(tok, texts))
+    def per_line(text): return trimming_table(tok, ranking, texts, [1000], FOUR, text)['tokens a line'].iloc[0]
+    assert per_line('raw') == pytest.approx(per_line('codexglue')/2)
+
+
+@pytest.mark.parametrize('momentum', [None, 0., .9])
+def test_ranges_do_not_depend_on_how_attention_is_split(momentum, monkeypatch):
+    from codegpt_nbc.methods import static_quantize
+    from codegpt_nbc.methods.ranges import Calibrated
+    model, g = Decoder(FOUR).init_weights(0), torch.Generator().manual_seed(0)
+    batches = [torch.randint(300, (4, 16), generator=g) for _ in range(3)]
+    found = []
+    for scores in (2**21, 1):
+        monkeypatch.setattr(static_quantize, 'SCORES', scores)
+        found.append(static_quantize.calibrate(model, batches, Calibrated(momentum=momentum)))
+    for name in found[0]: torch.testing.assert_close(found[0][name], found[1][name], msg=name)
+
+
+def test_gptq_refuses_three_values_and_takes_bfloat16():
+    from codegpt_nbc.methods.gptq import gptq
+    from codegpt_nbc.methods.space import scheme_of
+    model, ids = Decoder(FOUR).init_weights(0).bfloat16(), torch.randint(300, (4, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match='GPTQ cannot round blocks.* to three values'): gptq(model, ids, scheme_of('ternary', 'blocks.*'))
+    mine, same = (gptq(m, ids, scheme_of('4-32', 'blocks.*')) for m in (model, Decoder(FOUR).init_weights(0).bfloat16().float()))
+    for (name, a), b in zip(mine.state_dict().items(), same.state_dict().values()): assert torch.equal(a, b), name
+
+
+def test_a_model_of_another_toolkit_is_not_taken_for_floats():
+    from codegpt_nbc.methods.itrex import ToolkitDecoder
+    from codegpt_nbc.methods.vocabulary import with_tokens
+    theirs = ToolkitDecoder(FOUR)
+    for use in (lambda: in_precision(theirs, 'fp32'), lambda: with_tokens(theirs, [*range(100)])):
+        with pytest.raises(ValueError, match="another toolkit's: give the float model"): use()
+
+
+@pytest.mark.parametrize('own, said', [({'width': 100}, 'not divisible by 8 heads'), ({'heads': 0}, 'heads'), ({'width': 0}, 'width')])
+def test_a_model_whose_heads_do_not_fit_is_refused_before_its_training(own, said):
+    from codegpt_nbc.model.pretrain import PretrainConfig
+    with pytest.raises(ValueError, match=said): PretrainConfig(run_id='x', stages=[dict(layers=1, length=8, batch=1, steps=1)], **own)
+
+
+def test_no_difference_has_no_sign():
+    from codegpt_nbc.evidence.metrics import paired
+    assert str(paired([1.], [1.], most=0.)['ci']) == '[0.0, 0.0]'

@@ -90,10 +90,11 @@ class Form:
     about: str       # in words
     folder: str      # of its tables, in that of a corpus
     sample: Callable # function (file, start, end) → columns of a sample
+    line_end: str    # what ends a line
 
 FORMS = {
-    'codexglue': Form("CodeXGLUE's words", '', _spelled_sample),
-    'raw': Form('raw source', 'raw', _raw_sample),
+    'codexglue': Form("CodeXGLUE's words", '', _spelled_sample, '<EOL>'),
+    'raw': Form('raw source', 'raw', _raw_sample, '\n'),
 }
 
 @dataclass(frozen=True)

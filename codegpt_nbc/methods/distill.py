@@ -91,7 +91,7 @@ class StudentShape(Strict):
     "A shape of its own for a student of random weights. All layers are alike; vocabulary, context and family are the model's."
     layers: int = Field(ge=1)
     d_model: int = Field(ge=1)   # channels of the residual stream
-    heads: int = Field(ge=1)     # of a layer
+    heads: int = Field(ge=1)     # of keys and values, of a layer; each has as many queries as the model's
     d_head: int = Field(ge=1)    # channels of a head
     inner: int = Field(ge=1)     # neurons of a layer
 
@@ -441,14 +441,13 @@ def distill(
     c: DistillConfig,
     observe=None,       # Function of the result so far, e.g. a `LearningCurve`
     work=None,          # Folder for checkpoints: where a killed run left one, this one goes on
+    states=None,        # File of this teacher's states on these rows, made where there is none; None: it reads every batch again
 ) -> TrainResult: # tokens are those the student saw
-    "Train `student` on the distributions of `teacher`, with the teacher's states kept on disk where they are used more than once."
+    "Train `student` on the distributions of `teacher`."
     c = cut_to_context(c, student.shape, teacher.shape)
     data = Samples(rows, c.batch, c.length, c.seed)
-    if c.frozen and c.epochs > 1:
-        kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length, code_of("core", "model"))}.npy'
-        data = taught(teacher, data, kept)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
+    if states and c.frozen and not on_gpu: data = taught(teacher, data, states)   # on a GPU, `Pair` reads faster than a disk
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
     training = replace(c.training(rows), compile=on_gpu)
     return fit(pair, data, training, pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
@@ -460,7 +459,7 @@ def validation_batches(c, tok) -> Samples: # batches of four rows; c: a configur
     return Samples(encode_batch(tok, c.validation_prompts(c.validation)), 4, c.length)
 
 def validation_loss(model: Decoder, held: Samples) -> float: # nats a token
-    "Mean loss on `validation_batches`."
+    "Mean loss on `validation_batches`, each of which counts alike."
     return round(batches_loss(model, held, held.per_epoch), 3)
 
 def trained_details(r: TrainResult) -> dict:
@@ -488,7 +487,8 @@ def distill_step(
         scorer = score(student, tok, c.curve_samples, c.data_folder, c.text)
         curve = LearningCurve(scorer, c.training(rows).steps, c.curve_points, work/'learning_curve.json')
     before = {name: validation_loss(m, held) for name, m in models.items()}
-    r = distill(student, teacher, rows, c, curve, work)
+    kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length, code_of("core", "model"))}.npy'
+    r = distill(student, teacher, rows, c, curve, work, states=kept if c.epochs > 1 else None)
     after = {name: before[name] if name == 'teacher' and c.frozen else validation_loss(m, held) for name, m in models.items()}
     details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [],
                'loss_before': before, 'loss_after': after,

@@ -23,7 +23,7 @@ from ..model.train import cut_to_context, within_context
 from .eight_bits import most_costly, rounding_costs, with_eight_bits
 from .int8 import Int8Matrix
 from .quantize import QuantizedDecoder, quantize, simulate_input
-from .ranges import Affine, Quantizer
+from .ranges import Affine, Quantizer, Ternary
 from .schemes import Scheme, assign, weight_schemes
 
 # %% ../../nbs/methods/36_gptq.ipynb #0b68a857
@@ -141,7 +141,7 @@ def _show_through(m: nn.Module, name: str, scheme: Scheme, rounded: tuple):
     codes, scale, zero = rounded
     q, w = scheme.weights, m.get_submodule(name).weight
     n = w.shape[1]
-    w.data = (codes - q.spread(zero, n))*q.spread(scale, n)      # (rows, n)
+    w.data = ((codes - q.spread(zero, n))*q.spread(scale, n)).to(w.dtype)   # (rows, n)
 
 def _by_input(part: str, maps: tuple) -> list: # of lists of names
     "The linear maps of half a layer: those that read its input, then that which reads what they made."
@@ -162,8 +162,8 @@ def _residual_steps(m: Decoder): # yields (lists of names that share an input, i
 
 # %% ../../nbs/methods/36_gptq.ipynb #3193b566
 def _prepared(model: Decoder, chosen: dict) -> tuple: # (a copy to work on, module name → (codes, Δ, z) of embeddings)
-    "A float copy that rounds activations where a scheme says so, and whose embeddings are rounded to the nearest."
-    m, rounded = copy.deepcopy(model).cpu().eval(), {}
+    "A float32 copy that rounds activations where a scheme says so, and whose embeddings are rounded to the nearest."
+    m, rounded = copy.deepcopy(model).cpu().float().eval(), {}
     for name, s in chosen.items():
         module = m.get_submodule(name)
         if isinstance(module, nn.Linear) and s.activations: simulate_input(module, s.activations)
@@ -182,8 +182,11 @@ def gptq(
     batch: int = 8,           # windows at a time
     desc: str | None = None,  # Show a progress bar under this name
 ) -> QuantizedDecoder:
-    "Quantise with GPTQ; embeddings are rounded to the nearest."
+    """Quantise with GPTQ; embeddings, and a head of its own, are rounded to the nearest. Raises `ValueError` for three values: which
+    weights become 0 depends on a whole row, so its columns cannot be rounded one by one."""
     chosen = assign(model, schemes)
+    if ternary := [name for name, s in chosen.items() if isinstance(s.weights.mapping, Ternary)]:
+        raise ValueError(f'GPTQ cannot round {ternary[0]} to three values: use quantize, or a mapping of two bits.')
     m, rounded = _prepared(model, chosen)
     windows = windows[:, :within_context(windows.shape[1], model.shape)]
     xs = [m.embed(ids, torch.arange(ids.shape[1])) for ids in windows.split(batch)]     # (batch, length, d) each

@@ -661,7 +661,6 @@ def prune(
     rows: list,        # Lists of token ids, the samples to train on
     c: PruneConfig,
     more_rows: list = (), # New samples: first for `penalty_steps`, then for `recovery_steps`; empty: `rows` again
-    loss=next_token_loss, # Of the recovery, e.g. a distillation from the dense model
 ) -> tuple: # (Decoder, `PruneReport`)
     "Prune in one shot between penalised training and recovery."
     pattern, dense = pattern_of(c), count_parameters(model)[0]
@@ -681,10 +680,10 @@ def prune(
         model, more_hooks, found = pattern.cut(model, c.sparsity, partial(importance, by=c.importance), judge)
         hooks, details = hooks | more_hooks, details | found
     hooks = _holding_zeros(hooks, model)
-    runs.append(fit(model, replace(data, seed=c.seed + 1), recover, loss, **hooks, desc='recovery'))
+    runs.append(fit(model, replace(data, seed=c.seed + 1), recover, next_token_loss, **hooks, desc='recovery'))
     if c.recovery_steps:
         more = Samples(new[seen:] or new, c.batch, c.length, c.seed + 2)
-        runs.append(fit(model, more, replace(recover, steps=c.recovery_steps), loss, **hooks, desc='longer recovery'))
+        runs.append(fit(model, more, replace(recover, steps=c.recovery_steps), next_token_loss, **hooks, desc='longer recovery'))
     (params, nonzero), s = count_parameters(model), model.shape
     details = details | {'d_model': s.d_model, 'heads': list(s.heads), 'inner': list(s.inner)}
     return model, PruneReport(1 - nonzero/dense, dense, params, nonzero, runs, details)

@@ -33,7 +33,7 @@ class Mapping(Strict):
         return q.round_().clamp_(*self.limits).to(torch.int8 if self.bits <= 8 else torch.int16)
 
 SPAN = 1e-12  # least width of a range: a group of zeros needs a step too
-LEAST_HALF = 2**-14   # least step where steps are stored in half precision: its least normal number
+LEAST_HALF = 2**-14   # least step where steps are stored in half precision: its least normal number. Smaller weights get fewer codes
 
 # %% ../../nbs/methods/31_ranges.ipynb #ecdb1470
 class Symmetric(Mapping):

@@ -19,14 +19,12 @@ from .ranges import TERNARY, Affine, Binary, Granularity, MeanMagnitude, Quantiz
 from .schemes import Placement, Scheme
 
 # %% ../../nbs/methods/41_space.ipynb #c5d6b685
-def _weights(mapping, **how) -> Quantizer: return Quantizer(mapping=mapping, **how)
-
 PRECISIONS = {   # name → (quantiser of weights, of activations at run time or None)
-    '8': (_weights(Symmetric()), Quantizer(mapping=Symmetric())),
-    '4-32': (_weights(Affine(bits=4), granularity=Granularity.BLOCK, block=32), None),
-    '4-128': (_weights(Affine(bits=4), granularity=Granularity.BLOCK, block=128), None),
-    'ternary': (_weights(Ternary(), range=MeanMagnitude(above=TERNARY), half=True), Quantizer(mapping=WideSymmetric())),
-    '1': (_weights(Binary(), range=MeanMagnitude(), half=True), Quantizer(mapping=WideSymmetric())),
+    '8': (Quantizer(mapping=Symmetric()), Quantizer(mapping=Symmetric())),
+    '4-32': (Quantizer(mapping=Affine(bits=4), granularity=Granularity.BLOCK, block=32), None),
+    '4-128': (Quantizer(mapping=Affine(bits=4), granularity=Granularity.BLOCK, block=128), None),
+    'ternary': (Quantizer(mapping=Ternary(), range=MeanMagnitude(above=TERNARY), half=True), Quantizer(mapping=WideSymmetric())),
+    '1': (Quantizer(mapping=Binary(), range=MeanMagnitude(), half=True), Quantizer(mapping=WideSymmetric())),
 }
 PrecisionName = Literal[tuple(PRECISIONS)]
 ENGINES = {'onnx': ('8', '4-32', '4-128'), 'torch': tuple(PRECISIONS)}   # engine → the precisions that it stores as such

@@ -140,15 +140,18 @@ def calibrate(
     estimator: Calibrated = Calibrated(),
 ) -> dict: # place name → (channels, 2) least and greatest
     "Ranges of all activations. Raises `ValueError` if there is no batch, or values are not finite."
-    seen, batches = {}, list(batches)
+    seen, now, batches = {}, {}, list(batches)    # `now`: of the batch at hand, as `Stepwise` shows it in parts
     length = within_context(max((ids.shape[1] for ids in batches), default=1), model.shape)
     def watch(p):
         def f(x):
-            seen[p.name] = estimator.update(seen.get(p.name), x.reshape(-1, p.width))   # (values, channels)
+            now[p.name] = Calibrated().update(now.get(p.name), x.reshape(-1, p.width))   # (values, channels)
             return x
         return f
     with attached(model, {p.name: watch(p) for p in places(model.shape)}):
-        for ids in batches: model.norm(model.hidden(ids[:, :length]))
+        for ids in batches:
+            model.norm(model.hidden(ids[:, :length]))
+            seen = {name: estimator.update(seen.get(name), ends.T) for name, ends in now.items()}
+            now.clear()
     if not seen: raise ValueError('there is no batch to calibrate on: give at least one.')
     for name, r in seen.items():
         if not r.isfinite().all():

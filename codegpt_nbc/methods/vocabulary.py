@@ -17,11 +17,13 @@ from tokenizers import Tokenizer, pre_tokenizers
 from ..core.paths import new_folder, read_json, write_json
 from ..core.record import StepResult
 from ..data.inputs import RunConfig
+from ..data.samples import FORMS
 from ..data.tokenizer import check_fits, encode_batch, largest_id, load_tokenizer
 from ..model.decoder import Decoder, count_of
 from ..model.families import FAMILIES
 from ..model.folder import SPECIAL_IDS, from_disk, load_model, read_config, reader_of, save_model, special_ids, to_disk
 from ..model.layers import Shape
+from .quantize import check_ours
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #422262ef
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())   # the characters that stand for the 256 bytes
@@ -166,9 +168,11 @@ def with_tokens(
     model: Decoder, # Float or quantised; is not changed
     kept: list,     # ids that stay
 ) -> Decoder:
-    "The model of a smaller vocabulary: row i of its embedding and head is row `kept[i]` of the old ones."
+    """The model of a smaller vocabulary: row i of its embedding and head is row `kept[i]` of the old ones. Raises `ValueError` for one
+    that another toolkit quantised."""
     vocab, shape = model.shape.vocab, replace(model.shape, vocab=len(kept))
     quantized = hasattr(model, 'to_quantized_disk')
+    if quantized: check_ours(model)
     tensors, extra = model.to_quantized_disk() if quantized else (to_disk(model), {})
     names = [theirs for ours, theirs in FAMILIES[shape.family].names if ours.startswith('tokens.')]
     tables = tuple(name.removesuffix('weight') for name in names)      # their steps and zero points begin alike
@@ -247,10 +251,11 @@ def trimming_table(
     texts: list,   # Held-out code
     sizes: list,   # Vocabularies to compare
     shape: Shape,  # Of the model
+    text: str = 'codexglue', # Of `FORMS`: in which the texts are
 ): # DataFrame: a row a size
     "Coverage, length of the text and size of the model for some vocabularies."
     import pandas as pd
-    characters, lines = sum(map(len, texts)), sum(t.count('<EOL>') + 1 for t in texts)
+    characters, lines = sum(map(len, texts)), sum(t.count(FORMS[text].line_end) + 1 for t in texts)
     def length(t): return sum(map(len, encode_batch(t, texts)))     # tokens
     rows, whole = {}, length(tok)
     for size in sizes:
@@ -293,7 +298,7 @@ def trim_vocabulary_step(
     ranking = rank_tokens(tok, count_tokens(tok, c.training_texts(c.files or None)))
     kept = choose_tokens(ranking, **c.limits)
     held_out = c.validation_prompts(100)
-    table = trimming_table(tok, ranking, held_out, [len(kept)], dense.shape)
+    table = trimming_table(tok, ranking, held_out, [len(kept)], dense.shape, c.text)
     limit = {k: v for k, v in c.limits.items() if v is not None}
     step = {'method': 'trim_vocabulary', **limit, 'files': c.files, 'vocabulary': len(kept)}
     folder = save_trimmed(*trim(dense, tok, kept), out or c.out_folder, c.model_folder, step)

@@ -20,7 +20,7 @@ from ..data.samples import load_samples, load_texts
 from ..data.tokenizer import load_tokenizer, pack
 from .decoder import Decoder, with_layers
 from .folder import load_model, save_model
-from .layers import Shape
+from .layers import Shape, gpt2_shape
 from .train import (SCHEDULES, TrainConfig, Windows, autocast, check_long_enough, corpus_folder, fit, full_rows_loss,
                                      next_token_loss, train_of)
 
@@ -50,9 +50,9 @@ class PretrainConfig(RunConfig):
     "Parameters of `experiments/pretrain`."
     corpus: str = ''                 # a run of `freeze_corpus`, or a folder with its files; empty: the shipped shard
     stages: list[dict]               # of `Stage` fields
-    width: int = 256                 # channels of the residual stream
-    heads: int = 8
-    context: int = 512               # positions
+    width: int = Field(256, ge=1)    # channels of the residual stream
+    heads: int = Field(8, ge=1)
+    context: int = Field(512, ge=1)  # positions
     compile: bool = False            # torch.compile
 
     def model_post_init(self, _):
@@ -60,6 +60,7 @@ class PretrainConfig(RunConfig):
         stages = [Stage(**s) for s in self.stages]
         for before, stage in zip(stages, stages[1:]): _times(before.layers, stage.layers)
         longest = max((stage.length for stage in stages), default=0)
+        self.shape(1, 1)   # a width that the heads divide
         if longest > self.context:
             raise ValueError(f'a stage has rows of {longest} tokens, but the model {self.context} positions: shorten them.')
 
@@ -70,7 +71,7 @@ class PretrainConfig(RunConfig):
 
     def shape(self, vocab: int, layers: int) -> Shape:
         "The model's shape with so many layers."
-        return Shape(vocab, self.context, self.width, self.width//self.heads, (self.heads,)*layers, (4*self.width,)*layers)
+        return gpt2_shape(vocab, self.context, self.width, layers, self.heads)
 
 # %% ../../nbs/model/26_pretrain.ipynb #b357dec9
 def grown(model: Decoder, layers: int) -> Decoder:

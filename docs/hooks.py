@@ -39,9 +39,10 @@ def heading(path: str) -> list: # title, subtitle; without links, which would st
 
 def table(head: tuple, rows: list) -> str:
     lines = [head, ['---']*len(head), *rows]
-    shown = [[cell.replace('|', r'\|').replace('<', '&lt;') if '`' not in cell else cell.replace('|', r'\|') for cell in line]
-             for line in lines]
-    return '\n' + '\n'.join('| ' + ' | '.join(line) + ' |' for line in shown) + '\n'
+    def shown(cell):
+        escaped = cell.replace('|', r'\|')
+        return escaped if '`' in cell else escaped.replace('<', '&lt;')
+    return '\n' + '\n'.join('| ' + ' | '.join(map(shown, line)) + ' |' for line in lines) + '\n'
 
 
 def from_notebook(path: str) -> tuple: # Markdown, name → picture

@@ -412,3 +412,37 @@ def test_a_model_whose_heads_do_not_fit_is_refused_before_its_training(own, said
 def test_no_difference_has_no_sign():
     from codegpt_nbc.evidence.metrics import paired
     assert str(paired([1.], [1.], most=0.)['ci']) == '[0.0, 0.0]'
+
+
+@pytest.mark.parametrize('package, said', [
+    ('typing_extensions', 'is a single module'), ('no_such_package', 'there is no package'), ('a.b', 'there is no package')])
+def test_code_of_a_module_is_not_called_missing(package, said):
+    from codegpt_nbc.data.repository import installed_folder
+    with pytest.raises(ValueError, match=said): installed_folder(package)
+
+
+def test_headers_are_read_without_a_word(recwarn):
+    from codegpt_nbc.data.corpus import header_license
+    assert header_license('"""Under the GPL, version 3."""\nx = "\\d"\n') == 'GPL-3.0' and not recwarn.list
+
+
+def test_manifests_have_slashes(tmp_path):
+    from codegpt_nbc.data.corpus import folder_sources, stdlib_sources
+    (tmp_path/'a'/'b').mkdir(parents=True)
+    (tmp_path/'a'/'b'/'c.py').touch()
+    assert [f.path for f in folder_sources(tmp_path)] == ['a/b/c.py'] and not any('\\' in f.path for f in stdlib_sources())
+
+
+def test_the_token_that_fills_rows_is_carried_on(tmp_path):
+    from codegpt_nbc.model.folder import special_ids
+    save_tokenizer(load_tokenizer(), tmp_path)
+    write_json(tmp_path/'tokenizer_config.json', {'bos_token': '<s>', 'pad_token': '<pad>'})
+    tok = load_tokenizer()
+    assert special_ids(tmp_path) == {'bos_token_id': tok.token_to_id('<s>'), 'pad_token_id': tok.token_to_id('<pad>')}
+
+
+@pytest.mark.parametrize('model, name', [
+    ('owner/name@main', 'owner/name'), ('models/big.Q4_K.gguf', 'big.Q4_K'), ('codegpt-nano', ''), ('.', '')])
+def test_clients_ask_for_a_model_by_its_name(model, name):
+    from codegpt_nbc.runs.serve import asked_as
+    assert asked_as(model) == name

@@ -523,3 +523,20 @@ def test_a_missing_gap_is_said_before_weights_are_read(tmp_path):
     (tmp_path/'a.py').write_text('def f(a):\n    return a +\n\nx = 1\n')
     done = shell(f'{tmp_path}/a.py:2:15', '--model', str(folder), '--infill')
     assert done.exit_code == 1 and 'no tokens that mark a gap' in str(done.exception)
+
+
+@pytest.mark.parametrize('literal, again', [
+    ('"a b"', True), ('"a  b"', False), ('"a\tb"', False), ('"""a\n   b"""', False), ('"a\\tb"', True)])
+def test_a_literal_is_written_again_as_it_is_or_not_at_all(literal, again):
+    cursor = to_words(f'log.info({literal})\nlog.info(', Literals(frozenset(), frozenset()))
+    word = '"""<STR_LIT>"""' if literal.startswith('"""') else '"<STR_LIT>"'
+    assert (answer_source(cursor, f'{word} )').rstrip(')') == literal) == again
+
+
+def test_a_gap_gets_no_blank_of_a_tokenizer_that_begins_texts_with_one():
+    plain, blank = (byte_level(('<fim_prefix>', '<fim_suffix>', '<fim_middle>')) for _ in range(2))
+    blank.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for tok, same in ((plain, True), (blank, False)):
+        raw = RawText(tok)
+        assert (raw._inside is tok) == same
+        assert b''.join(raw.bytes[i] for i in encode_batch(raw._inside, ['):'])[0]) == b'):'

@@ -73,7 +73,9 @@ _CHOICE = re.compile(r'\b(choose|choice|dual|alternatively)|SPDX-License-Identif
 def _header(source: str) -> str:
     "Comments and docstring among the first lines of a file, as running text."
     comments = [line.strip() for line in source.split('\n')[:_HEADER] if line.lstrip().startswith('#')]
-    docstring = (ast.get_docstring(ast.parse(source)) or '').split('\n')[:_HEADER]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # about the code that is read
+        docstring = (ast.get_docstring(ast.parse(source)) or '').split('\n')[:_HEADER]
     return _NOT_ITS_OWN.sub('', ' '.join(' '.join(comments + docstring).replace('#', ' ').split()))
 
 def header_license(source: str) -> str: # SPDX-like name, or ''
@@ -98,7 +100,7 @@ def folder_sources(
     out = []
     for path in sorted(p.relative_to(folder) for p in folder.rglob('*.py') if p.is_file()):
         project, vendored = _project_of(str(path), path.parts[0].removesuffix('.py').lower())
-        out.append(SourceFile(project, '', license, str(path), str(folder/path), vendored))
+        out.append(SourceFile(project, '', license, path.as_posix(), str(folder/path), vendored))
     return out
 
 # %% ../../nbs/data/11_corpus.ipynb #75b84a86
@@ -107,7 +109,7 @@ def stdlib_sources() -> list: # of `SourceFile`
     root, version = Path(sysconfig.get_path('stdlib')), sys.version.split()[0]
     skip = {'site-packages', 'dist-packages', 'lib2to3', 'idlelib', '__pycache__'}
     paths = sorted(p.relative_to(root) for p in root.rglob('*.py'))
-    return [SourceFile(f"stdlib/{p.parts[0].removesuffix('.py')}", version, 'PSF-2.0', str(p), str(root/p))
+    return [SourceFile(f"stdlib/{p.parts[0].removesuffix('.py')}", version, 'PSF-2.0', p.as_posix(), str(root/p))
             for p in paths if p.parts[0] not in skip]
 
 def installed_sources(
@@ -170,7 +172,7 @@ def read_all(
             else:
                 license = header_license(source) or f.license
                 rows.append(_row(f) | {'license': license, 'text': text} | ({'source': source} if raw else {}))
-    if workers < 2: collect(map(read_both, sources))
+    if workers < 2 or sys.platform != 'linux': collect(map(read_both, sources))   # elsewhere a worker imports the caller's script again
     else:
         with ProcessPoolExecutor(workers) as pool: collect(pool.map(read_both, sources, chunksize=64))
     if not rows: raise NoneUsable(len(sources), skipped)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LICENCES', 'SPLITS', 'LONGEST', 'FIRST_VALID', 'split_like', 'drop_frozen', 'build_corpus', 'shippable',
            'train_shard', 'Terms', 'terms_of', 'licences_text', 'freeze', 'raw_manifest', 'raw_files', 'raw_tables',
-           'write_raw', 'freeze_raw', 'valid_files', 'lengthen_valid', 'capped', 'FreezeConfig']
+           'write_raw', 'valid_files', 'lengthen_valid', 'capped', 'FreezeConfig']
 
 # %% ../../nbs/data/13_freeze.ipynb #b23ff396
 import re, shutil, sys, pandas as pd
@@ -262,35 +262,6 @@ def write_raw(
     _write_tables(tables, Path(folder))
     write_json(Path(folder)/'summary.json', {'rows': {name: len(t) for name, t in tables.items()}, 'characters_at_most': LONGEST})
     write_checksums(folder)
-
-# %% ../../nbs/data/13_freeze.ipynb #346e866f
-def freeze_raw(
-    corpus,        # A frozen corpus
-    sources: list, # of `SourceFile`: every file of its manifest
-    folder,        # To write: the folder `raw` of the corpus
-    n_test: int = 2000,
-    n_valid: int = 1000,
-):
-    "Write the raw part of a frozen corpus. Raises `ValueError` for a file that is missing or differs."
-    corpus = Path(corpus)
-    tables = {p.stem: pd.read_parquet(p) for p in sorted(corpus.glob('*.parquet'))}
-    manifest = pd.read_csv(corpus/'manifest.csv', dtype=str, keep_default_na=False)
-    files = raw_files(raw_manifest(manifest, tables['valid_codexglue']), sources)
-    tables['valid_codexglue'] = tables['valid_codexglue'].head(FIRST_VALID)
-    _check_spelled(files, tables, Literals.of_corpus(corpus))
-    shard = tables['train'][['project', 'path']].assign(place=range(len(tables['train'])))
-    in_order = files.merge(shard, 'left').sort_values(['place', 'project', 'path'])
-    with new_folder(folder, 'corpus', [corpus]) as tmp: write_raw(raw_tables(in_order, n_test, n_valid), tmp)
-
-def _check_spelled(files: pd.DataFrame, tables: dict, literals: Literals):
-    "Raise `ValueError` for a file that does not spell out to what the tables hold of it, but for blanks: once they split some names."
-    def bare(text): return text.replace(' ', '')
-    spelled = {(r.project, r.path): bare(abstract(r.spelled, literals)) for r in files.itertuples()}
-    for name, table in tables.items():
-        held = table.text if 'text' in table else table.input
-        for r, text in zip(table.itertuples(), held):
-            if not spelled[r.project, r.path].startswith(bare(text)):
-                raise ValueError(f'{r.path} of {r.project} is not the file that {name} was made of: install the version of the manifest.')
 
 # %% ../../nbs/data/13_freeze.ipynb #aefcbda1
 def valid_files(

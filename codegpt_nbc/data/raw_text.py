@@ -141,7 +141,7 @@ class RawText:
 
     @cached_property
     def _inside(self) -> Tokenizer:
-        return self.tok if 'ByteLevel' in _decoder_kinds(self.tok) else _without_prefix_space(self.tok)
+        return _without_prefix_space(self.tok) if _begins_with_blank(self.tok) else self.tok
 
     @cached_property
     def _controls(self) -> re.Pattern: # of the texts of control tokens
@@ -219,8 +219,14 @@ def roll_back(self: RawText,
     return ids[:kept], owed
 
 # %% ../../nbs/data/18_raw_text.ipynb #bc23c7c3
+def _begins_with_blank(tok: Tokenizer) -> bool:
+    "Does a tokenizer put a blank before a text, as SentencePiece's and some of bytes do?"
+    parts = [json.loads(part.__getstate__()) for part in (tok.normalizer, tok.pre_tokenizer) if part]
+    steps = [step for part in parts for step in part.get('normalizers', part.get('pretokenizers', [part]))]
+    return any(step.get('prepend') or step.get('prepend_scheme', 'never') != 'never' or step.get('add_prefix_space') for step in steps)
+
 def _without_prefix_space(tok: Tokenizer) -> Tokenizer:
-    "The tokenizer for text that goes on. SentencePiece's puts a blank before a text that begins."
+    "The tokenizer for text that goes on."
     state = json.loads(tok.to_str())
     normalizer, pre = state['normalizer'] or {}, state['pre_tokenizer'] or {}
     for step in normalizer.get('normalizers', [normalizer]) + pre.get('pretokenizers', [pre]):

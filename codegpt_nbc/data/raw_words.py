@@ -10,7 +10,7 @@ import keyword, re, tokenize
 from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
-from .text_format import Literals, abstract, source_lines, spell_out
+from .text_format import Literals, abstract, source_lines, spell_out, string_word
 
 # %% ../../nbs/data/19_raw_words.ipynb #b9c4f6eb
 _STRING = re.compile(r"""([a-z]*)('{3}|"{3}|['"]|)<STR_LIT(?::(.*))?>('{3}|"{3}|['"]|)""", re.DOTALL)
@@ -184,12 +184,21 @@ def _next_indent(before: str) -> str: # `before`: up to the cursor's line
     return '' if not ''.join(source_lines(before)[-2:]).strip() else indent
 
 # %% ../../nbs/data/19_raw_words.ipynb #90f00bec
-def _literals_seen(spelled: list, words: list) -> dict: # (kind, word, word) → word
+def _altered(source: str) -> set: # of words
+    "Strings that their words do not give back: with a line end, a tab or several blanks in a row."
+    ends = ((start, end) for kind, start, end, _ in _openings(source) if kind == 'string' and end)
+    return {string_word(literal) for start, end in ends if re.search(r'\s\s|[^\S ]', literal := source[start:end])}
+
+def _literals_seen(
+    spelled: list, words: list,
+    altered: set, # words that are not taken
+) -> dict: # (kind, word, word) → word
     "Where each literal without content had its content."
     out = {}
     for i, (full, short) in enumerate(zip(spelled, words)):
         kind = _CLEAR.search(short)
-        if kind and i >= 2 and any(w.isidentifier() for w in words[i-2:i]): out[kind[1], words[i-2], words[i-1]] = full
+        if kind and i >= 2 and full not in altered and any(w.isidentifier() for w in words[i-2:i]):
+            out[kind[1], words[i-2], words[i-1]] = full
     return out
 
 # %% ../../nbs/data/19_raw_words.ipynb #bc164df8
@@ -209,7 +218,7 @@ def to_words(
     if spelled and not _goes_on(before): spelled.append('<EOL>')
     spelled += _spelled(last.lstrip())
     words = abstract(' '.join(spelled), literals).split()[1:-1]
-    seen, words = _literals_seen(spelled, words), ['<s>', *words]
+    seen, words = _literals_seen(spelled, words, _altered(source[:start])), ['<s>', *words]
     if kind: # a string
         opening = _OPENING.match(source, start)
         return Cursor(words, source[start:], ((opening['prefix'] or '').lower() + opening['quote'], source[opening.end():]), seen=seen)

@@ -65,8 +65,9 @@ def installed_folder(
     "The folder of a package of this environment. Raises `ValueError` where there is none."
     from importlib.util import find_spec
     spec = find_spec(package) if package.isidentifier() else None
-    if spec and spec.submodule_search_locations: return Path(spec.submodule_search_locations[0])
-    raise ValueError(f'there is no package {package!r} in this environment: install it, or give a folder.')
+    if not spec: raise ValueError(f'there is no package {package!r} in this environment: install it, or give a folder.')
+    if not spec.submodule_search_locations: raise ValueError(f'{package} is a single module: give a package, or a folder.')
+    return Path(spec.submodule_search_locations[0])
 
 # %% ../../nbs/data/14_repository.ipynb #35742ffa
 def side_of(

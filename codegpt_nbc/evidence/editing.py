@@ -282,8 +282,6 @@ class LlamaEngine:
     def __init__(self,
         path,              # The GGUF file
         context: int = 0,  # Positions; 0: as many as the model has
-        threads: int = 1,
-        exact: bool = True, # Keys and values in single precision, as here; otherwise its default, half
     ):
         from llama_cpp import GGML_TYPE_F32, Llama, llama_cpp
         defaults = llama_cpp.llama_model_default_params
@@ -291,10 +289,10 @@ class LlamaEngine:
             params = defaults()
             params.use_extra_bufts = False
             return params
-        kinds = dict(type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32) if exact else {}
+        how = dict(n_threads=1, n_threads_batch=1, verbose=False, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)   # single precision, as here
         try:
             llama_cpp.llama_model_default_params = plain_buffers
-            self.llama = Llama(str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, **kinds)
+            self.llama = Llama(str(path), n_ctx=context, **how)
         finally: llama_cpp.llama_model_default_params = defaults
         self.context, self.vocab = self.llama.n_ctx(), self.llama.n_vocab()
 
@@ -406,7 +404,6 @@ class LlamaServer:
         tok,              # Its tokenizer, as prompts and answers are texts
         context: int,     # Positions
         threads: int = 1,
-        seconds: float = 120, # Until it answers
     ):
         with socket() as s:
             s.bind(('127.0.0.1', 0))
@@ -414,7 +411,7 @@ class LlamaServer:
         env = os.environ | {'PYTHONPATH': str(PACKAGE.parent)}
         self.tok, command = tok, llama_command(path, context, threads, self.port)
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 120
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.__exit__()

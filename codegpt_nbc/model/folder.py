@@ -453,7 +453,7 @@ def special_ids(folder) -> dict: # for config.json
         config = read_config(folder)
         return {k: config[k] for k in SPECIAL_IDS if config.get(k) is not None}
     named = read_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').is_file() else {}
-    words = {k: named.get(k.removesuffix('_id')) for k in SPECIAL_IDS[:2]}
+    words = {k: named.get(k.removesuffix('_id')) for k in SPECIAL_IDS}
     words = {k: word.get('content') if isinstance(word, dict) else word for k, word in words.items()}   # older files hold objects
     words = {k: word for k, word in words.items() if isinstance(word, str)}
     if not words: return {}

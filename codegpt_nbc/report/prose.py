@@ -139,11 +139,6 @@ class RunNumbers(PageContext):
         return f'{r.es_low:.1f} to {r.es_high:.1f}'
 
     @pass_context
-    def ms(self, context, id: str, profile: str = '') -> str:
-        "Milliseconds of one completion."
-        return number(self._profile(profile).view(context.name, id, f'ms({id!r})').ms, 3)
-
-    @pass_context
     def ratio(self, context, id: str, profile: str = '') -> str:
         "Samples/s, times the dense model's of the same rounds: '2.35'."
         return times_text(self._profile(profile).view(context.name, id, f'ratio({id!r})').ratio)

@@ -7,10 +7,11 @@ __all__ = ['Stop', 'KINDS', 'EARLY', 'AS_TEXT', 'router', 'DRAINED', 'Asked', 'S
            'LlamaRequest', 'InfillRequest', 'Refused', 'refused', 'cut', 'Ask', 'ended_early', 'Job', 'Figures',
            'Worker', 'OpenaiForm', 'LlamaForm', 'split_gap', 'Settings', 'Server', 'completions', 'models', 'one_model',
            'llama_completion', 'infill', 'health', 'props', 'metrics', 'Door', 'create_app', 'check_address',
-           'bound_socket', 'address_of', 'Http', 'serve', 'served']
+           'bound_socket', 'address_of', 'Http', 'asked_as', 'serve', 'served']
 
 # %% ../../nbs/runs/76_serve.ipynb #9964b4c4
-import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, re, socket, sys, threading, time, traceback, warnings, weakref
+import asyncio, collections, contextlib, copy, hmac, ipaddress, json, math, os, re
+import socket, sys, threading, time, traceback, warnings, weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -695,6 +696,12 @@ class Http(uvicorn.Server):
         await super().shutdown(sockets)
 
 # %% ../../nbs/runs/76_serve.ipynb #59941902
+def asked_as(model) -> str: # '': by the name of its folder
+    "The name by which clients ask for a model of the hub or a GGUF file, whose folders have numbers for names."
+    if not isinstance(model, (str, os.PathLike)) or os.path.isdir(model): return ''
+    name = os.fspath(model)
+    return Path(name).stem if name.endswith('.gguf') else name.partition('@')[0] if '@' in name else ''
+
 def serve(
     model='codegpt-nano',   # As for `load`
     host: str = '127.0.0.1',
@@ -707,6 +714,7 @@ def serve(
 ):
     "Serve until interrupted. Raises `ValueError` and `OSError` before the model is opened."
     settings = Settings(**settings)
+    settings.alias = settings.alias or asked_as(model)
     check_address(host, settings.token)
     with bound_socket(host, port) as listening:
         app = create_app(Worker(load(model, choice), memory, bound, drafts), settings)

@@ -66,7 +66,7 @@ def installed_folder(
     from importlib.util import find_spec
     spec = find_spec(package) if package.isidentifier() else None
     if not spec: raise ValueError(f'there is no package {package!r} in this environment: install it, or give a folder.')
-    if not spec.submodule_search_locations: raise ValueError(f'{package} is a single module: give a package, or a folder.')
+    if not spec.submodule_search_locations: raise ValueError(f'{package} is a single module: give a folder, or a package.')
     return Path(spec.submodule_search_locations[0])
 
 # %% ../../nbs/data/14_repository.ipynb #35742ffa

@@ -170,3 +170,11 @@ def test_the_map_of_the_notebooks_is_of_today():
     for path in (p for p in notebooks(ROOT) if p.parent != ROOT/'nbs'):
         head = ''.join(cells(path)[0]['source']).partition('\n> ')[2].partition('\n')[0]
         assert head and head.rstrip('.') in told, f'{path.name}: execute nbs/index.ipynb'
+
+
+@pytest.mark.parametrize('profile', PROFILES)
+def test_no_speed_is_older_than_the_model(profile):
+    results = load_results(profile)
+    for r in results.values():
+        model = results.get(r.config.get('target')) if r.method == 'measure' else None
+        if model: assert r.provenance.started >= model.provenance.started, f'{r.run_id}: measure it again'

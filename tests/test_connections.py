@@ -141,9 +141,10 @@ def test_another_teacher_is_asked_anew(home, monkeypatch):
     def taught(teacher, data, path): names.append(path.name); raise InterruptedError
     monkeypatch.setattr(distilling, 'taught', taught)
     teachers = [tiny(home/f't{seed}', seed) for seed in (1, 2)]
-    configs = [DistillConfig(run_id='x', model=str(model), teacher=str(teacher), epochs=2, length=32) for teacher in teachers]
+    how = dict(run_id='x', model=str(model), epochs=2, tokens=256, length=32, layers=[0], validation=4)
+    configs = [DistillConfig(teacher=str(teacher), **how) for teacher in teachers]
     for c in configs:
-        with pytest.raises(InterruptedError): distill(load_model(model), load_model(c.teacher_folder), [[1]*33]*4, c)
+        with pytest.raises(InterruptedError): distilling.distill_step(c)
     assert len(set(names)) == 2
     monkeypatch.setattr(DistillConfig, 'model_dump_json', lambda self: '')   # a teacher of the same name, made again
     assert configs[0].work != configs[1].work

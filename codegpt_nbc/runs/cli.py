@@ -188,7 +188,7 @@ def run(
     try: given = json.loads(params)
     except ValueError as e: raise ValueError(f"--params is not JSON ({e}): write, for instance, '{{\"seed\": 1}}'.") from None
     if not isinstance(given, dict): raise ValueError(f"--params is {params}: write an object, for instance, '{{\"seed\": 1}}'.")
-    if not template.is_file(): template = shared(str(template))   # nbs/experiments comes with the package
+    if not template.is_file() and (packed := shared(str(template))).is_file(): template = packed   # nbs/experiments comes with the package
     run_notebook(template, out, given, bar=bar, force=force)
     if bar: print(f'executed notebook: {out}')
 

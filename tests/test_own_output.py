@@ -38,7 +38,8 @@ def test_a_result_is_replaced_by_force_alone(home):
     runs_dir('try').mkdir(parents=True)
     (runs_dir('try')/'mine.json').write_text('{}')
     for out, params in (('other.ipynb', {'run_id': 'mine'}), ('mine.ipynb', {})):
-        with pytest.raises(FileExistsError, match="the run 'mine' of the profile 'try' has a result: give another run_id; force=True replaces it"):
+        said = "the run 'mine' of the profile 'try' has a result: give another run_id; force=True replaces it"
+        with pytest.raises(FileExistsError, match=said):
             run_notebook(template_of('prune'), out, params, bar=False)
 
 

@@ -191,7 +191,8 @@ def test_linear_scaling_of_positions_is_read(tmp_path, state):
 @pytest.mark.parametrize('state, more, said', [
     ({'llama.rope.scaling.type': 'yarn', 'llama.rope.scaling.factor': 4.}, {}, 'scaled as yarn'),
     ({}, {'rope_freqs.weight': np.ones(8, np.float32)}, r'scaled by a table \(Llama 3.1\)'),
-    ({'tokenizer.ggml.pre': 'deepseek-coder'}, {}, "text is split as 'deepseek-coder' before BPE"),
+    ({'tokenizer.ggml.pre': 'deepseek-coder'}, {}, "^text of this file is split as 'deepseek-coder' before BPE"),
+    ({'llama.rope.scaling.type': 'linear'}, {}, 'states no llama.rope.scaling.factor'),
 ])
 def test_what_is_not_known_of_a_file_is_refused(tmp_path, state, more, said):
     path = export_gguf(random_folder(tmp_path/'m', 'llama'), tmp_path/'m.gguf')

@@ -426,13 +426,6 @@ def test_headers_are_read_without_a_word(recwarn):
     assert header_license('"""Under the GPL, version 3."""\nx = "\\d"\n') == 'GPL-3.0' and not recwarn.list
 
 
-def test_manifests_have_slashes(tmp_path):
-    from codegpt_nbc.data.corpus import folder_sources, stdlib_sources
-    (tmp_path/'a'/'b').mkdir(parents=True)
-    (tmp_path/'a'/'b'/'c.py').touch()
-    assert [f.path for f in folder_sources(tmp_path)] == ['a/b/c.py'] and not any('\\' in f.path for f in stdlib_sources())
-
-
 def test_the_token_that_fills_rows_is_carried_on(tmp_path):
     from codegpt_nbc.model.folder import special_ids
     save_tokenizer(load_tokenizer(), tmp_path)
@@ -446,3 +439,20 @@ def test_the_token_that_fills_rows_is_carried_on(tmp_path):
 def test_clients_ask_for_a_model_by_its_name(model, name):
     from codegpt_nbc.runs.serve import asked_as
     assert asked_as(model) == name
+
+
+def test_a_candidate_whose_folder_is_gone_is_judged_again(home, monkeypatch):
+    from codegpt_nbc.runs import search
+    model, judged = tiny(home/'m'), []
+    def judge(name, *_):
+        folder = home/f'made-{len(judged)}'
+        folder.mkdir()
+        judged.append(name)
+        return dict(recipe=name, es=1., mb=1., ratio=1., folder=str(folder))
+    monkeypatch.setattr(search, '_judged', judge)
+    rung = search.Rung(samples=1, rounds=1, slack=0., budgets={})
+    def climb(): return search._climb(rung, ['dense'], 0, 1, 'search', {}, model, 16, '', 0, None)[0].folder
+    first = climb()
+    assert climb() == first and len(judged) == 1
+    Path(first).rmdir()
+    assert Path(climb()).is_dir() and len(judged) == 2

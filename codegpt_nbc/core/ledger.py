@@ -42,6 +42,10 @@ class Ledger:
         self._run('INSERT OR IGNORE INTO figures VALUES (?, ?)', key, json.dumps(value))
         return self.get(key)
 
+    def replace(self, key: str, value):
+        "Write a figure in place of one that no longer holds."
+        self._run('INSERT OR REPLACE INTO figures VALUES (?, ?)', key, json.dumps(value))
+
     def known(self,
         key: str,
         measure,  # function: () → the figure, which JSON can hold

@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib import metadata
+from multiprocessing import get_start_method
 from pathlib import Path
 from ..core.progress import progress_bar
 from .text_format import decoded, spell_out
@@ -172,7 +173,7 @@ def read_all(
             else:
                 license = header_license(source) or f.license
                 rows.append(_row(f) | {'license': license, 'text': text} | ({'source': source} if raw else {}))
-    if workers < 2 or sys.platform != 'linux': collect(map(read_both, sources))   # elsewhere a worker imports the caller's script again
+    if workers < 2 or get_start_method() != 'fork': collect(map(read_both, sources))   # others import the caller's script again
     else:
         with ProcessPoolExecutor(workers) as pool: collect(pool.map(read_both, sources, chunksize=64))
     if not rows: raise NoneUsable(len(sources), skipped)

@@ -74,8 +74,6 @@ class StandInConfig(RunConfig):
         from codegpt_nbc.model.layers import gpt2_shape
         return gpt2_shape(self.vocab, self.context, self.width, self.layers, self.heads)
 
-
-
 # %% ../../nbs/evidence/64_cost.ipynb #5d3605bb
 def _ids(shape, rows: int, length: int) -> np.ndarray: # (rows, length)
     return np.random.default_rng(0).integers(0, shape.vocab, (rows, length))

@@ -447,7 +447,7 @@ def distill(
     c = cut_to_context(c, student.shape, teacher.shape)
     data = Samples(rows, c.batch, c.length, c.seed)
     on_gpu = bool(c.corpus) and torch.cuda.is_available()
-    if states and c.frozen and not on_gpu: data = taught(teacher, data, states)   # on a GPU, `Pair` reads faster than a disk
+    if states and not on_gpu: data = taught(teacher, data, states)   # on a GPU, `Pair` reads faster than a disk
     pair = Pair(student, teacher, c.loss(student.shape, teacher.shape), c.frozen, full=on_gpu)
     training = replace(c.training(rows), compile=on_gpu)
     return fit(pair, data, training, pair_loss, before_step=clip_each(c.clip), after_step=keep_zeros(student), observe=observe,
@@ -461,6 +461,10 @@ def validation_batches(c, tok) -> Samples: # batches of four rows; c: a configur
 def validation_loss(model: Decoder, held: Samples) -> float: # nats a token
     "Mean loss on `validation_batches`, each of which counts alike."
     return round(batches_loss(model, held, held.per_epoch), 3)
+
+def _states_of(c: DistillConfig, rows: list) -> Path:
+    "The file that keeps the states of a run's teacher on its rows."
+    return models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length, code_of("core", "model"))}.npy'
 
 def trained_details(r: TrainResult) -> dict:
     "The speed and the length of a training, for a step's details."
@@ -487,8 +491,7 @@ def distill_step(
         scorer = score(student, tok, c.curve_samples, c.data_folder, c.text)
         curve = LearningCurve(scorer, c.training(rows).steps, c.curve_points, work/'learning_curve.json')
     before = {name: validation_loss(m, held) for name, m in models.items()}
-    kept = models_dir(c.profile)/'teacher-states'/f'{digest(c.teacher_folder, rows, c.length, code_of("core", "model"))}.npy'
-    r = distill(student, teacher, rows, c, curve, work, states=kept if c.epochs > 1 else None)
+    r = distill(student, teacher, rows, c, curve, work, states=_states_of(c, rows) if c.frozen and c.epochs > 1 else None)
     after = {name: before[name] if name == 'teacher' and c.frozen else validation_loss(m, held) for name, m in models.items()}
     details = {'teacher': c.teacher_name, 'layers_kept': layers, 'learning_curve': curve.rows if curve else [],
                'loss_before': before, 'loss_after': after,

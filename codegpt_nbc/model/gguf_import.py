@@ -39,10 +39,9 @@ def _with_transformers(path) -> tuple: # (their model, their tokenizer)
     scaled = any(t.name.startswith('rope_freqs') for t in file.tensors)
     config = _with_its_scaling(_with_its_sizes(config, stated), stated, scaled)
     check_memory(4*count_of(shape_of_config(config.to_dict())[0]), f'reading {path}')
-    with _told_of(path):
-        tok = AutoTokenizer.from_pretrained(**where)
-        _split_as_stated(tok.backend_tokenizer, stated.get('tokenizer.ggml.pre'))
-        return AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32), tok
+    with _told_of(path): tok = AutoTokenizer.from_pretrained(**where)
+    _split_as_stated(tok.backend_tokenizer, stated.get('tokenizer.ggml.pre'))
+    with _told_of(path): return AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=torch.float32), tok
 
 # in a configuration of transformers → in the file
 SIZES = {'n_positions': 'context_length', 'n_inner': 'feed_forward_length', 'head_dim': 'attention.key_length'}
@@ -71,10 +70,11 @@ def _with_its_scaling(
         raise ValueError(f'rotary positions of this file are scaled {how}, which is not read from GGUF: use the safetensors of the model.')
     if name == 'linear':
         factor = stated.get(f'{kind}.rope.scaling.factor', factor)
+        if not factor: raise ValueError(f'this file scales rotary positions, but states no {kind}.rope.scaling.factor: write it again.')
         config.rope_parameters = {**(getattr(config, 'rope_parameters', None) or {}), 'rope_type': 'linear', 'factor': factor}
     return config
 
-PLAIN = {None, 'default', 'gpt-2', 'phi-2', 'mpt', 'olmo', 'jais'}      # llama.cpp's names of ways to split text: as GPT-2
+PLAIN = {None, 'gpt-2', 'phi-2', 'mpt', 'olmo', 'jais'}      # llama.cpp's names of ways to split text as GPT-2; older files state none
 DIGITS = {'smollm', 'starcoder', 'refact', 'command-r', 'codeshell'}    # likewise, and each digit alone
 
 def _split_as_stated(
@@ -83,7 +83,8 @@ def _split_as_stated(
 ):
     "Split text as the file says, where transformers splits it as GPT-2 does. Raises `ValueError` for a way that is not known here."
     if not isinstance(tok.pre_tokenizer, ByteLevel) or name in PLAIN: return
-    if name not in DIGITS: raise ValueError(f'text is split as {name!r} before BPE, which is not known here')
+    if name not in DIGITS:
+        raise ValueError(f'text of this file is split as {name!r} before BPE, which is not known here: use the safetensors of the model.')
     tok.pre_tokenizer = Sequence([Digits(individual_digits=True), tok.pre_tokenizer])
 
 def _decoder_of(theirs) -> Decoder:

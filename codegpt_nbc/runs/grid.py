@@ -84,8 +84,6 @@ def template_of(method: str) -> Path:
     "The template notebook of a method."
     return shared(f'nbs/experiments/{method}.ipynb')
 
-
-
 # %% ../../nbs/runs/70_grid.ipynb #adbd240e
 def _axes(b: Block, runs: dict) -> dict: # parameter → (label → value)
     "What a block sweeps over."
@@ -342,7 +340,6 @@ def _folder_here(name: str, value: str, here: Path, root: Path, profile: str) ->
         return part   # on the hub, or nowhere
     if not isinstance(value, str): return value
     return ' + '.join(map(one, [value] if os.path.isdir(here/value) else value.split(' + ')))
-
 
 # %% ../../nbs/runs/70_grid.ipynb #5e0c7d1a
 def _place_of(template, params: dict, out: Path) -> tuple: # (profile, run id)

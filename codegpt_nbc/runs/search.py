@@ -146,7 +146,7 @@ def _climb(
         bar.set_postfix_str(name)
         if is_known(name): continue
         if clock: _tell(clock, number, [n for n in names[i:] if not is_known(n)], names, f'{label}, {i + 1} of {len(names)}: {name}')
-        ledger.put(keys[name], _judged(name, recipes, model, rung, prompt_tokens, data, seed, clock, number))
+        ledger.replace(keys[name], _judged(name, recipes, model, rung, prompt_tokens, data, seed, clock, number))
     return [Candidate(**ledger.get(keys[name]) | {'recipe': name}) for name in names]
 
 def _tell(clock: SearchClock, rung: int, ahead: list, names: list, what: str):

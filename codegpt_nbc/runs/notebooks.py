@@ -100,7 +100,6 @@ def execute(path) -> Path:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from codegpt_nbc.runs.grid import KERNEL_DIED
     path = Path(path)
     nb = nbformat.read(path, as_version=4)
     code = [cell for cell in nb.cells if cell.cell_type == 'code']
@@ -110,7 +109,7 @@ def execute(path) -> Path:
                             extra_arguments=['--IPKernelApp.log_level=50'])   # it calls local TCP and its own orderly end errors
     try: client.execute()
     except CellExecutionError as e: raise RuntimeError(f'{path.name} failed: {e.ename}: {e.evalue}') from None
-    except DeadKernelError: raise RuntimeError(f'{path.name} failed: {KERNEL_DIED}.') from None
+    except DeadKernelError: raise RuntimeError(f'{path.name} failed: its kernel died, most often for lack of memory.') from None
     nb.metadata['executed'] = fingerprint(nb)
     with atomic_path(path) as tmp:       # it is the source of the package
         nbformat.write(tidy(nb, bars=False), tmp)

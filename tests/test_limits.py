@@ -282,8 +282,7 @@ def test_xtc_takes_a_share_a_number_or_indices(n, want, words, tmp_path):
     source = saved(replace(TOY, heads=(2,)*n, inner=(32,)*n), tmp_path/'m', words)
     start = load_model(source)
     for layers in (.5, n//2, want):
-        student, _, kept = load_models(XtcConfig(run_id='x', model=str(source), layers=layers, length=32))
-        assert kept == want
+        student, _ = load_models(XtcConfig(run_id='x', model=str(source), layers=layers, length=32))
         for own, theirs in enumerate(want): assert torch.equal(student.blocks[own].mlp.up.weight, start.blocks[theirs].mlp.up.weight)
 
 

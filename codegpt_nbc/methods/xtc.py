@@ -229,24 +229,26 @@ def _indices(layers, of: int) -> list:
     "The indices that `XtcConfig.layers` names in a model of `of` layers."
     return layers if isinstance(layers, list) else spread(of, number_of(layers, of))
 
-def load_models(c: XtcConfig) -> tuple: # (student, teacher, indices of the layers of `c.model_folder` that the student has)
-    """Student and teacher of a run, both float; a quantised model is taken as the float model of its weights.
+@patch(as_prop=True)
+def kept(self: XtcConfig) -> list: # of indices
+    "The layers of `model_folder` that the student has."
+    of = self.shapes[0].n_layer
+    return [*range(of)] if self.layers is None else _indices(self.layers, of)
+
+@patch(as_prop=True)
+def copied(self: XtcConfig) -> list | None: # None: not known
+    "The teacher's layers that the student has copies of: those that it kept, where it starts from a model of as many layers."
+    start, teacher = self.shapes
+    return self.kept if start.n_layer == teacher.n_layer else None
+
+def load_models(c: XtcConfig) -> tuple: # (student, teacher), both float
+    """Student and teacher of a run; a quantised model is taken as the float model of its weights.
     Raises `ValueError` where they do not fit together."""
     start, teacher = (float_decoder(load_model(folder)) for folder in (c.model_folder, c.teacher_folder))
     c.check_pair()
-    of = start.shape.n_layer
-    kept = [*range(of)] if c.layers is None else _indices(c.layers, of)
-    student = start if c.layers is None else with_layers(start, kept)
-    c.loss.check(student.shape, teacher.shape, _copied(kept, of, teacher.shape))
-    return student, teacher, kept
-
-def _copied(
-    kept: list,     # indices of layers of the student's start
-    of: int,        # layers that it has
-    teacher: Shape,
-) -> list | None: # None: not known
-    "The teacher's layers that a student has copies of: those that it kept, where its start has as many layers as the teacher."
-    return kept if of == teacher.n_layer else None
+    student = start if c.layers is None else with_layers(start, c.kept)
+    c.loss.check(student.shape, teacher.shape, c.copied)
+    return student, teacher
 
 # %% ../../nbs/methods/38_xtc.ipynb #dfbd873c
 class LossCurves:
@@ -325,17 +327,17 @@ def xtc_step(
     tok, schemes, work = load_tokenizer(c.model_folder), xtc_schemes(c.bits), c.work
     c = cut_to_context(c, *c.shapes)
     rows = c.rows(tok)
-    (student, teacher, kept), held = load_models(c), validation_batches(c, tok)
+    (student, teacher), held = load_models(c), validation_batches(c, tok)
     untrained = quantize(student, *schemes) if schemes else student
     before = {'teacher': teacher, 'student': student, 'student, with its bits': untrained}
     before = {name: validation_loss(model, held) for name, model in before.items()}
-    zeros, copied = 'quantization_config' not in read_config(c.model_folder), _copied(kept, c.shapes[0].n_layer, teacher.shape)
-    compressed, r, loss_parts = xtc(student, teacher, rows, c, work, zeros, copied)
+    zeros = 'quantization_config' not in read_config(c.model_folder)
+    compressed, r, loss_parts = xtc(student, teacher, rows, c, work, zeros, c.copied)
     step = {'method': 'xtc', **c.model_dump(include={'layers', 'bits'}), 'teacher': c.teacher_folder.name, 'tokens': r.tokens}
     folder = save_model(compressed, out or c.out_folder, parent=c.model_folder, step=step)
     _check_file(folder, compressed)
     by_part, params = bytes_by_part(folder), count_parameters(compressed)[0]
-    details = {'bytes_by_part': by_part, 'layers_kept': kept, 'loss_parts': loss_parts,
+    details = {'bytes_by_part': by_part, 'layers_kept': c.kept, 'loss_parts': loss_parts,
                **trained_details(r), 'loss_before': before,
                'loss_after': validation_loss(compressed, held), 'bits_per_parameter': round(8*sum(by_part.values())/params, 3)}
     if not keep_work: shutil.rmtree(work, ignore_errors=True)

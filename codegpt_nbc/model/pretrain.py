@@ -60,7 +60,7 @@ class PretrainConfig(RunConfig):
         stages = [Stage(**s) for s in self.stages]
         for before, stage in zip(stages, stages[1:]): _times(before.layers, stage.layers)
         longest = max((stage.length for stage in stages), default=0)
-        self.shape(1, 1)   # a width that the heads divide
+        self.shape(1, 1)   # raises where the heads do not divide the width
         if longest > self.context:
             raise ValueError(f'a stage has rows of {longest} tokens, but the model {self.context} positions: shorten them.')
 

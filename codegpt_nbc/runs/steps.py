@@ -185,18 +185,18 @@ def recipe_bars(
 
 # %% ../../nbs/runs/71_steps.ipynb #bf5301a0
 def budgets_of(
-    profile, # Its name; or method → parameters, which are only checked
+    budgets, # A profile's name; or method → parameters, which are only checked
 ) -> dict: # method → parameters
     """What a profile lets each method spend. Raises `FileNotFoundError` for a profile and `ValueError` for a method that does not
     exist."""
-    if isinstance(profile, dict):
-        for method, own in profile.items():
-            check_argument('budgets', profile, isinstance(method, str) and isinstance(own, dict), 'give the parameters of each method')
+    if isinstance(budgets, dict):
+        for method, own in budgets.items():
+            check_argument('budgets', budgets, isinstance(method, str) and isinstance(own, dict), 'give the parameters of each method')
             method_of(method)
-        return profile
-    path = shared(f'configs/{profile}.yaml')
-    if profile in NOT_PROFILES or not path.is_file():
-        raise FileNotFoundError(f'there are no budgets {profile!r}: name a profile of configs/, for instance full.')
+        return budgets
+    path = shared(f'configs/{budgets}.yaml')
+    if budgets in NOT_PROFILES or not path.is_file():
+        raise FileNotFoundError(f'there are no budgets {budgets!r}: name a profile of configs/, for instance full.')
     return _read_yaml(path, lambda found: Profile(**found)).budgets
 
 def recipe_named(name: str) -> Recipe:
